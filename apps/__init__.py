@@ -1,0 +1,1 @@
+"""The `sinuous` command: training, evaluation, demos and benchmarks."""

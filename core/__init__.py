@@ -1,0 +1,1 @@
+"""Shared by every backbone: ops, mixers, blocks, routes, registry, checkpoints."""

@@ -1,0 +1,1 @@
+"""Token mixers by name: `build_mixer(name, dim)`, `list_mixers()`."""

@@ -1,0 +1,8 @@
+"""Recurrences as registered operators, each with a thin public function of the same name."""
+
+from __future__ import annotations
+
+from sinuous.core.ops.causal_conv1d import causal_conv1d
+from sinuous.core.ops.selective_scan import selective_scan
+
+__all__ = ["causal_conv1d", "selective_scan"]

@@ -1,0 +1,54 @@
+"""Argument checks shared by the ops: each error names the argument, what came, what is wanted and the remedy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    """dtype of states and of the arithmetic inside an op: fp64 for fp64 input, fp32 for all else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    for name, t in tensors.items():
+        if t is not None and not t.is_floating_point():
+            raise ValueError(f"{name} must be real floating point (got {t.dtype}); convert it with .float()")
+
+
+def check_device(**tensors: Tensor | None) -> None:
+    present = [(name, t) for name, t in tensors.items() if t is not None]
+    first_name, first = present[0]
+    for name, t in present[1:]:
+        if t.device != first.device:
+            raise ValueError(
+                f"{name} is on {t.device} and {first_name} on {first.device}; move {name} with .to({str(first.device)!r})"
+            )
+
+
+def check_shape(name: str, t: Tensor | None, wanted: tuple[int, ...], meaning: str) -> None:
+    if t is not None and tuple(t.shape) != wanted:
+        raise ValueError(f"{name} must have shape {list(wanted)} (got {list(t.shape)}): {meaning}")
+
+
+def check_packing(cu_seqlens: Tensor | None, batch: int, length: int) -> None:
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(
+            "cu_seqlens must be int32 or int64 of shape [sequences + 1] "
+            f"(got {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)})"
+        )
+    if batch != 1:
+        raise ValueError(f"packed input has batch size 1 (got {batch}); concatenate the sequences along time")
+    if cu_seqlens.device.type != "cpu":
+        return  # a look at the values would wait for the device
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+        raise ValueError(f"cu_seqlens must rise from 0 to the packed length {length} (got {bounds})")
+
+
+def sequence_count(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many states an op carries: the batch size, or the number of packed sequences."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

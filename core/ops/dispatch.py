@@ -1,0 +1,97 @@
+"""Which backend computes an op: `triton` on a GPU, `cpu` (C) or `torch` elsewhere, `recurrent` as the definition.
+
+The choice is made inside the op's body, so that it also holds for compiled and exported graphs. In order of strength:
+the `backend=` argument, the `sinuous.backend(...)` context manager, the `SINUOUS_BACKEND` environment variable, and
+the fastest backend that can run. An argument that cannot be met is an error; a context or variable is a wish, and an
+op that cannot follow it says so once and takes the fastest.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+
+PREFERENCE = ("triton", "cpu", "torch", "recurrent")
+
+# A plain global: the backward of a CUDA graph runs on a thread of autograd's own, where a ContextVar is not seen.
+_wished: list[str] = []
+_warned: set[str] = set()
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Prefer backend `name` (`recurrent`, `torch`, `cpu` or `triton`) for all ops inside the `with` block.
+
+    The preference holds for the whole process, backward passes on other threads included.
+
+    Raises:
+        ValueError: if there is no such backend.
+    """
+    _check_name(name, "backend")
+    _wished.append(name)
+    try:
+        yield
+    finally:
+        _wished.pop()
+
+
+def _check_name(name: str, source: str) -> None:
+    if name not in PREFERENCE:
+        raise ValueError(f"{source} must be one of {', '.join(PREFERENCE)} (got {name!r})")
+
+
+def warn_once(message: str) -> None:
+    """Issue `message` as a RuntimeWarning the first time it is seen in this process."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def unavailable(family: str, forms: tuple[str, ...], name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why backend `name` cannot compute `family` on `device` with `dtype`, or None if it can."""
+    if name not in forms:
+        return f"{family} has no {name} form (it has {', '.join(forms)})"
+    if name == "recurrent":
+        return None
+    try:
+        package = importlib.import_module(f"sinuous.kernels.{name}")
+    except ImportError as error:
+        return str(error)
+    reason: str | None = package.unavailable(device, dtype)
+    return reason
+
+
+def choose(family: str, forms: tuple[str, ...], requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that computes `family`; `requested` is empty where the caller has no wish.
+
+    Raises:
+        ValueError: if `requested` is no backend or cannot run here.
+    """
+    if requested:
+        _check_name(requested, "backend")
+        reason = unavailable(family, forms, requested, device, dtype)
+        if reason is not None:
+            raise ValueError(f"backend {requested!r} cannot compute {family} here: {reason}")
+        return requested
+    wish = _wished[-1] if _wished else os.environ.get("SINUOUS_BACKEND", "")
+    if wish:
+        _check_name(wish, "SINUOUS_BACKEND")
+        reason = unavailable(family, forms, wish, device, dtype)
+        if reason is None:
+            return wish
+        warn_once(f"{family} does not follow the wish for backend {wish!r}: {reason}")
+    for name in PREFERENCE:
+        if name in forms and unavailable(family, forms, name, device, dtype) is None:
+            return name
+    raise RuntimeError(f"no backend can compute {family} on {device} with {dtype}")
+
+
+def kernel(family: str, name: str) -> ModuleType:
+    """The module with the `forward` and `backward` functions of `family` for backend `name`."""
+    return importlib.import_module(f"sinuous.kernels.{name}.{family}")

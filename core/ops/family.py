@@ -1,0 +1,181 @@
+"""One opaque operator per family of recurrences: schema, fake, autograd and dispatch, written once for all of them.
+
+`Family` says what differs; `define` registers `sinuous::<name>` and `sinuous::<name>_backward`. Both are opaque to
+torch.compile, torch.export, FX and TorchScript, and check their arguments in their bodies, since fake functions do
+not run in eager mode and a check there would never reach the user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinuous.core.ops import dispatch
+
+Optionals = Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one op is made of.
+
+    Attributes:
+        name: the op is `torch.ops.sinuous.<name>`.
+        schema: its arguments in torch's schema language; the last one is `str backend`.
+        outputs: names of its outputs, all tensors.
+        saved: outputs that the backward pass reads and users do not (states at chunk starts).
+        integers: tensor arguments without a gradient.
+        forms: the backends that exist.
+        fake: keyword arguments -> empty outputs of the right shape, dtype and device.
+        check: keyword arguments -> None, or raises ValueError.
+        recurrent: the definition, keyword arguments -> outputs, differentiable by autograd.
+        options: fixed keyword arguments that kernels get besides the schema's (a chunk size).
+    """
+
+    name: str
+    schema: str
+    outputs: tuple[str, ...]
+    saved: tuple[str, ...]
+    integers: tuple[str, ...]
+    forms: tuple[str, ...]
+    fake: Callable[..., tuple[Tensor, ...]]
+    check: Callable[..., None]
+    recurrent: Callable[..., tuple[Tensor, ...]]
+    options: dict[str, Any]
+
+    @property
+    def arguments(self) -> list[tuple[str, str]]:
+        """(type, name) of every argument but the backend."""
+        pairs = [entry.strip().split("=")[0].split() for entry in self.schema.split(",")]
+        return [(kind, name) for kind, name in pairs if name != "backend"]
+
+    @property
+    def differentiable(self) -> list[str]:
+        """Names of the tensor arguments that have a gradient."""
+        return [name for kind, name in self.arguments if kind.startswith("Tensor") and name not in self.integers]
+
+
+def _empty_for_none(tensors: Optionals, like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if t is None else t.contiguous() for t in tensors)
+
+
+@contextmanager
+def _autograd_inside_an_op() -> Iterator[None]:
+    """An op's body runs below autograd; lift that for as long as the definition is differentiated."""
+    keys = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView)
+    excluded = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in keys]
+    for key in keys:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        yield
+    finally:
+        for key, was in zip(keys, excluded, strict=True):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, was)
+
+
+def recurrent_backward(family: Family, grads: Optionals, args: dict[str, Any]) -> list[Tensor | None]:
+    """Gradients of the definition, by autograd: what every other backward is measured against."""
+    leaves = {n: args[n].detach().requires_grad_() for n in family.differentiable if args[n] is not None}
+    found: Optionals = [None] * len(leaves)
+    with _autograd_inside_an_op(), torch.enable_grad():
+        outputs = family.recurrent(**{**args, **leaves}, **family.options)
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=False) if g is not None and o.requires_grad]
+        if pairs:
+            outs, gs = zip(*pairs, strict=True)
+            found = torch.autograd.grad(outs, list(leaves.values()), gs, allow_unused=True)
+    grads_of = dict(zip(leaves, found, strict=True))
+    zeros = {n: torch.zeros_like(t) for n, t in leaves.items() if grads_of[n] is None}
+    return [zeros.get(n, grads_of.get(n)) for n in family.differentiable]
+
+
+def define(family: Family) -> None:
+    """Register the family's forward and backward operators, their fakes and the autograd that joins them."""
+    names = [name for _, name in family.arguments]
+    visible = [n for n in family.outputs if n not in family.saved]
+    forward_name, backward_name = f"sinuous::{family.name}", f"sinuous::{family.name}_backward"
+    grad_schema = ", ".join(f"Tensor? grad_{n}" for n in visible)
+    saved_schema = "".join(f"Tensor {n}, " for n in family.saved)
+    backward_arguments = family.schema.replace("str backend", f"{saved_schema}str backend")
+
+    def tensors(count: int) -> str:
+        return "(" + ", ".join(["Tensor"] * count) + ")" if count > 1 else "Tensor"
+
+    torch.library.define(forward_name, f"({family.schema}) -> {tensors(len(family.outputs))}")
+    torch.library.define(
+        backward_name, f"({grad_schema}, {backward_arguments}) -> {tensors(len(family.differentiable))}"
+    )
+
+    def forward(*values: Any) -> tuple[Tensor, ...]:
+        args, requested = dict(zip(names, values[:-1], strict=True)), values[-1]
+        family.check(**args)
+        first = values[0]
+        name = dispatch.choose(family.name, family.forms, requested, first.device, first.dtype)
+        function = family.recurrent if name == "recurrent" else dispatch.kernel(family.name, name).forward
+        return _empty_for_none(function(**args, **family.options), first)
+
+    def backward(*values: Any) -> tuple[Tensor, ...]:
+        count = len(visible)
+        grads, rest, requested = values[:count], values[count:-1], values[-1]
+        args = dict(zip(names, rest, strict=False))
+        saved = dict(zip(family.saved, rest[len(names) :], strict=True))
+        first = rest[0]
+        name = dispatch.choose(family.name, family.forms, requested, first.device, first.dtype)
+        found: Optionals
+        if name == "recurrent":
+            found = recurrent_backward(family, grads, args)
+        else:
+            found = dispatch.kernel(family.name, name).backward(grads, **args, **saved, **family.options)
+        typed = [g if g is None else g.to(args[n].dtype) for n, g in zip(family.differentiable, found, strict=True)]
+        return _empty_for_none(typed, first)
+
+    def forward_fake(*values: Any) -> tuple[Tensor, ...]:
+        return family.fake(**dict(zip(names, values[:-1], strict=True)), **family.options)
+
+    def backward_fake(*values: Any) -> tuple[Tensor, ...]:
+        args = dict(zip(names, values[len(visible) :], strict=False))
+        given = (args[n] for n in family.differentiable)
+        return tuple(
+            values[len(visible)].new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+            for t in given
+        )
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        kept = [v for (kind, _), v in zip(family.arguments, inputs, strict=False) if kind.startswith("Tensor")]
+        states = [o for n, o in zip(family.outputs, output, strict=True) if n in family.saved]
+        ctx.save_for_backward(*kept, *states)
+        ctx.plain = [None if kind.startswith("Tensor") else v for (kind, _), v in zip(family.arguments, inputs, strict=False)]
+        ctx.backend = inputs[-1]
+        ctx.set_materialize_grads(False)
+
+    def autograd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        stored = list(ctx.saved_tensors)
+        values = [
+            stored.pop(0) if kind.startswith("Tensor") else plain
+            for (kind, _), plain in zip(family.arguments, ctx.plain, strict=True)
+        ]
+        by_name = dict(zip(family.outputs, grads, strict=True))
+        found = getattr(torch.ops.sinuous, f"{family.name}_backward")(
+            *(by_name[n] for n in visible), *values, *stored, ctx.backend
+        )
+        found = found if isinstance(found, (tuple, list)) else (found,)
+        grad_of = dict(zip(family.differentiable, found, strict=True))
+        present = {n for n, v in zip(names, values, strict=True) if v is not None}
+        return (*(grad_of[n] if n in grad_of and n in present else None for n in names), None)
+
+    def no_second_derivative(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(
+            f"{family.name} has no second derivative; compute it from the definition (`from "
+            f"sinuous.core.ops.{family.name} import recurrent`), which autograd differentiates to any order"
+        )
+
+    torch.library.impl(forward_name, "CompositeExplicitAutograd", forward)
+    torch.library.impl(backward_name, "CompositeExplicitAutograd", backward)
+    torch.library.register_fake(forward_name, forward_fake)
+    torch.library.register_fake(backward_name, backward_fake)
+    torch.library.register_autograd(forward_name, autograd_backward, setup_context=setup_context)
+    torch.library.register_autograd(backward_name, no_second_derivative, setup_context=lambda ctx, inputs, output: None)

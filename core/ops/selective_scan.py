@@ -1,0 +1,210 @@
+r"""S6, the selective scan of Mamba.
+
+    Δ_t = softplus(dt_t + dt_bias)
+    h_t = exp(Δ_t A) ⊙ h_{t-1} + (Δ_t u_t) B_t          h ∈ R^{D×N}
+    y_t = C_t · h_t + D ⊙ u_t,   and y_t ⊙ silu(z_t) where a gate z is given
+
+Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv 2312.00752), section 3.2
+and algorithm 2; reference implementation in state-spaces/mamba. A is discretised by zero-order hold and B by Euler's
+rule, as there. Beyond the reference: an initial state, gradients through it and through the final state, reversal,
+and packed sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sinuous.core.ops.checks import (
+    check_device,
+    check_floating,
+    check_packing,
+    check_shape,
+    sequence_count,
+    state_dtype,
+)
+from sinuous.core.ops.family import Family, define
+from sinuous.kernels.torch.packing import flip_sequences, flip_time, mirror, rows, segments
+
+CHUNK_SIZE = 64
+"""Time steps between two states that the forward pass keeps for the backward pass."""
+
+
+def recurrent(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dt_softplus: bool,
+    reverse: bool,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition, step by step; plain autograd differentiates it to any order."""
+    length, width = u.shape[1:]
+    if reverse:
+        u, dt, B, C, z = flip_time(u), flip_time(dt), flip_time(B), flip_time(C), flip_time(z)
+        initial_state, bounds = flip_sequences(initial_state, cu_seqlens), mirror(cu_seqlens, length)
+        y, final, kept = recurrent(
+            u, dt, A, B, C, D, z, dt_bias, initial_state, bounds, dt_softplus, False, chunk_size
+        )
+        return y.flip(1), flip_sequences(final, cu_seqlens), kept
+    dtype = state_dtype(u)
+    A, x = A.to(dtype), u.to(dtype)
+    B, C = expand_groups(B, width).to(dtype), expand_groups(C, width).to(dtype)
+    delta = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
+    delta = F.softplus(delta) if dt_softplus else delta
+    count = sequence_count(u, cu_seqlens)
+    initial = x.new_zeros(count, width, A.shape[1]) if initial_state is None else initial_state.to(dtype)
+    finals = {n: rows(initial, n, cu_seqlens) for n in range(1 if cu_seqlens is None else count)}
+    chunk_states, ys, h = [], [], initial
+    steps = zip(*(t.unbind(1) for t in (x, delta, B, C)), strict=True)
+    for segment in segments(length, chunk_size, cu_seqlens):
+        h = h if segment.first is None else rows(initial, segment.first, cu_seqlens)
+        if segment.start % chunk_size == 0:
+            chunk_states.append(h)
+        for _, (x_t, delta_t, B_t, C_t) in zip(range(segment.start, segment.stop), steps, strict=False):
+            h = torch.exp(delta_t[..., None] * A) * h + (delta_t * x_t)[..., None] * B_t
+            ys.append((h * C_t).sum(-1))
+        if segment.last is not None:
+            finals[segment.last] = h
+    y = torch.stack(ys, 1) if ys else x * 0
+    y = y if D is None else y + D.to(dtype) * x
+    y = y if z is None else y * F.silu(z.to(dtype))
+    kept = torch.stack(chunk_states, 1) if chunk_states else initial.new_zeros(u.shape[0], 0, width, A.shape[1])
+    return y.to(u.dtype), torch.cat(list(finals.values())), kept.detach()
+
+
+def expand_groups(t: Tensor, width: int) -> Tensor:
+    """`[B,T,N]` or `[B,T,G,N]` to `[B,T,width,N]` without a copy of the time axis: channel d reads group d // (D/G)."""
+    t = t if t.ndim == 4 else t[:, :, None]
+    groups = t.shape[2]
+    return t[:, :, :, None].expand(-1, -1, -1, width // groups, -1).flatten(2, 3)
+
+
+def _check(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dt_softplus: bool,
+    reverse: bool,
+) -> None:
+    check_floating(u=u, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
+    check_device(u=u, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
+    if u.ndim != 3:
+        raise ValueError(f"u must have shape [B, T, D] (got {list(u.shape)}); time is axis 1 and channels are last")
+    batch, length, width = u.shape
+    check_shape("dt", dt, (batch, length, width), "one step size per channel, like u")
+    if A.ndim != 2 or A.shape[0] != width:
+        raise ValueError(f"A must have shape [D, N] with D = {width} (got {list(A.shape)})")
+    state = A.shape[1]
+    for name, t in (("B", B), ("C", C)):
+        if t.ndim == 4 and t.shape[2] > 0 and width % t.shape[2] == 0:
+            check_shape(name, t, (batch, length, t.shape[2], state), "[B, T, G, N]")
+        elif t.ndim == 4:
+            raise ValueError(f"{name} has {t.shape[2]} groups, which do not divide the {width} channels of u")
+        else:
+            check_shape(name, t, (batch, length, state), "[B, T, N] or [B, T, G, N]")
+    if B.ndim != C.ndim or B.shape != C.shape:
+        raise ValueError(f"B and C must have the same shape (got {list(B.shape)} and {list(C.shape)})")
+    check_shape("D", D, (width,), "one skip weight per channel")
+    check_shape("z", z, (batch, length, width), "one gate per channel, like u")
+    check_shape("dt_bias", dt_bias, (width,), "one bias per channel")
+    check_packing(cu_seqlens, batch, length)
+    check_shape("initial_state", initial_state, (sequence_count(u, cu_seqlens), width, state), "[sequences, D, N]")
+    # On a GPU the look would wait for the device.
+    if A.device.type == "cpu" and A.numel() and (highest := A.max().item()) > 0:
+        raise ValueError(f"A must be ≤ 0 (got max {highest:.3g}); pass -exp(A_log)")
+
+
+def _fake(
+    u: Tensor, A: Tensor, cu_seqlens: Tensor | None, chunk_size: int, **_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, width = u.shape
+    state = A.shape[1]
+    dtype = state_dtype(u)
+    return (
+        torch.empty(u.shape, dtype=u.dtype, device=u.device),
+        torch.empty(sequence_count(u, cu_seqlens), width, state, dtype=dtype, device=u.device),
+        torch.empty(batch, (length + chunk_size - 1) // chunk_size, width, state, dtype=dtype, device=u.device),
+    )
+
+
+FAMILY = Family(
+    name="selective_scan",
+    schema=(
+        "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+        "Tensor? initial_state, Tensor? cu_seqlens, bool dt_softplus, bool reverse, str backend"
+    ),
+    outputs=("y", "final_state", "chunk_states"),
+    saved=("chunk_states",),
+    integers=("cu_seqlens",),
+    forms=("triton", "cpu", "torch", "recurrent"),
+    fake=_fake,
+    check=_check,
+    recurrent=recurrent,
+    options={"chunk_size": CHUNK_SIZE},
+)
+define(FAMILY)
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Selective scan (S6): `h_t = exp(Δ_t A) h_{t-1} + (Δ_t u_t) B_t`, `y_t = C_t · h_t + D u_t`.
+
+    Args:
+        u: input `[B, T, D]`; packed sequences are `[1, ΣT, D]` with `cu_seqlens`.
+        dt: step sizes before bias and softplus, `[B, T, D]`.
+        A: continuous-time decay, ≤ 0, `[D, N]`; `-exp(A_log)` in Mamba.
+        B: input projection `[B, T, N]`, or `[B, T, G, N]` for G groups of D/G neighbouring channels.
+        C: readout, shaped like B.
+        D: skip weight `[D]`.
+        z: gate `[B, T, D]`; the output is multiplied by `silu(z)`.
+        dt_bias: bias of the step sizes `[D]`.
+        dt_softplus: pass `dt + dt_bias` through softplus.
+        initial_state: state before the first step, `[B, D, N]` (`[sequences, D, N]` when packed); zeros if absent.
+        return_state: return `(y, state)`, the state after the last step in fp32 (fp64 for fp64 input).
+        reverse: run from the last step to the first; the state is then the one after step 0.
+        cu_seqlens: int32 or int64 `[sequences + 1]`, the boundaries of packed sequences, starting at 0, ending at ΣT.
+        backend: `recurrent`, `torch`, `cpu` or `triton`; the fastest that can run if absent.
+
+    Returns:
+        y `[B, T, D]` in the dtype of u, or `(y, state)`. Both are differentiable in every tensor argument.
+
+    Raises:
+        ValueError: for a wrong shape, dtype, device or range, naming the argument, and for a backend that cannot run.
+
+    Source: Mamba (arXiv 2312.00752), section 3.2 and algorithm 2.
+    """
+    y, state, _ = torch.ops.sinuous.selective_scan(
+        u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, reverse, backend or ""
+    )
+    return (y, state) if return_state else y

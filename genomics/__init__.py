@@ -1,0 +1,1 @@
+"""The genomics domain is not built yet."""

@@ -1,0 +1,1 @@
+"""How each family of recurrences is computed: the same tree three times, as plain functions over tensors."""

@@ -1,0 +1,50 @@
+"""Time in processing order: packed sequences cut into segments, and reversal as a mirror."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Segment(NamedTuple):
+    """Steps `start:stop` that carry one state. `first` and `last` are the index of the sequence that begins at `start`
+    or ends at `stop`, and None where the state is carried from or to a neighbouring segment."""
+
+    start: int
+    stop: int
+    first: int | None
+    last: int | None
+
+
+def segments(length: int, chunk_size: int, cu_seqlens: Tensor | None) -> list[Segment]:
+    """Cut time at every multiple of `chunk_size` and at every sequence boundary; empty sequences have no segment."""
+    bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
+    found = []
+    for n, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        start = begin
+        while start < end:
+            stop = min(end, (start // chunk_size + 1) * chunk_size)
+            found.append(Segment(start, stop, n if start == begin else None, n if stop == end else None))
+            start = stop
+    return found
+
+
+def rows(states: Tensor, n: int, cu_seqlens: Tensor | None) -> Tensor:
+    """The states of sequence `n`: one row of a packed batch, all rows of an ordinary one."""
+    return states if cu_seqlens is None else states[n : n + 1]
+
+
+def mirror(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
+    """Sequence boundaries as they lie after the whole packed time axis is flipped."""
+    return None if cu_seqlens is None else length - cu_seqlens.flip(0)
+
+
+def flip_time(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.flip(1)
+
+
+def flip_sequences(states: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
+    """Flipping packed time reverses the order of the sequences, and so that of their states."""
+    return states if states is None or cu_seqlens is None else states.flip(0)
