@@ -10,6 +10,8 @@ Source: Mamba (arXiv 2312.00752), section 3.4; the function of the same name in 
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,7 +52,7 @@ def recurrent(
     initial = initial.to(dtype)
     ys, finals = [], []
     edges = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
-    for n, (begin, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for n, (begin, end) in enumerate(itertools.pairwise(edges)):
         window = list(rows(initial, n, cu_seqlens).unbind(1))
         for x_t in inputs[begin:end]:
             window.append(x_t)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -22,9 +24,8 @@ def check_device(**tensors: Tensor | None) -> None:
     first_name, first = present[0]
     for name, t in present[1:]:
         if t.device != first.device:
-            raise ValueError(
-                f"{name} is on {t.device} and {first_name} on {first.device}; move {name} with .to({str(first.device)!r})"
-            )
+            place = str(first.device)
+            raise ValueError(f"{name} is on {t.device} and {first_name} on {place}; move it with .to({place!r})")
 
 
 def check_shape(name: str, t: Tensor | None, wanted: tuple[int, ...], meaning: str) -> None:
@@ -45,7 +46,7 @@ def check_packing(cu_seqlens: Tensor | None, batch: int, length: int) -> None:
     if cu_seqlens.device.type != "cpu":
         return  # a look at the values would wait for the device
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"cu_seqlens must rise from 0 to the packed length {length} (got {bounds})")
 
 

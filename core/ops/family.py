@@ -19,6 +19,9 @@ from sinuous.core.ops import dispatch
 
 Optionals = Sequence[Tensor | None]
 
+FAMILIES: dict[str, Family] = {}
+"""Every defined family by name."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -95,6 +98,7 @@ def recurrent_backward(family: Family, grads: Optionals, args: dict[str, Any]) -
 
 def define(family: Family) -> None:
     """Register the family's forward and backward operators, their fakes and the autograd that joins them."""
+    FAMILIES[family.name] = family
     names = [name for _, name in family.arguments]
     visible = [n for n in family.outputs if n not in family.saved]
     forward_name, backward_name = f"sinuous::{family.name}", f"sinuous::{family.name}_backward"
@@ -148,7 +152,9 @@ def define(family: Family) -> None:
         kept = [v for (kind, _), v in zip(family.arguments, inputs, strict=False) if kind.startswith("Tensor")]
         states = [o for n, o in zip(family.outputs, output, strict=True) if n in family.saved]
         ctx.save_for_backward(*kept, *states)
-        ctx.plain = [None if kind.startswith("Tensor") else v for (kind, _), v in zip(family.arguments, inputs, strict=False)]
+        ctx.plain = [
+            None if kind.startswith("Tensor") else v for (kind, _), v in zip(family.arguments, inputs, strict=False)
+        ]
         ctx.backend = inputs[-1]
         ctx.set_materialize_grads(False)
 

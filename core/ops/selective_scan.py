@@ -51,9 +51,7 @@ def recurrent(
     if reverse:
         u, dt, B, C, z = flip_time(u), flip_time(dt), flip_time(B), flip_time(C), flip_time(z)
         initial_state, bounds = flip_sequences(initial_state, cu_seqlens), mirror(cu_seqlens, length)
-        y, final, kept = recurrent(
-            u, dt, A, B, C, D, z, dt_bias, initial_state, bounds, dt_softplus, False, chunk_size
-        )
+        y, final, kept = recurrent(u, dt, A, B, C, D, z, dt_bias, initial_state, bounds, dt_softplus, False, chunk_size)
         return y.flip(1), flip_sequences(final, cu_seqlens), kept
     dtype = state_dtype(u)
     A, x = A.to(dtype), u.to(dtype)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -22,7 +22,7 @@ def segments(length: int, chunk_size: int, cu_seqlens: Tensor | None) -> list[Se
     """Cut time at every multiple of `chunk_size` and at every sequence boundary; empty sequences have no segment."""
     bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
     found = []
-    for n, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
         start = begin
         while start < end:
             stop = min(end, (start // chunk_size + 1) * chunk_size)
