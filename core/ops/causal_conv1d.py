@@ -56,7 +56,7 @@ def recurrent(
         window = list(rows(initial, n, cu_seqlens).unbind(1))
         for x_t in inputs[begin:end]:
             window.append(x_t)
-            ys.append(sum(weight[:, j] * past for j, past in enumerate(window)))
+            ys.append((torch.stack(window, 1) * weight.T).sum(1))
             window.pop(0)
         finals.append(torch.stack(window, 1) if window else rows(initial, n, cu_seqlens))
     y = torch.stack(ys, 1) if ys else x.to(dtype) * 0

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
+
+Maybe = TypeVar("Maybe", Tensor, Tensor | None)
 
 
 class Segment(NamedTuple):
@@ -41,10 +43,10 @@ def mirror(cu_seqlens: Tensor | None, length: int) -> Tensor | None:
     return None if cu_seqlens is None else length - cu_seqlens.flip(0)
 
 
-def flip_time(t: Tensor | None) -> Tensor | None:
+def flip_time(t: Maybe) -> Maybe:
     return None if t is None else t.flip(1)
 
 
-def flip_sequences(states: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
+def flip_sequences(states: Maybe, cu_seqlens: Tensor | None) -> Maybe:
     """Flipping packed time reverses the order of the sequences, and so that of their states."""
     return states if states is None or cu_seqlens is None else states.flip(0)
