@@ -40,7 +40,7 @@ format: $(STAMP)  ## let ruff mend what it can
 	$(RUN) -m ruff format .
 
 bench: $(STAMP)  ## time the ops and the backbones against the peers that are installed
-	$(VENV)/bin/uv pip install -q -p $(VENV) -c constraints.txt --group bench 2>/dev/null || $(RUN) -m pip install -q -c constraints.txt mambapy transformers
+	PYTHON=$(PYTHON) VENV=$(VENV) sh tools/install.sh dev bench
 	$(RUN) -m sinuous bench ops
 	$(RUN) -m sinuous bench backbones
 

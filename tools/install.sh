@@ -1,5 +1,6 @@
 #!/bin/sh
-# Makes $VENV with the package, its training extra and the developer tools, at the versions of constraints.txt.
+# Makes $VENV with the package, its training extra and dependency groups, at the versions of constraints.txt.
+# usage: tools/install.sh [GROUP ...]   (default: dev)
 # Needs Python 3.11 or newer. uv is taken from PATH, or else installed by pip into a folder of its own.
 set -eu
 PYTHON=${PYTHON:-python3}
@@ -25,7 +26,11 @@ else
   UV="$CACHE/bin/uv"
 fi
 
+groups=
+for group in "${@:-dev}"; do groups="$groups --group $group"; done
+
 "$UV" venv --quiet --allow-existing --python "$PYTHON" "$VENV"
+# shellcheck disable=SC2086  # one word per group is meant
 echo "install: torch and the rest into $VENV (a few GB on the first time)"
-"$UV" pip install --quiet -p "$VENV" -c constraints.txt -e '.[train]' --group dev
+"$UV" pip install --quiet -p "$VENV" -c constraints.txt -e '.[train]' $groups
 echo "install: done"
