@@ -1,0 +1,45 @@
+"""Rows as a table in the terminal and as CSV."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Row = dict[str, Any]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        if value != 0 and abs(value) < 1e-3:
+            return f"{value:.1e}"
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
+
+
+def show(rows: Sequence[Row], columns: Sequence[str], *, title: str, group: Sequence[str]) -> None:
+    """Print `columns` of the rows; a line separates rows that differ in a `group` column. Our own rows are bold."""
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        numeric = any(isinstance(row[column], int | float) for row in rows)
+        table.add_column(column.replace("_", " "), justify="right" if numeric else "left")
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        ends = following is not None and any(row[g] != following[g] for g in group)
+        table.add_row(*(_text(row[c]) for c in columns), end_section=ends, style="bold" if row.get("ours") else None)
+    Console().print(table)
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Write the rows with a header; floats keep five significant digits, more than any timing has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: f"{v:.5g}" if isinstance(v, float) else v for key, v in row.items()})
