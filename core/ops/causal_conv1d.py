@@ -102,7 +102,7 @@ FAMILY = Family(
         "bool silu, bool reverse, str backend"
     ),
     outputs=("y", "final_state"),
-    saved=(),
+    saved={},
     integers=("cu_seqlens",),
     forms=("triton", "cpu", "torch", "recurrent"),
     fake=_fake,

@@ -7,6 +7,7 @@ not run in eager mode and a check there would never reach the user.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sinuous.core.ops import dispatch
+from sinuous.core.ops.checks import state_dtype
 
 Optionals = Sequence[Tensor | None]
 
@@ -30,20 +32,22 @@ class Family:
     Attributes:
         name: the op is `torch.ops.sinuous.<name>`.
         schema: its arguments in torch's schema language; the last one is `str backend`.
-        outputs: names of its outputs, all tensors.
-        saved: outputs that the backward pass reads and users do not (states at chunk starts).
+        outputs: names of the outputs that users see, all tensors.
+        saved: further outputs, which only the backward pass reads (states at chunk starts): name -> shape, computed
+            from the arguments and options. The op carries them flat, since an axis of chunks that is 1 for short
+            input would tie an exported graph to short input.
         integers: tensor arguments without a gradient.
         forms: the backends that exist.
-        fake: keyword arguments -> empty outputs of the right shape, dtype and device.
+        fake: keyword arguments -> empty visible outputs of the right shape, dtype and device.
         check: keyword arguments -> None, or raises ValueError.
-        recurrent: the definition, keyword arguments -> outputs, differentiable by autograd.
+        recurrent: the definition, keyword arguments -> outputs and what is saved, differentiable by autograd.
         options: fixed keyword arguments that kernels get besides the schema's (a chunk size).
     """
 
     name: str
     schema: str
     outputs: tuple[str, ...]
-    saved: tuple[str, ...]
+    saved: dict[str, Callable[..., tuple[int, ...]]]
     integers: tuple[str, ...]
     forms: tuple[str, ...]
     fake: Callable[..., tuple[Tensor, ...]]
@@ -65,6 +69,16 @@ class Family:
 
 def _empty_for_none(tensors: Optionals, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if t is None else t.contiguous() for t in tensors)
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Autocast would turn the matrix products inside an op's body to half precision."""
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            yield
+    else:
+        yield
 
 
 @contextmanager
@@ -100,16 +114,16 @@ def define(family: Family) -> None:
     """Register the family's forward and backward operators, their fakes and the autograd that joins them."""
     FAMILIES[family.name] = family
     names = [name for _, name in family.arguments]
-    visible = [n for n in family.outputs if n not in family.saved]
+    visible = family.outputs
     forward_name, backward_name = f"sinuous::{family.name}", f"sinuous::{family.name}_backward"
     grad_schema = ", ".join(f"Tensor? grad_{n}" for n in visible)
     saved_schema = "".join(f"Tensor {n}, " for n in family.saved)
     backward_arguments = family.schema.replace("str backend", f"{saved_schema}str backend")
 
     def tensors(count: int) -> str:
-        return "(" + ", ".join(["Tensor"] * count) + ")" if count > 1 else "Tensor"
+        return "(" + ", ".join(["Tensor"] * count) + ")"
 
-    torch.library.define(forward_name, f"({family.schema}) -> {tensors(len(family.outputs))}")
+    torch.library.define(forward_name, f"({family.schema}) -> {tensors(len(family.outputs) + len(family.saved))}")
     torch.library.define(
         backward_name, f"({grad_schema}, {backward_arguments}) -> {tensors(len(family.differentiable))}"
     )
@@ -120,25 +134,34 @@ def define(family: Family) -> None:
         first = values[0]
         name = dispatch.choose(family.name, family.forms, requested, first.device, first.dtype)
         function = family.recurrent if name == "recurrent" else dispatch.kernel(family.name, name).forward
-        return _empty_for_none(function(**args, **family.options), first)
+        with _full_precision(first.device):
+            found = function(**args, **family.options)
+        count = len(visible)
+        return _empty_for_none((*found[:count], *(t.flatten() for t in found[count:])), first)
 
     def backward(*values: Any) -> tuple[Tensor, ...]:
         count = len(visible)
         grads, rest, requested = values[:count], values[count:-1], values[-1]
         args = dict(zip(names, rest, strict=False))
-        saved = dict(zip(family.saved, rest[len(names) :], strict=True))
+        flat = zip(family.saved.items(), rest[len(names) :], strict=True)
+        saved = {n: t.view(shape(**args, **family.options)) for (n, shape), t in flat}
         first = rest[0]
         name = dispatch.choose(family.name, family.forms, requested, first.device, first.dtype)
         found: Optionals
-        if name == "recurrent":
-            found = recurrent_backward(family, grads, args)
-        else:
-            found = dispatch.kernel(family.name, name).backward(grads, **args, **saved, **family.options)
+        with _full_precision(first.device):
+            if name == "recurrent":
+                found = recurrent_backward(family, grads, args)
+            else:
+                found = dispatch.kernel(family.name, name).backward(grads, **args, **saved, **family.options)
         typed = [g if g is None else g.to(args[n].dtype) for n, g in zip(family.differentiable, found, strict=True)]
         return _empty_for_none(typed, first)
 
     def forward_fake(*values: Any) -> tuple[Tensor, ...]:
-        return family.fake(**dict(zip(names, values[:-1], strict=True)), **family.options)
+        args = dict(zip(names, values[:-1], strict=True))
+        first = values[0]
+        sizes = (math.prod(shape(**args, **family.options)) for shape in family.saved.values())
+        saved = (torch.empty(size, dtype=state_dtype(first), device=first.device) for size in sizes)
+        return (*family.fake(**args), *saved)
 
     def backward_fake(*values: Any) -> tuple[Tensor, ...]:
         args = dict(zip(names, values[len(visible) :], strict=False))
@@ -150,8 +173,7 @@ def define(family: Family) -> None:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         kept = [v for (kind, _), v in zip(family.arguments, inputs, strict=False) if kind.startswith("Tensor")]
-        states = [o for n, o in zip(family.outputs, output, strict=True) if n in family.saved]
-        ctx.save_for_backward(*kept, *states)
+        ctx.save_for_backward(*kept, *output[len(visible) :])
         ctx.plain = [
             None if kind.startswith("Tensor") else v for (kind, _), v in zip(family.arguments, inputs, strict=False)
         ]
@@ -164,9 +186,8 @@ def define(family: Family) -> None:
             stored.pop(0) if kind.startswith("Tensor") else plain
             for (kind, _), plain in zip(family.arguments, ctx.plain, strict=True)
         ]
-        by_name = dict(zip(family.outputs, grads, strict=True))
         found = getattr(torch.ops.sinuous, f"{family.name}_backward")(
-            *(by_name[n] for n in visible), *values, *stored, ctx.backend
+            *grads[: len(visible)], *values, *stored, ctx.backend
         )
         found = found if isinstance(found, (tuple, list)) else (found,)
         grad_of = dict(zip(family.differentiable, found, strict=True))

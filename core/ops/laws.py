@@ -106,7 +106,6 @@ LAWS: dict[str, Laws] = {
             r"B and C must have the same shape": lambda a: {**a, "B": a["B"][:, :, None]},
             r"groups, which do not divide": lambda a: {**a, "B": a["B"][:, :, None].expand(-1, -1, 4, -1)},
             r"z must be real floating point .*complex": lambda a: {**a, "z": a["z"].to(torch.complex64)},
-            r"D is on meta and u on cpu": lambda a: {**a, "D": a["D"].to("meta")},
             r"initial_state must have shape": lambda a: {**a, "initial_state": a["initial_state"][:1]},
             r"packed input has batch size 1": lambda a: {**a, "cu_seqlens": torch.tensor([0, 5])},
             r"cu_seqlens must be int32 or int64": lambda a: {**a, "cu_seqlens": torch.tensor([0.0, 5.0])},

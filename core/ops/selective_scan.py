@@ -128,17 +128,16 @@ def _check(
         raise ValueError(f"A must be ≤ 0 (got max {highest:.3g}); pass -exp(A_log)")
 
 
-def _fake(
-    u: Tensor, A: Tensor, cu_seqlens: Tensor | None, chunk_size: int, **_: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, width = u.shape
-    state = A.shape[1]
-    dtype = state_dtype(u)
+def _fake(u: Tensor, A: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, Tensor]:
+    state = (sequence_count(u, cu_seqlens), *A.shape)
     return (
         torch.empty(u.shape, dtype=u.dtype, device=u.device),
-        torch.empty(sequence_count(u, cu_seqlens), width, state, dtype=dtype, device=u.device),
-        torch.empty(batch, (length + chunk_size - 1) // chunk_size, width, state, dtype=dtype, device=u.device),
+        torch.empty(state, dtype=state_dtype(u), device=u.device),
     )
+
+
+def _chunk_states_shape(u: Tensor, A: Tensor, chunk_size: int, **_: object) -> tuple[int, ...]:
+    return u.shape[0], (u.shape[1] + chunk_size - 1) // chunk_size, A.shape[0], A.shape[1]
 
 
 FAMILY = Family(
@@ -147,8 +146,8 @@ FAMILY = Family(
         "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
         "Tensor? initial_state, Tensor? cu_seqlens, bool dt_softplus, bool reverse, str backend"
     ),
-    outputs=("y", "final_state", "chunk_states"),
-    saved=("chunk_states",),
+    outputs=("y", "final_state"),
+    saved={"chunk_states": _chunk_states_shape},
     integers=("cu_seqlens",),
     forms=("triton", "cpu", "torch", "recurrent"),
     fake=_fake,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sinuous.core.ops import dispatch
+from sinuous.core.ops.checks import check_device
 from sinuous.core.ops.family import FAMILIES
 from sinuous.core.ops.laws import LAWS, Laws
 
@@ -282,10 +283,10 @@ def test_torch_form_allocates_linearly(name: str) -> None:
         full |= {"silu": True} if "silu" in full else {}
         mode = _Allocations()
         with mode:
-            outputs = dict(zip(family.outputs, module.forward(**full, **family.options), strict=True))
-            visible = [outputs[n] for n in family.outputs if n not in family.saved]
-            saved = {n: outputs[n] for n in family.saved}
-            module.backward([torch.ones_like(o) for o in visible], **full, **saved, **family.options)
+            outputs = module.forward(**full, **family.options)
+            count = len(family.outputs)
+            saved = dict(zip(family.saved, outputs[count:], strict=True))
+            module.backward([torch.ones_like(o) for o in outputs[:count]], **full, **saved, **family.options)
         return mode
 
     short, long = allocations(512), allocations(2048)
@@ -383,3 +384,8 @@ def test_refusal(name: str, message: str) -> None:
     laws = law(name, "recurrent")
     with pytest.raises(ValueError, match=message):
         laws.call(**laws.refusals[message](draw(laws, "full", 2, 5)))
+
+
+def test_refusal_of_mixed_devices() -> None:
+    with pytest.raises(ValueError, match=r"D is on meta and u on cpu; move it with \.to\('cpu'\)"):
+        check_device(u=torch.zeros(1), D=torch.zeros(1, device="meta"))
