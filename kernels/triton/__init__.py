@@ -1,10 +1,32 @@
-"""Triton kernels, forward and backward."""
+"""Triton kernels, forward and backward: for GPUs, and for tests on CPU tensors under Triton's interpreter.
+
+This module does not import triton, so that everything else works where it is not installed.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+"""Whether kernels run in Triton's interpreter. Triton reads the variable when a kernel is decorated: set it first."""
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot run on `device` with `dtype`, or None if it can."""
-    return "not built yet"
+    if dtype not in _DTYPES:
+        return f"the Triton kernels take float16, bfloat16, float32 and float64, not {dtype}"
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
+        return (
+            f"the tensors are on {device} and Triton kernels need a GPU "
+            "(or TRITON_INTERPRET=1, set before sinuous is imported, to interpret them on CPU tensors)"
+        )
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"Triton needs compute capability 8.0 and {torch.cuda.get_device_name(device)} has less"
+    return None

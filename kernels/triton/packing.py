@@ -1,0 +1,38 @@
+"""What the kernels know of packed sequences: one entry per step, so that no kernel searches for a boundary."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+ACCUMULATOR = {torch.float64: tl.float64}
+"""dtype of the arithmetic in a kernel by the dtype of its input; float32 for all others."""
+
+
+class Steps(NamedTuple):
+    """For every step of a packed axis in processing order, int32 `[ΣT]`: its sequence, and how many steps of that
+    sequence come before and after it."""
+
+    sequence: Tensor
+    before: Tensor
+    after: Tensor
+
+
+def packed_steps(cu_seqlens: Tensor, length: int, reverse: bool) -> Steps:
+    """Describe every step, without waiting for the device. Empty sequences own no step."""
+    bounds = cu_seqlens.to(torch.int32)
+    time = torch.arange(length, device=bounds.device, dtype=torch.int32)
+    sequence = torch.searchsorted(bounds[1:].contiguous(), time, right=True, out_int32=True)
+    before, after = time - bounds[sequence], bounds[sequence + 1] - 1 - time
+    if reverse:
+        return Steps(sequence.flip(0), after.flip(0), before.flip(0))
+    return Steps(sequence, before, after)
+
+
+def on_device(t: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()

@@ -1,0 +1,286 @@
+# mypy: allow-untyped-defs
+r"""Selective scan, backward: the adjoint is a scan that runs the other way, cut into the same chunks.
+
+With a_t = exp(Δ_t A), g_t the gradient of C_t · h_t, and λ_t that of h_t:
+
+    λ_t = C_t g_t + a_{t+1} λ_{t+1}          (λ_T also gets the gradient of the final state)
+    dB_t = Σ_d λ Δ u      dC_t = Σ_d g h_t     du_t = Δ Σ_n λ B + D g     dΔ_t = Σ_n λ (A a h_{t-1} + B u)
+    dA = Σ_t λ Δ a h_{t-1}                     dh_0 = a_1 λ_1
+
+The states of a chunk are recomputed from its first one, `SUB` steps at a time, into a scratch area that each of at
+most some `PROGRAMS` programs owns, so that memory does not grow with B·T·D·N. Sums over channels, chunks and batch are
+written as partial sums and added in a fixed order: no atomics, the same bits every time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sinuous.kernels.triton.packing import ACCUMULATOR, on_device
+from sinuous.kernels.triton.selective_scan import (
+    LOG2_E,
+    block_of_channels,
+    blocks,
+    boundaries,
+    carry_chunks,
+    step_size,
+)
+
+LN_2 = tl.constexpr(0.6931471805599453)
+SUB = 16
+"""Steps whose states are held in scratch at once; it divides the chunk size."""
+PROGRAMS = 2048
+"""About as many programs share the chunks: one warp each, enough for any GPU; their number fixes the order of sums."""
+
+
+@triton.jit(do_not_specialize=["length"])
+def adjoint_ends(
+    dt, A, C, z, dt_bias, grad_y, grad_final, stops, ends, summed, length, width,
+    GROUPS: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
+    PACKED: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """What each chunk alone contributes to the gradient of the state before it, to `ends` [B, chunks, D, N]."""
+    blocks = GROUPS * tl.cdiv(width // GROUPS, BD)
+    chunks = tl.cdiv(length, CHUNK)
+    pid = tl.program_id(0)
+    d, there, group = block_of_channels(pid % blocks, width, GROUPS, BD)
+    chunk = pid // blocks
+    batch, first = (chunk // chunks).to(tl.int64), (chunk % chunks) * CHUNK
+    stop = tl.minimum(first + CHUNK, length)
+    n = tl.arange(0, BN)
+    dn, there_dn = d[:, None] * N + n[None, :], there[:, None] & (n < N)[None, :]
+    decay = tl.load(A + dn, mask=there_dn, other=0).to(ACC) * LOG2_E
+    bias = tl.zeros([BD], ACC)
+    if BIASED:
+        bias = tl.load(dt_bias + d, mask=there, other=0).to(ACC)
+    m = tl.zeros([BD, BN], ACC)
+    total = tl.zeros([BD], ACC)
+    for i in range(stop - first):
+        p = stop - 1 - i
+        if PACKED:
+            ending = tl.load(stops + p)
+            if ending >= 0:
+                m = tl.load(grad_final + ending.to(tl.int64) * width * N + dn, mask=there_dn, other=0)
+        row = batch * length + (length - 1 - p if REVERSE else p)
+        raw = tl.load(dt + row * width + d, mask=there, other=0).to(ACC) + bias
+        delta = step_size(raw, SOFTPLUS)
+        g = tl.load(grad_y + row * width + d, mask=there, other=0).to(ACC)
+        if GATED:
+            gate = tl.load(z + row * width + d, mask=there, other=0).to(ACC)
+            g *= gate / (1 + tl.exp(-gate))
+        c = tl.load(C + (row * GROUPS + group) * N + n, mask=n < N, other=0).to(ACC)
+        m = tl.exp2(delta[:, None] * decay) * (m + g[:, None] * c[None, :])
+        total += delta
+    tl.store(ends + chunk.to(tl.int64) * width * N + dn, m, mask=there_dn)
+    tl.store(summed + chunk.to(tl.int64) * width + d, total, mask=there)
+
+
+@triton.jit(do_not_specialize=["batches", "length", "slots"])
+def gradients(
+    u, dt, A, B, C, D, z, dt_bias, initial, grad_y, grad_final, starts, stops, chunk_states, carried, scratch,
+    du, ddt, dA, dB, dC, dD, dz, dbias, dinitial, batches, length, width, slots,
+    GROUPS: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, SUB: tl.constexpr,
+    SOFTPLUS: tl.constexpr, BIASED: tl.constexpr, SKIP: tl.constexpr, GATED: tl.constexpr,
+    PACKED: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """All gradients. A program takes every `slots`-th chunk of its block of channels.
+
+    Partial sums: dA `[slots, D, N]`, dD and dbias `[slots, D]`, dB and dC `[blocks, B, T, N]`.
+    """
+    blocks = GROUPS * tl.cdiv(width // GROUPS, BD)
+    chunks = tl.cdiv(length, CHUNK)
+    pid = tl.program_id(0)
+    slot, block = pid // blocks, pid % blocks
+    d, there, group = block_of_channels(block, width, GROUPS, BD)
+    n = tl.arange(0, BN)
+    dn, there_dn = d[:, None] * N + n[None, :], there[:, None] & (n < N)[None, :]
+    # States of a sub-chunk, then the state before each sub-chunk. Every thread reads back what it wrote itself
+    # unless the compiler lays out loads and stores differently; the barriers cover that too.
+    cell = tl.arange(0, BD)[:, None] * BN + n[None, :]
+    states = scratch + pid.to(tl.int64) * (SUB + CHUNK // SUB) * BD * BN + cell
+    firsts = states + SUB * BD * BN
+    decay = tl.load(A + dn, mask=there_dn, other=0).to(ACC) * LOG2_E
+    bias = tl.zeros([BD], ACC)
+    if BIASED:
+        bias = tl.load(dt_bias + d, mask=there, other=0).to(ACC)
+    skip = tl.zeros([BD], ACC)
+    if SKIP:
+        skip = tl.load(D + d, mask=there, other=0).to(ACC)
+    sum_A, sum_D, sum_bias = tl.zeros([BD, BN], ACC), tl.zeros([BD], ACC), tl.zeros([BD], ACC)
+    for chunk in range(slot, batches * chunks, slots):
+        batch, j = (chunk // chunks).to(tl.int64), chunk % chunks
+        chunk_at = (batch * chunks + j) * width * N + dn
+        first = j * CHUNK
+        stop = tl.minimum(first + CHUNK, length)
+        subs = tl.cdiv(stop - first, SUB)
+        h = tl.load(chunk_states + chunk_at, mask=there_dn, other=0)
+        for p in range(first, first + (subs - 1) * SUB):
+            if (p - first) % SUB == 0:
+                tl.store(firsts + (p - first) // SUB * BD * BN, h)
+            if PACKED:
+                start = tl.load(starts + p)
+                if start >= 0:
+                    h = tl.load(initial + start.to(tl.int64) * width * N + dn, mask=there_dn, other=0)
+            row = batch * length + (length - 1 - p if REVERSE else p)
+            raw = tl.load(dt + row * width + d, mask=there, other=0).to(ACC) + bias
+            delta = step_size(raw, SOFTPLUS)
+            x = delta * tl.load(u + row * width + d, mask=there, other=0).to(ACC)
+            b = tl.load(B + (row * GROUPS + group) * N + n, mask=n < N, other=0).to(ACC)
+            h = tl.exp2(delta[:, None] * decay) * h + x[:, None] * b[None, :]
+        tl.store(firsts + (subs - 1) * BD * BN, h)
+        tl.debug_barrier()
+        m = tl.load(carried + chunk_at, mask=there_dn, other=0)
+        for s in range(subs):
+            sub = subs - 1 - s
+            begin = first + sub * SUB
+            end = tl.minimum(begin + SUB, stop)
+            h = tl.load(firsts + sub * BD * BN)
+            for p in range(begin, end):
+                if PACKED:
+                    start = tl.load(starts + p)
+                    if start >= 0:
+                        h = tl.load(initial + start.to(tl.int64) * width * N + dn, mask=there_dn, other=0)
+                tl.store(states + (p - begin) * BD * BN, h)
+                row = batch * length + (length - 1 - p if REVERSE else p)
+                raw = tl.load(dt + row * width + d, mask=there, other=0).to(ACC) + bias
+                delta = step_size(raw, SOFTPLUS)
+                x = delta * tl.load(u + row * width + d, mask=there, other=0).to(ACC)
+                b = tl.load(B + (row * GROUPS + group) * N + n, mask=n < N, other=0).to(ACC)
+                h = tl.exp2(delta[:, None] * decay) * h + x[:, None] * b[None, :]
+            tl.debug_barrier()
+            for i in range(end - begin):
+                p = end - 1 - i
+                if PACKED:
+                    ending = tl.load(stops + p)
+                    if ending >= 0:
+                        m = tl.load(grad_final + ending.to(tl.int64) * width * N + dn, mask=there_dn, other=0)
+                row = batch * length + (length - 1 - p if REVERSE else p)
+                at = row * width + d
+                raw = tl.load(dt + at, mask=there, other=0).to(ACC) + bias
+                delta = step_size(raw, SOFTPLUS)
+                u_t = tl.load(u + at, mask=there, other=0).to(ACC)
+                b = tl.load(B + (row * GROUPS + group) * N + n, mask=n < N, other=0).to(ACC)
+                c = tl.load(C + (row * GROUPS + group) * N + n, mask=n < N, other=0).to(ACC)
+                g = tl.load(grad_y + at, mask=there, other=0).to(ACC)
+                a = tl.exp2(delta[:, None] * decay)
+                decayed = a * tl.load(states + (p - begin) * BD * BN)
+                h = decayed + (delta * u_t)[:, None] * b[None, :]
+                if GATED:
+                    gate = tl.load(z + at, mask=there, other=0).to(ACC)
+                    sigmoid = 1 / (1 + tl.exp(-gate))
+                    ungated = tl.sum(h * c[None, :], 1) + skip * u_t
+                    tl.store(dz + at, g * ungated * sigmoid * (1 + gate * (1 - sigmoid)), mask=there)
+                    g *= gate * sigmoid
+                adjoint = m + g[:, None] * c[None, :]
+                into_b = tl.sum(adjoint * b[None, :], 1)
+                into_decay = adjoint * decayed
+                grad_delta = LN_2 * tl.sum(into_decay * decay, 1) + u_t * into_b
+                if SOFTPLUS:
+                    grad_delta = tl.where(raw > 20, grad_delta, grad_delta / (1 + tl.exp(-raw)))
+                partial = ((block.to(tl.int64) * batches + batch) * length + row - batch * length) * N + n
+                tl.store(dB + partial, tl.sum(adjoint * (delta * u_t)[:, None], 0), mask=n < N)
+                tl.store(dC + partial, tl.sum(h * g[:, None], 0), mask=n < N)
+                tl.store(du + at, delta * into_b + skip * g, mask=there)
+                tl.store(ddt + at, grad_delta, mask=there)
+                sum_A += into_decay * delta[:, None]
+                sum_D += g * u_t
+                sum_bias += grad_delta
+                m = a * adjoint
+                if PACKED:
+                    start = tl.load(starts + p)
+                    if start >= 0:
+                        tl.store(dinitial + start.to(tl.int64) * width * N + dn, m, mask=there_dn)
+            tl.debug_barrier()
+        if not PACKED:
+            if j == 0:
+                tl.store(dinitial + batch * width * N + dn, m, mask=there_dn)
+    tl.store(dA + slot.to(tl.int64) * width * N + dn, sum_A, mask=there_dn)
+    if SKIP:
+        tl.store(dD + slot * width + d, sum_D, mask=there)
+    if BIASED:
+        tl.store(dbias + slot * width + d, sum_bias, mask=there)
+
+
+def backward(
+    grads: tuple[Tensor | None, Tensor | None],
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dt_softplus: bool,
+    reverse: bool,
+    chunk_states: Tensor,
+    chunk_size: int,
+) -> list[Tensor | None]:
+    """Gradients of u, dt, A, B, C, D, z, dt_bias and initial_state, given those of y and of the final state."""
+    batch, length, width = u.shape
+    state = A.shape[1]
+    dtype, device = chunk_states.dtype, u.device
+    chunks = triton.cdiv(length, chunk_size)
+    count = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    carries = initial_state is not None
+    grad_y, grad_final = grads
+    if grad_final is None:
+        grad_final = torch.zeros(count, width, state, dtype=dtype, device=device)
+    grad_final = grad_final.to(dtype).contiguous()
+    # Sequences without a step end where they begin.
+    dinitial = grad_final.clone()
+    if u.numel() == 0:
+        given = (u, dt, A, B, C, D, z, dt_bias)
+        return [*(None if t is None else torch.zeros_like(t) for t in given), dinitial if carries else None]
+    grad_y = torch.zeros_like(u) if grad_y is None else grad_y
+    groups, b_shape = (B.shape[2] if B.ndim == 4 else 1), B.shape
+    u, dt, A, B, C, grad_y = (t.contiguous() for t in (u, dt, A, B, C, grad_y))
+    D, z, dt_bias = (None if t is None else t.contiguous() for t in (D, z, dt_bias))
+    # The states of unpacked chunks are all kept; only a sequence that starts within one needs its initial state.
+    initial = torch.zeros_like(dinitial) if initial_state is None else initial_state.to(dtype).contiguous()
+    marks = None if cu_seqlens is None else boundaries(cu_seqlens, length, chunk_size, reverse)
+    starts, stops, cut = (None, None, None) if marks is None else (marks.starts, marks.stops, marks.chunk_stops)
+
+    shape = blocks(width, groups, state, 512)
+    block = {"N": state, "BD": shape.channels, "BN": shape.state, "CHUNK": chunk_size, "num_warps": shape.warps}
+    fixed = {"PACKED": marks is not None, "ACC": ACCUMULATOR.get(u.dtype, tl.float32)}
+    steps = {"GROUPS": groups, "SOFTPLUS": dt_softplus, "BIASED": dt_bias is not None, "REVERSE": reverse}
+    steps["GATED"] = z is not None
+    slots = max(1, min(batch * chunks, triton.cdiv(PROGRAMS, shape.count)))
+
+    def empty(*sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device=device)
+
+    scratch = empty(slots * shape.count, SUB + chunk_size // SUB, shape.channels * shape.state)
+    carried, summed = empty(batch, chunks, width, state), empty(batch, chunks, width)
+    du, ddt, dz = torch.empty_like(u), torch.empty_like(dt), None if z is None else torch.empty_like(z)
+    dA = empty(slots, width, state)
+    dB, dC = empty(shape.count, batch, length, state), empty(shape.count, batch, length, state)
+    dD = None if D is None else empty(slots, width)
+    dbias = None if dt_bias is None else empty(slots, width)
+    with on_device(u):
+        adjoint_ends[(batch * chunks * shape.count,)](
+            dt, A, C, z, dt_bias, grad_y, grad_final, stops, carried, summed, length, width, **block, **fixed, **steps
+        )
+        carry_chunks[(batch * triton.cdiv(width, shape.channels),)](
+            carried, summed, A, grad_final, starts, cut, length, width, ADJOINT=True, **block, **fixed
+        )
+        gradients[(slots * shape.count,)](
+            u, dt, A, B, C, D, z, dt_bias, initial, grad_y, grad_final, starts, stops, chunk_states, carried, scratch,
+            du, ddt, dA, dB, dC, dD, dz, dbias, dinitial, batch, length, width, slots,
+            SUB=SUB, SKIP=D is not None, **block, **fixed, **steps,
+        )  # fmt: skip
+
+    def over_channels(partial: Tensor) -> Tensor:
+        return partial.view(groups, -1, batch, length, state).sum(1).permute(1, 2, 0, 3).reshape(b_shape)
+
+    dD, dbias = (None if t is None else t.sum(0) for t in (dD, dbias))
+    return [
+        du, ddt, dA.sum(0), over_channels(dB), over_channels(dC), dD, dz, dbias, dinitial if carries else None
+    ]  # fmt: skip
