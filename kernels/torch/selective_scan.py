@@ -88,13 +88,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)`; see sinuous.core.ops.selective_scan."""
     if reverse:
-        flipped = [flip_time(t) for t in (B, C)]
-        initial, bounds = flip_sequences(initial_state, cu_seqlens), mirror(cu_seqlens, u.shape[1])
-        gate = flip_time(z)
-        y, final, kept = forward(
-            u.flip(1), dt.flip(1), A, *flipped, D, gate, dt_bias, initial, bounds, dt_softplus, False, chunk_size
-        )
-        return y.flip(1), flip_sequences(final, cu_seqlens), kept
+        u, dt, B, C, z = u.flip(1), dt.flip(1), B.flip(1), C.flip(1), flip_time(z)
+        initial_state, bounds = flip_sequences(initial_state, cu_seqlens), mirror(cu_seqlens, u.shape[1])
+        y, final, states = forward(u, dt, A, B, C, D, z, dt_bias, initial_state, bounds, dt_softplus, False, chunk_size)
+        return y.flip(1), flip_sequences(final, cu_seqlens), states
     scan = _Scan(u, dt, A, B, C, dt_bias, dt_softplus)
     sequences = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     zeros = torch.zeros(sequences, scan.width, scan.size, dtype=scan.dtype, device=u.device)
@@ -142,17 +139,14 @@ def backward(
     """
     dy, dfinal = grads
     if reverse:
-        flipped = [flip_time(t) for t in (u, dt, B, C, z, dy)]
-        u_, dt_, B_, C_, z_, dy_ = flipped
-        initial, bounds = flip_sequences(initial_state, cu_seqlens), mirror(cu_seqlens, u.shape[1])
-        given = (dy_, flip_sequences(dfinal, cu_seqlens))
-        found = backward(
-            given, u_, dt_, A, B_, C_, D, z_, dt_bias, initial, bounds, chunk_states, dt_softplus, False, chunk_size
+        grads = (flip_time(dy), flip_sequences(dfinal, cu_seqlens))
+        u, dt, B, C, z = u.flip(1), dt.flip(1), B.flip(1), C.flip(1), flip_time(z)
+        initial_state, bounds = flip_sequences(initial_state, cu_seqlens), mirror(cu_seqlens, u.shape[1])
+        du, ddt, dA, dB, dC, dD, dz, dbias, dinitial = backward(
+            grads, u, dt, A, B, C, D, z, dt_bias, initial_state, bounds, chunk_states, dt_softplus, False, chunk_size
         )
-        du, ddt, dA, dB, dC, dD, dz, dbias, dinitial = found
-        mirrored = [flip_time(t) for t in (du, ddt, dB, dC, dz)]
-        last = flip_sequences(dinitial, cu_seqlens)
-        return [mirrored[0], mirrored[1], dA, mirrored[2], mirrored[3], dD, mirrored[4], dbias, last]
+        du, ddt, dB, dC, dz = (flip_time(t) for t in (du, ddt, dB, dC, dz))
+        return [du, ddt, dA, dB, dC, dD, dz, dbias, flip_sequences(dinitial, cu_seqlens)]
     scan = _Scan(u, dt, A, B, C, dt_bias, dt_softplus)
     sequences = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     zeros = torch.zeros(sequences, *scan.shape, scan.size, dtype=scan.dtype, device=u.device)
@@ -201,7 +195,7 @@ def backward(
         dx = (adjoint @ chunk.B[..., None]).squeeze(-1)
         through_decay = adjoint.mul_(chunk.decay)
         carry = through_decay[0].clone()
-        if at_start:
+        if segment.first is not None:
             rows(dinitial, segment.first, cu_seqlens).copy_(carry)
         through_decay[1:] *= chunk.states[:-1]
         through_decay[0] *= h
