@@ -163,7 +163,6 @@ def backward(
         if segment.last is not None:
             carry = rows(dinitial, segment.last, cu_seqlens)
         inside = slice(segment.start, segment.stop)
-        at_start = segment.first is not None
         h = (
             rows(initial, segment.first, cu_seqlens)
             if segment.first is not None
