@@ -1,0 +1,116 @@
+"""Hydra around the verbs that take a composed configuration: its schema, its run folders, its errors."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+CONFIG_PATH = "pkg://sinuous.apps.configs"
+LAST = Path("checkpoints") / "last.ckpt"
+"""Where, in a run folder, the state lies from which the run goes on."""
+
+
+@dataclass
+class TrainSchema:
+    """What a configuration of `sinuous train` may hold. Misspelt keys and wrong types are errors of Hydra's."""
+
+    task_name: str = "train"
+    seed: int = 0
+    ckpt_path: str | None = None
+    output_dir: str = "${hydra:runtime.output_dir}"
+    test: bool = True
+    model: Any = field(default_factory=dict)
+    data: Any = field(default_factory=dict)
+    task: Any = field(default_factory=dict)
+    optimizer: Any = field(default_factory=dict)
+    scheduler: Any = field(default_factory=dict)
+    trainer: Any = field(default_factory=dict)
+    callbacks: Any = field(default_factory=dict)
+    logger: Any = field(default_factory=dict)
+
+
+@dataclass
+class EvalSchema:
+    """What a configuration of `sinuous eval` may hold."""
+
+    model_name: str = MISSING
+    checkpoint_path: str | None = None
+    pretrained: bool = False
+    task_name: str = "eval"
+    ckpt_path: str | None = None
+    output_dir: str = "${hydra:runtime.output_dir}"
+    seed: int = 0
+    split: str = "test"
+    model: Any = field(default_factory=dict)
+    data: Any = field(default_factory=dict)
+    trainer: Any = field(default_factory=dict)
+
+
+def newest_run(runs: str | os.PathLike[str]) -> Path:
+    """The folder in `runs` whose `checkpoints/last.ckpt` was written last.
+
+    Raises:
+        FileNotFoundError: if no run there has one.
+    """
+    found = sorted(Path(runs).glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(
+            f"ckpt_path=last: no run in {Path(runs).resolve()} has a {LAST}; train once without it, or give a path"
+        )
+    return found[-1].parents[1]
+
+
+def run_folder(runs: str, ckpt_path: str | None, now: str) -> str:
+    """Where a run writes: a folder of its own, or the one of the run that it goes on with."""
+    if ckpt_path == "last":
+        return str(newest_run(runs))
+    if ckpt_path and Path(ckpt_path).parts[-2:] == LAST.parts and Path(ckpt_path).is_file():
+        return str(Path(ckpt_path).parents[1])
+    return str(Path(runs) / now)
+
+
+def register() -> None:
+    """Make the schemas and the resolver `run_folder` known to Hydra. May be called again."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainSchema)
+    store.store(name="eval_schema", node=EvalSchema)
+    OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+
+
+def run_composed(work: Callable[[DictConfig], int], config_name: str, prog: str, argv: list[str]) -> int:
+    """Compose `config_name` with the overrides in `argv`, call `work` on it (once per job of a sweep), return its code.
+
+    Errors of Hydra's and of `work` come out as they were raised.
+    """
+    register()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing and ending the process
+    codes: list[int] = []
+    failures: list[Exception] = []
+
+    def job(config: DictConfig) -> None:
+        try:
+            codes.append(work(config))
+        except Exception as error:  # kept here, or Hydra would print a line of its own before raising it
+            failures.append(error)
+
+    if int(os.environ.get("RANK", 0)) > 0:
+        # Only the first process of torchrun makes a run folder; the others hear of it through the strategy.
+        quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null", "hydra.run.dir=."]
+        argv = [*argv, *quiet]
+    own = sys.argv
+    sys.argv = [prog, *argv]
+    try:
+        hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=config_name)(job)()
+    finally:
+        sys.argv = own
+    if failures:
+        raise failures[0]
+    return max(codes, default=0)

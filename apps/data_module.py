@@ -1,0 +1,125 @@
+"""The one DataModule: images with labels, in batches, the same order for the same seed wherever a run goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import Dataset, Sampler, Subset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+
+
+class LabelledImages(L.LightningDataModule):
+    """Batches `(images [B, C, H, W], labels [B])` of the three splits of a dataset.
+
+    Args:
+        dataset: `dataset(split=..., transform=...)` makes the `train`, `val` or `test` set.
+        train_transform: a PIL image to a tensor, with augmentation.
+        eval_transform: the same without.
+        batch_size: training images per batch and process.
+        num_classes: what the model predicts; the data must have as many classes.
+        in_chans: channels of an image.
+        img_size: height and width of an image.
+        mean: per channel, to show pictures as they were.
+        std: per channel, likewise.
+        eval_batch_size: images per batch without gradients.
+        num_workers: processes that read images; 0 reads in the training process, best for sets held in memory, and
+            the setting with which a run goes on exactly where it stopped.
+        repeats: times that an image comes in one batch, each time augmented anew (arXiv 1901.09335); 0 and 1 are once.
+        limit: use only so many training images.
+        seed: of the order of the training images, together with the epoch.
+
+    Raises:
+        ValueError: if the data has another number of classes than `num_classes`.
+    """
+
+    def __init__(
+        self,
+        dataset: Callable[..., Dataset[Any]],
+        train_transform: Callable[[Any], Any],
+        eval_transform: Callable[[Any], Any],
+        *,
+        batch_size: int,
+        num_classes: int,
+        in_chans: int,
+        img_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        eval_batch_size: int = 500,
+        num_workers: int = 0,
+        repeats: int = 0,
+        limit: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.dataset, self.train_transform, self.eval_transform = dataset, train_transform, eval_transform
+        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
+        self.num_classes, self.in_chans, self.img_size = num_classes, in_chans, img_size
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.repeats, self.limit, self.seed = repeats, limit, seed
+        self._sets: dict[str, Any] = {}
+
+    def split(self, name: str) -> Any:
+        """The dataset of one split."""
+        if name not in self._sets:
+            transform = self.train_transform if name == "train" else self.eval_transform
+            made: Any = self.dataset(split=name, transform=transform)
+            classes = list(made.classes)
+            if len(classes) != self.num_classes:
+                raise ValueError(
+                    f"the {name} data has {len(classes)} classes and the model predicts {self.num_classes}; "
+                    f"give data.num_classes={len(classes)}"
+                )
+            if name == "train" and self.limit is not None:
+                made = Subset(made, range(min(self.limit, len(made))))
+                made.classes = classes
+            self._sets[name] = made
+        return self._sets[name]
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        data = self.split("train")
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        if len(data) < self.batch_size * world:
+            raise ValueError(
+                f"{len(data)} training images do not fill one batch of {self.batch_size} on {world} process(es); "
+                f"lower data.batch_size"
+            )
+        sampler: Sampler[int]
+        if self.repeats > 1:
+            sampler = RepeatAugSampler(data, world, rank, shuffle=True, num_repeats=self.repeats)
+        else:
+            sampler = StatefulDistributedSampler(data, world, rank, shuffle=True, seed=self.seed)
+        # Worker processes take their indices before Lightning tells the sampler at which epoch a run goes on.
+        sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)  # type: ignore[attr-defined]
+        return self._loader(data, self.batch_size, sampler=sampler, drop_last=True)
+
+    def val_dataloader(self) -> StatefulDataLoader:
+        return self._evaluation("val")
+
+    def test_dataloader(self) -> StatefulDataLoader:
+        return self._evaluation("test")
+
+    def _evaluation(self, split: str) -> StatefulDataLoader:
+        data = self.split(split)
+        sampler = None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            sampler = StatefulDistributedSampler(data, dist.get_world_size(), dist.get_rank(), shuffle=False)
+        return self._loader(data, self.eval_batch_size, sampler=sampler)
+
+    def _loader(self, data: Any, batch_size: int, **options: Any) -> StatefulDataLoader:
+        return StatefulDataLoader(
+            data,
+            batch_size,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+            # Of its own: drawing the workers' seeds from the global generator would shift what follows.
+            generator=torch.Generator().manual_seed(self.seed),
+            **options,
+        )

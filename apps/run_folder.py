@@ -1,0 +1,72 @@
+"""What a run leaves in its folder besides metrics: checkpoints written whole or not at all, configuration, versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from omegaconf import DictConfig, OmegaConf
+
+_PACKAGES = (
+    "sinuous",
+    "torch",
+    "torchvision",
+    "triton",
+    "timm",
+    "lightning",
+    "torchmetrics",
+    "torchdata",
+    "hydra-core",
+    "numpy",
+)
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it, so that a killed run leaves the older file, not half a one.
+
+    Lightning's own way goes through the system's folder for temporary files, from where a rename can be a copy.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            raise OSError(
+                f"cannot write {target}: {error}; make room on the disk, then go on with ckpt_path=last"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def describe(folder: Path, config: DictConfig) -> None:
+    """Write `config.yaml`, the configuration with everything filled in, and `versions.json` into the run folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    versions = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    (folder / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+
+
+def keep_metrics(folder: Path) -> None:
+    """Set `metrics.csv` of the part that ran before aside: Lightning's CSV logger starts its file anew."""
+    current = folder / "metrics.csv"
+    if current.is_file():
+        number = len(list(folder.glob("metrics_*.csv"))) + 1
+        current.rename(folder / f"metrics_{number}.csv")

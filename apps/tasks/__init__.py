@@ -1,0 +1,1 @@
+"""What is trained for: each task is a LightningModule around an ordinary backbone."""

@@ -1,0 +1,176 @@
+"""`sinuous train`: Hydra composes, Lightning runs, the run folder keeps what came out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ProgressBar
+from omegaconf import DictConfig, OmegaConf
+
+from sinuous.apps import backends
+from sinuous.apps.callbacks import BestWeights, RunStopped
+from sinuous.apps.composition import LAST, run_composed
+from sinuous.apps.data_module import LabelledImages
+from sinuous.apps.pictures import prediction_grid
+from sinuous.apps.run_folder import WholeCheckpoints, describe, keep_metrics
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: list[str]) -> int:
+    """`sinuous train experiment=DOMAIN/NAME [key=value …]`."""
+    return run_composed(train, "train", "sinuous train", argv)
+
+
+def train(config: DictConfig) -> int:
+    """Train, test and draw what `config` describes; returns the exit code."""
+    quieten()
+    folder = Path(config.output_dir)
+    start = _start_of(config, folder)
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    data, task = make_data(config), make_task(config)
+    trainer = make_trainer(config)
+    if trainer.is_global_zero:
+        if start is not None and start.parents[1] == folder:
+            keep_metrics(folder)
+        describe(folder, config)
+        log.info("%s", first_line(trainer, task, data, ("train", "val", "test"), config.model))
+    began = time.perf_counter()
+    try:
+        trainer.fit(task, data, ckpt_path=start, weights_only=True)
+    except RunStopped as stop:
+        log.info("%s; go on with: sinuous train %s ckpt_path=%s", stop, _overrides(), stop.checkpoint)
+        return 128 + int(signal.Signals(stop.signum))
+    seconds = time.perf_counter() - began
+    if config.test:
+        _test(trainer, task, data, folder, seconds)
+    return 0
+
+
+def _start_of(config: DictConfig, folder: Path) -> Path | None:
+    if not config.ckpt_path:
+        return None
+    # With ckpt_path=last the run folder is that of the newest run; other processes of torchrun have none.
+    path = folder / LAST if config.ckpt_path == "last" else Path(config.ckpt_path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path.resolve()} to go on from; check ckpt_path")
+    try:
+        torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} is no intact checkpoint of sinuous train; take another one") from error
+    return path
+
+
+def _overrides() -> str:
+    overrides = hydra.core.hydra_config.HydraConfig.get().overrides.task
+    return " ".join(o for o in overrides if not o.startswith("ckpt_path="))
+
+
+def _test(trainer: L.Trainer, task: Any, data: LabelledImages, folder: Path, seconds: float) -> None:
+    best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestWeights) and c.best_model_path), None)
+    trainer.test(task, data, ckpt_path=best.best_model_path if best else None, verbose=False, weights_only=True)
+    if not trainer.is_global_zero:
+        return
+    accuracy = float(trainer.callback_metrics["test/accuracy"])
+    images = trainer.global_step * data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    log.info("trained for %.0f s in this run, %d steps, %s images seen", seconds, trainer.global_step, f"{images:,}")
+    log.info("test accuracy %.4f on %s images", accuracy, f"{sum(map(len, task.predictions)):,}")
+    if best:
+        log.info("weights: %s", best.weights)
+    log.info("predictions: %s", draw(task, data, folder, f"Test set, accuracy {accuracy:.2%}"))
+
+
+def draw(task: Any, data: LabelledImages, folder: Path, title: str, split: str = "test") -> Path:
+    """The page of predictions of the last test, in the run folder."""
+    pictures = data.split(split)
+    return prediction_grid(
+        torch.cat(task.predictions),
+        lambda index: pictures[index][0],
+        pictures.classes,
+        data.mean,
+        data.std,
+        title,
+        folder / "predictions.png",
+    )
+
+
+def quieten() -> None:
+    """Silence what Lightning says about itself; what it says about the run stays."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        "Checkpoint directory .* exists and is not empty.*",
+        "The number of training batches .* is smaller than the logging interval.*",
+        "'set_vital' is deprecated.*",
+        ".*find_unused_parameters=True.*",
+        ".*recommended to use .*devices=1.*",
+        "Experiment logs directory .* exists and is not empty.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def make_data(config: DictConfig) -> LabelledImages:
+    data: LabelledImages = hydra.utils.instantiate(config.data, _convert_="all")
+    return data
+
+
+def make_task(config: DictConfig) -> Any:
+    """The task with its model, optimizer and scheduler, as plain Python objects."""
+    return hydra.utils.instantiate(
+        config.task,
+        model=config.model,
+        optimizer=config.optimizer,
+        scheduler=config.scheduler,
+        _convert_="all",
+    )
+
+
+def make_trainer(config: DictConfig) -> L.Trainer:
+    """Lightning's Trainer, with precision chosen for the machine where the configuration says `auto`."""
+    options = OmegaConf.to_container(config.trainer, resolve=True)
+    assert isinstance(options, dict)
+    if options.get("precision") == "auto":
+        ampere = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+        options["precision"] = "bf16-mixed" if ampere and options["accelerator"] != "cpu" else "32-true"
+    callbacks = [hydra.utils.instantiate(c, _convert_="all") for c in config.get("callbacks", {}).values()]
+    loggers = [hydra.utils.instantiate(c, _convert_="all") for c in config.get("logger", {}).values()]
+    trainer: L.Trainer = hydra.utils.instantiate(
+        options,
+        callbacks=callbacks,
+        logger=loggers or False,
+        plugins=[WholeCheckpoints()],
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+        _convert_="all",
+    )
+    return trainer
+
+
+def first_line(
+    trainer: L.Trainer, task: Any, data: LabelledImages, splits: tuple[str, ...], model_config: DictConfig
+) -> str:
+    """Precision, device, backend of the ops, parameters and data sizes, in one line."""
+    device = trainer.strategy.root_device
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    model = task.model.to(device)
+    parameters = sum(p.numel() for p in model.parameters())
+    used = backends.of_model(model, (1, data.in_chans, data.img_size, data.img_size))
+    sizes = ", ".join(f"{len(data.split(name)):,} {name}" for name in splits)
+    ops = ", ".join(f"{op} by {backend}" for op, backend in used.items()) or "none of ours"
+    name = model_config.get("name") or model_config.get("model_name")
+    processes = f" × {trainer.world_size} processes" if trainer.world_size > 1 else ""
+    return (
+        f"precision {trainer.precision} on {device} ({machine}){processes}; ops: {ops}; "
+        f"{name} with {parameters:,} parameters; images: {sizes}; "
+        f"run folder {os.path.relpath(trainer.default_root_dir)}"
+    )

@@ -1,0 +1,197 @@
+"""`sinuous bench`: measurements that mean what their columns say."""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from sinuous.apps.bench import backbones, main, measure, op_cases, ops
+
+CPU = torch.device("cpu")
+MEGABYTE = 1_000_000
+
+
+def test_candidates_take_turns():
+    calls: list[str] = []
+    measure.round_robin(
+        {"a": lambda: (calls.append("a"), time.sleep(0.006)), "b": lambda: (calls.append("b"), time.sleep(0.006))},
+        CPU,
+        repeats=3,
+    )
+    assert calls == ["a", "a", "b", "b"] + ["a", "b"] * 3
+
+
+def test_short_calls_are_repeated_inside_a_sample():
+    count = 0
+
+    def call() -> None:
+        nonlocal count
+        count += 1
+        time.sleep(0.0005)
+
+    (sample,) = measure.round_robin({"short": call}, CPU, repeats=1)["short"]
+    assert count >= 5
+    assert 0.0005 <= sample < 0.005, "a sample is the mean of its calls, not their sum"
+
+
+def _allocate(megabytes: int) -> torch.Tensor:
+    return torch.zeros(megabytes * MEGABYTE // 4).add_(1)
+
+
+def _peaks() -> dict[str, float] | None:
+    kept = _allocate(30)
+    assert kept.numel()
+    return measure.peak_growth({"small": partial(_allocate, 20), "large": partial(_allocate, 80)}, CPU)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="reading one's own peak needs Linux")
+def test_peak_counts_what_a_call_needs_and_nothing_held_before():
+    peaks = measure.in_fresh_process(_peaks, timeout=120)
+    assert peaks["small"] == pytest.approx(20 * MEGABYTE, rel=0.15)
+    assert peaks["large"] == pytest.approx(80 * MEGABYTE, rel=0.15)
+
+
+def test_a_process_that_dies_or_hangs_gives_no_figure():
+    assert measure.in_fresh_process(os._exit, 1, timeout=60) is None
+    start = time.perf_counter()
+    assert measure.in_fresh_process(time.sleep, 600, timeout=3) is None
+    assert time.perf_counter() - start < 60
+
+
+def _rows(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+SMALL = ["--lengths", "48,96", "--batch", "2", "--dim", "8", "--state", "4", "--repeats", "1"]
+
+
+def test_ops_compares_every_backend_and_peer_on_the_same_function(tmp_path):
+    path = tmp_path / "ops.csv"
+    assert main(["ops", *SMALL, "--no-memory", "--csv", str(path)]) == 0
+    rows = _rows(path)
+    for case in op_cases.CASES.values():
+        mine = [row for row in rows if row["op"] == case.family.name]
+        wanted = {n for n, reason in op_cases.backends(case, CPU, torch.float32).items() if reason is None}
+        wanted |= {peer.name for peer in case.peers if peer.unavailable(CPU) is None}
+        for length in ("48", "96"):
+            for which in ops.PASSES:
+                part = [row for row in mine if row["length"] == length and row["pass"] == which]
+                assert {row["implementation"] for row in part} == wanted
+                assert all(float(row["median_ms"]) > 0 for row in part)
+        for row in mine:
+            if row["implementation"] == "nn.LSTM":
+                assert row["difference"] == ""
+            else:
+                assert float(row["difference"]) < 1e-5, row
+            if row["implementation"] == row["versus"]:
+                assert float(row["ratio"]) == 1
+
+
+def test_a_peer_that_computes_something_else_is_seen(monkeypatch):
+    case = op_cases.CAUSAL_CONV1D
+
+    def without_activation(inputs):
+        x, weight, bias = inputs.values()
+        return op_cases.Prepared(lambda: case.run("recurrent", x, weight, bias) * 1.01, list(inputs.values()))
+
+    wrong = op_cases.Peer("wrong", "torch", without_activation)
+    monkeypatch.setitem(op_cases.CASES, "causal_conv1d", replace(case, peers=(wrong,), versus="wrong"))
+    options = ops_options("--op", "causal_conv1d", "--lengths", "32", "--dim", "8", "--repeats", "1", "--no-memory")
+    rows = ops.run(options, lambda line: None)
+    assert [row["difference"] for row in rows if row["implementation"] == "wrong"] == pytest.approx(
+        [0.01] * 2, rel=0.01
+    )
+
+
+def ops_options(*arguments):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    ops.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def test_a_quadratic_candidate_is_left_out_before_it_runs():
+    budget = ops.Budget(limit=10)
+    budget.note("peer", "forward", 256, 0.5)
+    assert budget.allows("peer", "forward", 4096, quadratic=False)
+    assert not budget.allows("peer", "forward", 4096, quadratic=True)
+    assert budget.expected("peer", "forward", 1024, quadratic=True) == pytest.approx(8.0)
+
+
+def test_peaks_of_ours_and_of_a_peer_have_the_expected_order(tmp_path):
+    path = tmp_path / "ops.csv"
+    arguments = ["--op", "selective_scan", "--lengths", "1024", "--dim", "64", "--repeats", "1", "--csv", str(path)]
+    assert main(["ops", *arguments]) == 0
+    peaks = {row["implementation"]: row["peak_mb"] for row in _rows(path) if row["pass"] == "forward+backward"}
+    tensor = 2 * 1024 * 64 * 16 * 4 / MEGABYTE
+    assert float(peaks["mambapy"]) > 4 * tensor, "it holds several tensors of all states"
+    assert float(peaks["torch"]) < 3 * tensor
+
+
+def test_backbones_times_attention_fused_and_plain(tmp_path):
+    table, figure = tmp_path / "b.csv", tmp_path / "b.png"
+    arguments = ["--models", "deit_tiny_patch16_224,vit_tiny_patch16_224", "--sizes", "32,64", "--repeats", "1"]
+    assert main(["backbones", *arguments, "--no-memory", "--csv", str(table), "--figure", str(figure)]) == 0
+    rows = _rows(table)
+    assert len(rows) == 2 * 2 * 2
+    assert {row["tokens"] for row in rows if row["size"] == "64"} == {"17"}
+    assert {row["versus"] for row in rows} == {"vit_tiny_patch16_224, fused attention"}
+    assert figure.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_fused_and_plain_attention_are_the_same_model():
+    image = torch.randn(1, 3, 64, 64)
+    outputs = []
+    for kind in backbones.ATTENTION:
+        model = backbones.build("deit_tiny_patch16_224", 64, kind, CPU)
+        flags = {module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")}
+        assert flags == {kind == "fused attention"}
+        with torch.inference_mode():
+            outputs.append(model(image))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "wanted"),
+    [
+        ([4, 4, 4], [1, 4, 16], 200.0),
+        ([4, 4, 4], [2, 8, 32], 100 * 2**0.5),
+        ([1, 1, 1], [2, 2, 2], 100.0),
+        ([1, 3, 3], [2, 2, 2], None),
+        ([1, 4, 1], [2, 1, 4], 200 * 2**0.5),
+    ],
+)
+def test_crossing_is_where_ours_stays_ahead(ours, theirs, wanted):
+    found = backbones.crossing([100, 200, 400], ours, theirs)
+    assert found == (None if wanted is None else pytest.approx(wanted))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["ops", "--lengths", "12,x"], "--lengths"),
+        (["ops", "--lengths", "0"], "--lengths"),
+        (["backbones", "--sizes", "224;512"], "--sizes"),
+        (["backbones", "--models", "no_such_model"], "no_such_model"),
+        (["backbones", "--models", "deit_tiny_patch16_224", "--sizes", "32", "--versus", "x"], "--versus"),
+        pytest.param(
+            ["ops", "--device", "cuda"],
+            "--device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(arguments, named, capsys):
+    assert main(arguments) == 2
+    message = capsys.readouterr().err.strip()
+    assert named in message
+    assert "Traceback" not in message
+    assert message.count("\n") == 0
