@@ -1,0 +1,44 @@
+"""A causal mixer for each direction of time, averaged: how a recurrence sees the future."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from sinuous.core.mixers.contract import Mixer, build_mixer
+from sinuous.kernels.torch.packing import mirror
+
+
+class Bidirectional(Mixer):
+    """`y = (f(x) + flip(g(flip(x)))) / 2` for two causal mixers f, g of one kind, each with its own parameters.
+
+    Args:
+        name: a causal mixer by its registered name.
+        dim: width of the model.
+        **kwargs: for both constructors.
+
+    Raises:
+        ValueError: if there is no such mixer, or it already looks both ways.
+    """
+
+    causal: ClassVar[bool] = False
+    constant_state: ClassVar[bool] = False
+
+    def __init__(self, name: str, dim: int, **kwargs: Any) -> None:
+        super().__init__()
+        self.past = build_mixer(name, dim, **kwargs)
+        self.future = build_mixer(name, dim, **kwargs)
+        if not self.past.causal:
+            raise ValueError(f"mixer {name!r} already looks both ways; use it without Bidirectional")
+
+    def init_weights(self) -> None:
+        self.past.init_weights()
+        self.future.init_weights()
+
+    def no_weight_decay(self) -> set[str]:
+        return {f"{side}.{name}" for side in ("past", "future") for name in self.past.no_weight_decay()}
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+        bounds = mirror(cu_seqlens, x.shape[1])
+        return (self.past(x, cu_seqlens, grid) + self.future(x.flip(1), bounds, grid).flip(1)) / 2

@@ -1,0 +1,127 @@
+"""What a token mixer is, and the table of mixers by name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+State = Any
+"""A NamedTuple of tensors, batch first; each family has its own."""
+
+MixerClass = TypeVar("MixerClass", bound="type[Mixer]")
+StateClass = TypeVar("StateClass", bound=type)
+
+_MIXERS: dict[str, type[Mixer]] = {}
+
+
+class Mixer(nn.Module):
+    """Mixes information along time: `[B, T, dim]` to `[B, T, dim]`.
+
+    A causal mixer has `prefill`, `step` and `initial_state`, and obeys one law: `prefill` of a part of a sequence and
+    `step`s through the rest give what `forward` gives for the whole.
+
+    Attributes:
+        causal: output t depends on inputs up to t only.
+        constant_state: the state's size does not grow with the length of the past.
+    """
+
+    causal: ClassVar[bool]
+    constant_state: ClassVar[bool]
+
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None
+    ) -> Tensor:  # pragma: no cover
+        """Mix a batch of sequences.
+
+        Args:
+            x: `[B, T, dim]`; packed sequences are `[1, ΣT, dim]` with `cu_seqlens`.
+            cu_seqlens: boundaries of packed sequences, `[sequences + 1]`.
+            grid: (height, width) where the tokens are the cells of a grid, row by row; for mixers that look around.
+        """
+        raise NotImplementedError
+
+    def prefill(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Mix `[B, T, dim]` and go on from `state`; returns the output and the state after the last step."""
+        raise NotImplementedError(f"{type(self).__name__} looks at the future and has no state to carry; call forward")
+
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """One step: `[B, dim]` and a state to `[B, dim]` and the next state."""
+        y, state = self.prefill(x_t.unsqueeze(1), state)
+        return y.squeeze(1), state
+
+    def initial_state(
+        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """The state before the first step, on the device and in the dtype of the parameters if none is given."""
+        raise NotImplementedError(f"{type(self).__name__} looks at the future and has no state to carry; call forward")
+
+    def init_weights(self) -> None:
+        """Fill every parameter and buffer anew, as after `to_empty`."""
+        raise NotImplementedError
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of own parameters that weight decay should leave alone."""
+        return set()
+
+
+def register_state(cls: StateClass) -> StateClass:
+    """Let exported programs that carry a NamedTuple state be saved."""
+    _pytree._register_namedtuple(cls, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")
+    return cls
+
+
+def register_mixer(name: str) -> Callable[[MixerClass], MixerClass]:
+    """Class decorator: make a `Mixer` known to `build_mixer` under `name`.
+
+    Raises:
+        ValueError: if another mixer has that name.
+    """
+
+    def register(cls: MixerClass) -> MixerClass:
+        known = _MIXERS.setdefault(name, cls)
+        if known is not cls:
+            raise ValueError(f"mixer name {name!r} is taken by {known.__module__}.{known.__qualname__}; choose another")
+        return cls
+
+    return register
+
+
+def list_mixers() -> list[str]:
+    """Names of all registered mixers, sorted."""
+    return sorted(_MIXERS)
+
+
+def mixer_class(name: str) -> type[Mixer]:
+    """The class registered under `name`.
+
+    Raises:
+        ValueError: if there is none, naming the closest.
+    """
+    if name not in _MIXERS:
+        close = difflib.get_close_matches(name, _MIXERS, n=3, cutoff=0.4) or list_mixers()
+        raise ValueError(f"there is no mixer {name!r}; did you mean {' or '.join(map(repr, close))}?")
+    return _MIXERS[name]
+
+
+def mixer_options(name: str) -> frozenset[str]:
+    """Names of the keyword arguments that the mixer's constructor takes, besides `dim`."""
+    return frozenset(inspect.signature(mixer_class(name)).parameters) - {"dim"}
+
+
+def build_mixer(name: str, dim: int, **kwargs: Any) -> Mixer:
+    """A mixer of width `dim`; keyword arguments go to its constructor.
+
+    Raises:
+        ValueError: if there is no such mixer, naming the closest.
+        TypeError: if the mixer does not take a keyword argument, naming those that it takes.
+    """
+    cls, known = mixer_class(name), mixer_options(name)
+    if unknown := sorted(set(kwargs) - known):
+        raise TypeError(f"mixer {name!r} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    return cls(dim, **kwargs)

@@ -1,0 +1,175 @@
+"""Mamba: a gated selective scan behind a short convolution.
+
+    x, z = in_proj(u)                       two halves of width E = expand · dim
+    x = silu(causal_conv1d(x))
+    Δ, B, C = x_proj(x)                     Δ of rank R, raised to E by dt_proj
+    y = out_proj(selective_scan(x, Δ, A, B, C, D) ⊙ silu(z))
+
+Source: Gu and Dao (arXiv 2312.00752), section 3.4 and figure 3; names of parameters as in state-spaces/mamba.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sinuous.core import norms
+from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
+from sinuous.core.ops import causal_conv1d, selective_scan  # noqa: F401  (registers torch.ops.sinuous)
+
+
+@register_state
+class MambaState(NamedTuple):
+    """conv: the last W-1 inputs of the convolution, `[B, W-1, E]`; ssm: state of the scan, `[B, E, N]`, fp32 or fp64."""
+
+    conv: Tensor
+    ssm: Tensor
+
+
+def s6(
+    x: Tensor,
+    z: Tensor,
+    projected: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """The scan of one direction with its gate: `[B, T, E]` and the state after the last step.
+
+    Args:
+        x: output of the convolution, `[B, T, E]`.
+        z: gate before its activation, `[B, T, E]`.
+        projected: `x_proj(x)`, `[B, T, R + 2N]`, in the order Δ, B, C.
+        dt_weight: `[E, R]`; dt_bias, D: `[E]`; A_log: `[E, N]`.
+    """
+    rank, state = dt_weight.shape[1], A_log.shape[1]
+    dt, B, C = projected.split([rank, state, state], dim=-1)
+    A = -torch.exp(norms.at_least_fp32(A_log))
+    y, final, _ = torch.ops.sinuous.selective_scan(
+        x, F.linear(dt, dt_weight), A, B, C, D, z, dt_bias, initial_state, cu_seqlens, True, reverse, ""
+    )
+    return y, final
+
+
+def init_dt(projection: nn.Linear, dt_min: float = 1e-3, dt_max: float = 0.1, floor: float = 1e-4) -> None:
+    """Step sizes log-uniform in [dt_min, dt_max] at the start, spread by a projection that preserves variance."""
+    bound = projection.in_features**-0.5
+    nn.init.uniform_(projection.weight, -bound, bound)
+    with torch.no_grad():
+        span = torch.rand_like(projection.bias, dtype=torch.float32) * math.log(dt_max / dt_min)
+        dt = torch.exp(span + math.log(dt_min)).clamp(min=floor)
+        projection.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+
+def init_A_log(A_log: Tensor) -> None:
+    """`A = -(1, …, N)` in every channel: S4D's real initialisation."""
+    with torch.no_grad():
+        A_log.copy_(torch.arange(1, A_log.shape[1] + 1, dtype=torch.float32, device=A_log.device).log().expand_as(A_log))
+
+
+@register_mixer("mamba")
+class Mamba(Mixer):
+    """Mamba's mixer.
+
+    Args:
+        dim: width of the model.
+        d_state: N, size of the state per channel.
+        d_conv: W, taps of the convolution.
+        expand: E / dim.
+        dt_rank: R; `None` is ceil(dim / 16).
+
+    Raises:
+        ValueError: if a size is less than 1.
+    """
+
+    causal: ClassVar[bool] = True
+    constant_state: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        check_sizes(dim=dim, d_state=d_state, d_conv=d_conv, d_inner=int(expand * dim))
+        self.d_inner = int(expand * dim)
+        self.d_state = d_state
+        self.d_conv = d_conv
+        rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
+        self.in_proj = nn.Linear(dim, 2 * self.d_inner, bias=False, **dd)
+        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, **dd)
+        self.x_proj = nn.Linear(self.d_inner, rank + 2 * d_state, bias=False, **dd)
+        self.dt_proj = nn.Linear(rank, self.d_inner, **dd)
+        self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state, **dd))
+        self.D = nn.Parameter(torch.empty(self.d_inner, **dd))
+        self.out_proj = nn.Linear(self.d_inner, dim, bias=False, **dd)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        for layer in (self.in_proj, self.conv1d, self.x_proj, self.out_proj):
+            layer.reset_parameters()
+        init_dt(self.dt_proj)
+        init_A_log(self.A_log)
+        nn.init.ones_(self.D)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"A_log", "D"}
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+        return self._mix(x, None, None, cu_seqlens)[0]
+
+    def _mix(
+        self, x: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x, conv_state = torch.ops.sinuous.causal_conv1d(
+            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state, cu_seqlens, True, False, ""
+        )
+        y, ssm_state = s6(
+            x,
+            z,
+            self.x_proj(x),
+            self.dt_proj.weight,
+            self.dt_proj.bias,
+            self.A_log,
+            self.D,
+            ssm_state,
+            cu_seqlens,
+            False,
+        )
+        return self.out_proj(y), conv_state, ssm_state
+
+    def prefill(self, x: Tensor, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
+        conv, ssm = (None, None) if state is None else state
+        y, conv, ssm = self._mix(x, conv, ssm, None)
+        return y, MambaState(conv, ssm)
+
+    def initial_state(
+        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> MambaState:
+        weight = self.in_proj.weight
+        device = weight.device if device is None else device
+        dtype = weight.dtype if dtype is None else dtype
+        conv = torch.zeros(batch_size, self.d_conv - 1, self.d_inner, device=device, dtype=dtype)
+        inner = torch.float64 if dtype == torch.float64 else torch.float32
+        return MambaState(conv, torch.zeros(batch_size, self.d_inner, self.d_state, device=device, dtype=inner))
+
+
+def check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1 (got {size})")
