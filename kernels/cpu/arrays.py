@@ -1,0 +1,69 @@
+"""Tensors as a C kernel takes them: one floating point type, channels contiguous, any strides over batch and time."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sinuous.kernels.torch.packing import mirror
+
+
+def real(x: Tensor) -> torch.dtype:
+    """The type that a kernel computes in: double for double, float for all else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class Timed(NamedTuple):
+    """A tensor `[B, T, …]` in processing order: `pointer` is at the step that is processed first."""
+
+    tensor: Tensor | None  # keeps the memory alive during the call
+    pointer: int
+    batch: int
+    time: int
+
+    @classmethod
+    def of(cls, t: Tensor | None, dtype: torch.dtype, reverse: bool) -> Timed:
+        if t is None:
+            return cls(None, 0, 0, 0)
+        t = t.to(dtype)
+        if t.stride(-1) != 1 and t.shape[-1] > 1:
+            t = t.contiguous()
+        batch, time = t.stride(0), t.stride(1)
+        if not reverse:
+            return cls(t, t.data_ptr(), batch, time)
+        return cls(t, t.data_ptr() + max(t.shape[1] - 1, 0) * time * t.element_size(), batch, -time)
+
+
+def whole(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if t is None else t.to(dtype).contiguous()
+
+
+def pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def bounds(cu_seqlens: Tensor | None, length: int, reverse: bool) -> Tensor | None:
+    """Sequence boundaries in processing order as contiguous int64."""
+    if cu_seqlens is None:
+        return None
+    ordered = mirror(cu_seqlens, length) if reverse else cu_seqlens
+    return ordered.to(torch.int64).contiguous() if ordered is not None else None
+
+
+class Structure(ctypes.Structure):
+    """A struct of 8-byte fields, all numbers or addresses, its own size first."""
+
+    def __init__(self, **values: int) -> None:
+        super().__init__(struct_bytes=ctypes.sizeof(self), **values)
+
+
+def fields(names: str) -> list[tuple[str, type[ctypes.c_int64]]]:
+    return [(name, ctypes.c_int64) for name in ("struct_bytes", *names.split())]
+
+
+def run(function: ctypes._NamedFuncPointer, arguments: Structure) -> None:
+    if function(ctypes.byref(arguments)) != 0:
+        raise RuntimeError(f"a C kernel could not run: out of memory, or compiled for another layout than {arguments}")
