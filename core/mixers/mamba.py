@@ -24,7 +24,7 @@ from sinuous.core.ops import causal_conv1d, selective_scan  # noqa: F401  (regis
 
 @register_state
 class MambaState(NamedTuple):
-    """conv: the last W-1 inputs of the convolution, `[B, W-1, E]`; ssm: state of the scan, `[B, E, N]`, fp32 or fp64."""
+    """conv: the last W-1 inputs of the convolution, `[B, W-1, E]`; ssm: the scan's state, `[B, E, N]`, fp32 or fp64."""
 
     conv: Tensor
     ssm: Tensor
@@ -72,7 +72,9 @@ def init_dt(projection: nn.Linear, dt_min: float = 1e-3, dt_max: float = 0.1, fl
 def init_A_log(A_log: Tensor) -> None:
     """`A = -(1, …, N)` in every channel: S4D's real initialisation."""
     with torch.no_grad():
-        A_log.copy_(torch.arange(1, A_log.shape[1] + 1, dtype=torch.float32, device=A_log.device).log().expand_as(A_log))
+        A_log.copy_(
+            torch.arange(1, A_log.shape[1] + 1, dtype=torch.float32, device=A_log.device).log().expand_as(A_log)
+        )
 
 
 @register_mixer("mamba")

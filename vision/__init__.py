@@ -1,0 +1,7 @@
+"""Images: backbones, datasets and what to do with them. Importing this registers the models with timm and with us."""
+
+from __future__ import annotations
+
+from sinuous.vision import vim
+
+__all__ = ["vim"]

@@ -1,0 +1,541 @@
+"""Vision Mamba: image patches in a row, scanned from both ends, with the class token in the middle.
+
+Paper: Zhu, Liao, Zhang, Wang, Liu and Wang, "Vision Mamba: Efficient Visual Representation Learning with Bidirectional
+State Space Model" (arXiv 2401.09417, ICML 2024). Reference: https://github.com/hustvl/Vim (Apache-2.0). This is an
+independent implementation; parameters have the reference's names, so that its `model` dictionaries load as they are:
+
+    model = sinuous.create_model("vim_tiny_patch16_224", checkpoint_path="vim_t_midclstok_76p1acc.pth")
+
+Shapes: B batch, M patches, L = M + 1 tokens, D width; the class token is token M // 2.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    get_device_dtype,
+    lecun_normal_,
+    register_notrace_function,
+    resample_abs_pos_embed,
+    resample_patch_embed,
+    to_2tuple,
+    trunc_normal_,
+)
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
+from torch import Tensor, nn
+from torchvision.datasets import FashionMNIST
+
+from sinuous.core import norms
+from sinuous.core.blocks import MixerBlock
+from sinuous.core.mixers import Bidirectional, Mixer, build_mixer, mixer_class
+from sinuous.core.mixers import mixer_options as options_of
+from sinuous.core.registry import check_weights, register_vision_model
+
+__all__ = ["Vim", "checkpoint_filter_fn"]
+
+IntOrPair = int | tuple[int, int]
+
+POOLS = ("token", "avg", "")
+
+# Widths and depths; all variants have a state of 16 unless they say otherwise, expansion 2 and 4 taps.
+SIZES: dict[str, dict[str, Any]] = {
+    "vim_tiny_patch16_224": {"patch_size": 16, "embed_dim": 192, "depth": 24},
+    "vim_tiny_patch16_stride8_224": {"patch_size": 16, "stride": 8, "embed_dim": 192, "depth": 24},
+    "vim_small_patch16_224": {"patch_size": 16, "embed_dim": 384, "depth": 24},
+    "vim_small_patch16_stride8_224": {"patch_size": 16, "stride": 8, "embed_dim": 384, "depth": 24},
+    "vim_base_patch16_224": {"patch_size": 16, "embed_dim": 768, "depth": 24},
+    "vim_nano": {
+        "img_size": 28,
+        "patch_size": 4,
+        "in_chans": 1,
+        "num_classes": 10,
+        "embed_dim": 96,
+        "depth": 8,
+        "d_state": 8,
+    },
+    "test_vim": {"patch_size": 8, "embed_dim": 32, "depth": 4, "d_state": 8},
+}
+
+
+def grid_of(img_size: tuple[int, int], patch_size: tuple[int, int], stride: tuple[int, int]) -> tuple[int, int]:
+    """Patches per axis: floor((size - patch) / stride) + 1."""
+    height, width = ((s - p) // d + 1 for s, p, d in zip(img_size, patch_size, stride, strict=True))
+    return height, width
+
+
+def resize_pos_embed(pos_embed: Tensor, old_grid: list[int], new_grid: list[int]) -> Tensor:
+    """Position embeddings `[1, M+1, D]` for another grid: the middle row stays the class token's, the others are
+    interpolated bicubically."""
+    middle = (pos_embed.shape[1] - 1) // 2
+    patches = torch.cat([pos_embed[:, :middle], pos_embed[:, middle + 1 :]], 1)
+    patches = resample_abs_pos_embed(patches, new_grid, old_grid, num_prefix_tokens=0)
+    new = patches.shape[1] // 2
+    return torch.cat([patches[:, :new], pos_embed[:, middle : middle + 1], patches[:, new:]], 1)
+
+
+@register_notrace_function
+def fit_pos_embed(pos_embed: Tensor, grid: list[int], height: int, width: int, dynamic: bool) -> Tensor:
+    """Position embeddings for a map of `height` × `width` patches, resampled if `dynamic`."""
+    if height == grid[0] and width == grid[1]:
+        return pos_embed
+    if not dynamic:
+        raise ValueError(
+            f"the image has {height} x {width} patches and the model is made for {grid[0]} x {grid[1]}; resize the "
+            "image, call set_input_size, or build the model with dynamic_img_size=True"
+        )
+    return resize_pos_embed(pos_embed, grid, [height, width])
+
+
+class PatchEmbed(nn.Module):
+    """A convolution that cuts an image into patches `[B, D, h, w]`; patches overlap where the stride is smaller."""
+
+    def __init__(
+        self,
+        img_size: IntOrPair,
+        patch_size: IntOrPair,
+        stride: IntOrPair | None,
+        in_chans: int,
+        embed_dim: int,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.img_size = to_2tuple(img_size)
+        self.patch_size = to_2tuple(patch_size)
+        self.stride = self.patch_size if stride is None else to_2tuple(stride)
+        self.grid_size = self._grid()
+        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, device=device, dtype=dtype)
+
+    def _grid(self) -> tuple[int, int]:
+        if any(size < patch for size, patch in zip(self.img_size, self.patch_size, strict=True)):
+            raise ValueError(
+                f"img_size must be at least patch_size {self.patch_size} (got {self.img_size}); "
+                "give larger images or a smaller patch_size"
+            )
+        return grid_of(self.img_size, self.patch_size, self.stride)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: IntOrPair | None = None, patch_size: IntOrPair | None = None) -> None:
+        """Another image size; another patch size resamples the kernel and keeps the share of the patch that the stride
+        skips."""
+        old_size, old_patch, old_stride = self.img_size, self.patch_size, self.stride
+        self.img_size = self.img_size if img_size is None else to_2tuple(img_size)
+        if patch_size is not None:
+            self.patch_size = to_2tuple(patch_size)
+            ratios = zip(old_stride, self.patch_size, old_patch, strict=True)
+            self.stride = tuple(max(1, round(s * new / old)) for s, new, old in ratios)
+        try:
+            self.grid_size = self._grid()
+        except ValueError:
+            self.img_size, self.patch_size, self.stride = old_size, old_patch, old_stride
+            raise
+        if self.patch_size != old_patch:
+            weight = resample_patch_embed(self.proj.weight.detach(), list(self.patch_size))
+            self.proj.weight = nn.Parameter(weight, requires_grad=self.proj.weight.requires_grad)
+            self.proj.kernel_size, self.proj.stride = self.patch_size, self.stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+class Vim(nn.Module):
+    """Vision Mamba.
+
+    Args:
+        img_size: height and width in pixels, or one number for both; any aspect.
+        patch_size: side of a patch.
+        stride: distance of patches; the patch size if absent.
+        in_chans: channels of the image.
+        num_classes: outputs of the head; 0 for features.
+        global_pool: what the head reads: `"token"` the class token, `"avg"` the mean over patches, `""` everything.
+        embed_dim: D, width of the residual stream.
+        depth: number of blocks.
+        d_state, d_conv, expand: sizes of the mixers, for those mixers that have them.
+        mixer: `"vim_pair"`, or any other registered mixer; a causal one gets a twin that runs from the end.
+        mixer_options: further keyword arguments of the mixer, such as `backward_dt_init="reference"`.
+        drop_rate: dropout after the position embedding.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
+        dynamic_img_size: accept images of every size; position embeddings are then resampled in each call.
+
+    Raises:
+        ValueError: if an image is smaller than a patch, or `global_pool` or `mixer` is unknown.
+    """
+
+    num_prefix_tokens = 0  # the class token stands in the middle
+    output_fmt = "NLC"
+
+    def __init__(
+        self,
+        img_size: IntOrPair = 224,
+        patch_size: IntOrPair = 16,
+        stride: IntOrPair | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 192,
+        depth: int = 24,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        mixer: str = "vim_pair",
+        mixer_options: dict[str, Any] | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        dynamic_img_size: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        _check_pool(global_pool)
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.global_pool = global_pool
+        self.dynamic_img_size = dynamic_img_size
+        self.grad_checkpointing = False
+
+        self.patch_embed = PatchEmbed(img_size, patch_size, stride, in_chans, embed_dim, **dd)
+        height, width = self.patch_embed.grid_size
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
+        self.pos_embed = nn.Parameter(torch.empty(1, height * width + 1, embed_dim, **dd))
+        self.pos_drop = nn.Dropout(drop_rate)
+        options = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
+        options = {name: value for name, value in options.items() if name in options_of(mixer)}
+        options = {**options, **(mixer_options or {}), **dd}
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        self.layers = nn.ModuleList(
+            MixerBlock(norms.RMSNorm(embed_dim, **dd), _looking_both_ways(mixer, embed_dim, options), rate)
+            for rate in rates
+        )
+        self.feature_info = [
+            {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": max(self.patch_embed.stride)}
+            for i in range(depth)
+        ]
+        self.norm_f = norms.RMSNorm(embed_dim, **dd)
+        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Fill every parameter anew, with the reference's distributions (section 4.1 of the paper follows DeiT)."""
+        lecun_normal_(self.patch_embed.proj.weight)
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        trunc_normal_(self.cls_token, std=0.02)
+        trunc_normal_(self.pos_embed, std=0.02)
+        for block in self.layers:
+            block.norm.reset_parameters()
+            block.mixer.init_weights()
+        with torch.no_grad():
+            for name, parameter in self.layers.named_parameters():
+                if name.endswith("out_proj.weight"):  # GPT-2's rule for layers that write to the residual stream
+                    parameter.div_(math.sqrt(len(self.layers)))
+        if isinstance(self.norm_f, norms.RMSNorm):
+            self.norm_f.reset_parameters()
+        self._init_head()
+
+    def _init_head(self) -> None:
+        if isinstance(self.head, nn.Linear):
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        mixers = {f"layers.{i}.mixer.{name}" for i, b in enumerate(self.layers) for name in b.mixer.no_weight_decay()}
+        return {"cls_token", "pos_embed", *mixers}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {
+            "stem": r"^cls_token|^pos_embed|^patch_embed",
+            "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh head with the device, dtype and mode of the model, none for 0 classes. Pooling stays if absent."""
+        dd = get_device_dtype(self)
+        if global_pool is not None:
+            self.global_pool = _check_pool(global_pool)
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head.train(self.training)
+        self._init_head()
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: IntOrPair | None = None, patch_size: IntOrPair | None = None) -> None:
+        """Another image size or patch size: position embeddings and patch kernel are resampled.
+
+        Raises:
+            ValueError: if images are smaller than patches.
+        """
+        old_grid = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(img_size, patch_size)
+        grid = self.patch_embed.grid_size
+        if grid != old_grid:
+            resized = resize_pos_embed(self.pos_embed.detach(), list(old_grid), list(grid))
+            self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
+        for info in self.feature_info:
+            info["reduction"] = max(self.patch_embed.stride)
+        update_model_input_size(
+            self,
+            self.patch_embed.img_size,
+            patch_size=self.patch_embed.patch_size,
+            stride=self.patch_embed.stride,
+        )
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """Image `[B, C, H, W]` to the residual stream `[B, L, D]`, in fp32 at least."""
+        x = self.patch_embed(x)
+        grid = self.patch_embed.grid_size
+        pos_embed = fit_pos_embed(self.pos_embed, grid, x.shape[2], x.shape[3], self.dynamic_img_size)
+        x = x.flatten(2).transpose(1, 2)
+        middle = x.shape[1] // 2
+        x = torch.cat([x[:, :middle], self.cls_token.expand(x.shape[0], -1, -1), x[:, middle:]], 1)
+        return norms.at_least_fp32(self.pos_drop(x + pos_embed))
+
+    def _finish(self, x: Tensor) -> Tensor:
+        return self.norm_f(x).to(self.pos_embed.dtype)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Image `[B, C, H, W]` to tokens `[B, L, D]`, the class token among them at `(L - 1) // 2`."""
+        x = self._embed(x)
+        for block in self.layers:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x)
+            else:
+                x = block(x)
+        return self._finish(x)
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The residual stream after chosen blocks, without the class token.
+
+        Args:
+            x: image `[B, C, H, W]`.
+            indices: which blocks; an int is the last so many, None is all.
+            norm: apply the final norm to them.
+            stop_early: leave out the blocks after the last of them.
+            output_fmt: `"NCHW"` for maps `[B, D, h, w]`, `"NLC"` for `[B, M, D]`.
+            intermediates_only: return them alone, else `(forward_features(x), them)`.
+
+        Raises:
+            ValueError: if `output_fmt` is neither.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC' (got {output_fmt!r})")
+        taken, last = feature_take_indices(len(self.layers), indices)
+        stride, patch = self.patch_embed.stride, self.patch_embed.patch_size
+        height, width = grid_of((x.shape[2], x.shape[3]), patch, stride)
+        x = self._embed(x)
+        intermediates = []
+        for i, block in enumerate(self.layers[: last + 1] if stop_early else self.layers):
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+            if i in taken:
+                tap = without_class_token(self._finish(x) if norm else x.to(self.pos_embed.dtype))
+                intermediates.append(tap.mT.unflatten(2, (height, width)) if output_fmt == "NCHW" else tap)
+        return intermediates if intermediates_only else (self._finish(x), intermediates)
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what intermediates at `indices` do not need; returns the indices kept."""
+        taken, last = feature_take_indices(len(self.layers), indices)
+        self.layers = self.layers[: last + 1]
+        if prune_norm:
+            self.norm_f = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return taken
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens `[B, L, D]` to logits, or to what the classifier reads."""
+        if self.global_pool == "token":
+            x = x[:, (x.shape[1] - 1) // 2]
+        elif self.global_pool == "avg":
+            x = without_class_token(x).mean(1)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def without_class_token(x: Tensor) -> Tensor:
+    """`[B, M+1, D]` to the patches `[B, M, D]`."""
+    middle = (x.shape[1] - 1) // 2
+    return torch.cat([x[:, :middle], x[:, middle + 1 :]], 1)
+
+
+def _looking_both_ways(name: str, dim: int, options: dict[str, Any]) -> Mixer:
+    return Bidirectional(name, dim, **options) if mixer_class(name).causal else build_mixer(name, dim, **options)
+
+
+def _check_pool(global_pool: str) -> str:
+    if global_pool not in POOLS:
+        raise ValueError(f"global_pool must be one of {', '.join(map(repr, POOLS))} (got {global_pool!r})")
+    return global_pool
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: Vim) -> dict[str, Tensor]:
+    """The authors' checkpoints, or our own, as `model` needs them: unwrapped and resampled to its grid and patch.
+
+    Unlike the authors' fine-tuning script, which takes the first rows of `pos_embed` for the class token's, this takes
+    the middle row, where it lies.
+
+    Raises:
+        ValueError: if the weights are of another model, or their grid cannot be told from their number.
+    """
+    for wrapper in ("model", "state_dict"):
+        state_dict = state_dict.get(wrapper, state_dict)
+    state = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+    embed = model.patch_embed
+    kernel, pos_embed = state.get("patch_embed.proj.weight"), state.get("pos_embed")
+    if kernel is not None and kernel.ndim == 4 and pos_embed is not None:
+        grid = _grid_of_checkpoint(model, pos_embed.shape[1] - 1, (kernel.shape[2], kernel.shape[3]))
+        if grid != embed.grid_size:
+            state["pos_embed"] = resize_pos_embed(pos_embed, list(grid), list(embed.grid_size))
+        state["patch_embed.proj.weight"] = resample_patch_embed(kernel, list(embed.patch_size))
+    check_weights(state, model, adapted=("head.", "patch_embed.proj.weight"))
+    return state
+
+
+def _grid_of_checkpoint(model: Vim, patches: int, patch_size: tuple[int, int]) -> tuple[int, int]:
+    height, width = model.patch_embed.grid_size
+    if patches == height * width and height != width:
+        made_for = getattr(model, "pretrained_model_args", {}).get("img_size", model.patch_embed.img_size)
+        if to_2tuple(made_for) == model.patch_embed.img_size:
+            return height, width
+    side = math.isqrt(patches)
+    if side * side == patches:
+        return side, side
+    if patches == height * width:
+        return height, width
+    raise ValueError(
+        f"the checkpoint has {patches} patches, which is no square, so that their grid is not known; build the model "
+        "with the img_size of the checkpoint, then call set_input_size"
+    )
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "fixed_input_size": True,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+        "paper_name": "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
+        "paper_ids": "arXiv:2401.09417",
+        "origin_url": "https://github.com/hustvl/Vim",
+        **kwargs,
+    }
+
+
+def _nano_cfgs() -> dict[str, Any]:
+    cfg = _cfg(input_size=(1, 28, 28), num_classes=10, mean=(0.5,), std=(0.5,), crop_pct=1.0)
+    weights = Path(__file__).parent / "weights" / "vim_nano.fashion_mnist.safetensors"
+    if not weights.exists():
+        return {"vim_nano.untrained": cfg}
+    trained = {
+        "file": str(weights),
+        "mean": (0.2860,),
+        "std": (0.3530,),
+        "label_names": tuple(FashionMNIST.classes),
+        "description": "trained on Fashion-MNIST; the JSON file beside the weights says how and with what result",
+    }
+    return {"vim_nano.fashion_mnist": {**cfg, **trained}}
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        **{f"{name}.untrained": _cfg() for name in SIZES if name.endswith("_224")},
+        **_nano_cfgs(),
+        "test_vim.untrained": _cfg(input_size=(3, 64, 64)),
+    }
+)
+
+
+def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> Vim:
+    sizes = {**SIZES[variant], **kwargs}
+    depth = sizes.get("depth", 24)
+    quarters = tuple(sorted({max(0, depth * (k + 1) // 4 - 1) for k in range(4)}))
+    vim: Vim = build_model_with_cfg(
+        Vim,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": quarters, "feature_cls": "getter"},
+        **sizes,
+    )
+    return vim
+
+
+@register_vision_model
+def vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-Ti: 76.1 % on ImageNet-1k in the paper."""
+    return _create_vim("vim_tiny_patch16_224", pretrained, **kwargs)
+
+
+@register_vision_model
+def vim_tiny_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-Ti fine-tuned with overlapping patches: 78.3 % in the paper."""
+    return _create_vim("vim_tiny_patch16_stride8_224", pretrained, **kwargs)
+
+
+@register_vision_model
+def vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-S: 80.5 % in the paper."""
+    return _create_vim("vim_small_patch16_224", pretrained, **kwargs)
+
+
+@register_vision_model
+def vim_small_patch16_stride8_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-S fine-tuned with overlapping patches: 81.6 % in the paper."""
+    return _create_vim("vim_small_patch16_stride8_224", pretrained, **kwargs)
+
+
+@register_vision_model
+def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """Vim-B: 81.9 % in the paper."""
+    return _create_vim("vim_base_patch16_224", pretrained, **kwargs)
+
+
+@register_vision_model
+def vim_nano(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """For images of 28 to 64 pixels, small enough to train on a laptop's CPU; ours, not the paper's."""
+    return _create_vim("vim_nano", pretrained, **kwargs)
+
+
+@register_vision_model
+def test_vim(pretrained: bool = False, **kwargs: Any) -> Vim:  # noqa: PT028
+    """For tests: every mechanism at the smallest size."""
+    return _create_vim("test_vim", pretrained, **kwargs)
