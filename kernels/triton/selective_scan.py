@@ -41,12 +41,17 @@ class Blocks(NamedTuple):
     warps: int
     count: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        """Compile options; Triton 3.10 no longer fuses multiplications with additions unless asked."""
+        return {"num_warps": self.warps, "enable_fp_fusion": True}
 
-def blocks(width: int, groups: int, state: int, elements: int) -> Blocks:
-    """Share `width` channels in `groups` among programs that hold about `elements` states in registers."""
+
+def blocks(width: int, groups: int, state: int, per_warp: int) -> Blocks:
+    """Share `width` channels in `groups` among programs; a warp holds `per_warp` elements of the state in registers."""
     padded = triton.next_power_of_2(state)
-    channels = max(1, min(64, elements // padded, triton.next_power_of_2(width // groups)))
-    warps = min(8, max(1, channels * padded // 512))
+    channels = max(1, min(64, 1024 // padded, triton.next_power_of_2(width // groups)))
+    warps = min(8, max(1, channels * padded // per_warp))
     return Blocks(channels, padded, warps, groups * triton.cdiv(width // groups, channels))
 
 
@@ -269,8 +274,8 @@ def forward(
     u, dt, A, B, C = (t.contiguous() for t in (u, dt, A, B, C))
     D, z, dt_bias = (None if t is None else t.contiguous() for t in (D, z, dt_bias))
     marks = None if cu_seqlens is None else boundaries(cu_seqlens, length, chunk_size, reverse)
-    shape = blocks(width, groups, state, 1024)
-    block = {"N": state, "BD": shape.channels, "BN": shape.state, "CHUNK": chunk_size, "num_warps": shape.warps}
+    shape = blocks(width, groups, state, 512)
+    block = {"N": state, "BD": shape.channels, "BN": shape.state, "CHUNK": chunk_size, **shape.options}
     fixed = {"PACKED": marks is not None, "ACC": ACCUMULATOR.get(u.dtype, tl.float32)}
     steps = {"GROUPS": groups, "SOFTPLUS": dt_softplus, "BIASED": dt_bias is not None, "REVERSE": reverse}
     starts, stops, cut = (None, None, None) if marks is None else (marks.starts, marks.stops, marks.chunk_starts)

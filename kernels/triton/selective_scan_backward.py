@@ -32,8 +32,9 @@ from sinuous.kernels.triton.selective_scan import (
 LN_2 = tl.constexpr(0.6931471805599453)
 SUB = 16
 """Steps whose states are held in scratch at once; it divides the chunk size."""
-PROGRAMS = 2048
-"""About as many programs share the chunks: one warp each, enough for any GPU; their number fixes the order of sums."""
+PROGRAMS = 1024
+"""About as many programs share the chunks, of four warps each: more than fit on a GPU at once. Their number must not
+depend on the device, since it fixes the order of sums."""
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -247,8 +248,8 @@ def backward(
     marks = None if cu_seqlens is None else boundaries(cu_seqlens, length, chunk_size, reverse)
     starts, stops, cut = (None, None, None) if marks is None else (marks.starts, marks.stops, marks.chunk_stops)
 
-    shape = blocks(width, groups, state, 512)
-    block = {"N": state, "BD": shape.channels, "BN": shape.state, "CHUNK": chunk_size, "num_warps": shape.warps}
+    shape = blocks(width, groups, state, 256)
+    block = {"N": state, "BD": shape.channels, "BN": shape.state, "CHUNK": chunk_size, **shape.options}
     fixed = {"PACKED": marks is not None, "ACC": ACCUMULATOR.get(u.dtype, tl.float32)}
     steps = {"GROUPS": groups, "SOFTPLUS": dt_softplus, "BIASED": dt_bias is not None, "REVERSE": reverse}
     steps["GATED"] = z is not None
