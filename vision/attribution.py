@@ -2,25 +2,44 @@ r"""Which parts of a picture spoke for a class: Vim's scans read as attention.
 
 With Δ, B and C held, the selective scan is linear in its input, and each channel d has a T×T matrix of its own,
 
-    y_t[d] = Σ_{s≤t} M^d_{ts} u_s[d] + D[d] u_t[d],      M^d_{ts} = Σ_n C_t[n] exp(A[d,n] Σ_{r=s+1..t} Δ_r[d]) Δ_s[d] B_s[n],
+    y_t[d] = Σ_{s≤t} M^d_ts u_s[d] + D[d] u_t[d],     M^d_ts = Σ_n C_t[n] exp(A[d,n] Σ_{r=s+1..t} Δ_r[d]) Δ_s[d] B_s[n],
 
-and the scan from the other side has Σ_{s≥t}, with r running over t..s-1: Vim's pair of scans looks both ways, as
-attention does. Nobody needs the matrix. For any weights g_t[d] on the outputs, the row Σ_t g_t[d] M^d_{ts} is one scan
-in the opposite direction,
+and the scan from the other end has Σ_{s≥t}, with r running over t..s-1: a pair of scans looks both ways, as attention
+does. The matrix need not be formed. For weights g on the outputs, the mixed row Σ_t g_t[d] M^d_ts is one scan in the
+opposite direction,
 
-    λ_s = exp(Δ_{s+1} A) ⊙ λ_{s+1} + g_s C_s,      Σ_t g_t[d] M^d_{ts} = Δ_s[d] λ_s[d] · B_s,
+    λ_s = exp(Δ_{s+1} A) ⊙ λ_{s+1} + g_s C_s,         Σ_t g_t[d] M^d_ts = Δ_s[d] (λ_s[d] · B_s),
 
-that is, the gradient of the scan with respect to its input: linear in T, at the speed of the kernels.
+that is, the gradient of the scan in its input: linear in T, at the speed of the kernels.
 
-Source of the matrix: Ali, Zimerman and Wolf, "The Hidden Attention of Mamba Models" (arXiv 2403.01590), section 3.
+One layer's row for the class token says little, since the layers below have already mixed the tokens (with it, removing
+the highest-ranked patches first lowered the class's probability no faster than removing them in random order). So the
+rows of all layers are multiplied, with everything else that depends on the picture held as well: the gates, the slope
+of each silu, the scale of each norm. What remains is a linear map J from pixels to the class's score, and
+
+    score(x) = score_held(x₀) + Σ_pixels J ⊙ (x - x₀)                  exactly, for every baseline picture x₀,
+
+so that each pixel has a share, and the shares add up. The class token's row of the product is one backward pass.
+
+Source: the matrix is from Ali, Zimerman and Wolf, "The Hidden Attention of Mamba Models" (arXiv 2403.01590), section 3;
+holding the factors so that shares add up is from Jafari et al., "MambaLRP" (arXiv 2406.07592), here with the whole
+share of `y ⊙ silu(z)` going to y.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from sinuous.core import ops
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sinuous.core.mixers.bidirectional import Bidirectional
+from sinuous.core.mixers.contract import Mixer
+from sinuous.core.mixers.mamba import Mamba
+from sinuous.core.mixers.vim_pair import VimPair
 
 
 def attention_rows(
@@ -35,25 +54,100 @@ def attention_rows(
     dt_softplus: bool = True,
     reverse: bool = False,
 ) -> Tensor:
-    """`Σ_t weights_t[d] M^d_{ts}`: rows of a scan's implicit attention, mixed by `weights`, without the matrix.
+    """`Σ_t weights_t[d] M^d_ts`: rows of a scan's implicit attention, mixed by `weights`, without the matrix.
 
     Args:
         weights: `[B, T, D]`; one at a single step and zero elsewhere gives that step's row for every channel.
         u, dt, A, B, C, dt_bias, dt_softplus, reverse: as in `sinuous.ops.selective_scan`.
 
     Returns:
-        `[B, T, D]`, how much each channel of each step s counts. The sum over s of rows times `u` is the scan's output
+        `[B, T, D]`, how much each channel of each step s counts. Rows times `u`, summed over s, are the scan's output
         without its skip term, mixed by `weights`.
     """
-    frozen = [t.detach() for t in (dt, A, B, C)]
-    with torch.enable_grad():
+    with HeldCoefficients(), torch.enable_grad():
         source = u.detach().requires_grad_()
-        y = ops.selective_scan(
-            source,
-            *frozen,
-            dt_bias=None if dt_bias is None else dt_bias.detach(),
-            dt_softplus=dt_softplus,
-            reverse=reverse,
+        y, _, _ = torch.ops.sinuous.selective_scan(
+            source, dt, A, B, C, None, None, dt_bias, None, None, dt_softplus, reverse, ""
         )
-        (rows,) = torch.autograd.grad(y, source, weights)
+    (rows,) = torch.autograd.grad(y, source, weights)
     return rows
+
+
+class HeldCoefficients(TorchFunctionMode):
+    """Inside, a stack of Mamba or Vim mixers computes what it always does, and differentiates as if it were linear.
+
+    Gradients treat as constants: Δ, A, B and C of selective scans, gates `silu(z)`, the slope `sigmoid(x)` of the silu
+    behind a convolution, and the root mean square of RMSNorm.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        held = {
+            torch.ops.sinuous.selective_scan: self._scan,
+            torch.ops.sinuous.causal_conv1d: self._conv,
+            F.rms_norm: self._rms_norm,
+            F.silu: lambda x, **_: F.silu(x.detach()),
+        }.get(func)
+        return func(*args, **(kwargs or {})) if held is None else held(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _scan(u: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        *coefficients, D, z, dt_bias, initial_state, cu_seqlens, softplus, reverse, backend = rest
+        dt, A, B, C = (t.detach() for t in coefficients)
+        gate = None if z is None else z.detach()
+        found: tuple[Tensor, ...] = torch.ops.sinuous.selective_scan(
+            u, dt, A, B, C, D, gate, dt_bias, initial_state, cu_seqlens, softplus, reverse, backend
+        )
+        return found
+
+    @staticmethod
+    def _conv(*args: Any) -> tuple[Tensor, Tensor]:
+        *inputs, silu, reverse, backend = args
+        y, state = torch.ops.sinuous.causal_conv1d(*inputs, False, reverse, backend)
+        return (y * torch.sigmoid(y.detach()) if silu else y), state
+
+    @staticmethod
+    def _rms_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        axes = tuple(range(-len(shape), 0))
+        y = x * torch.rsqrt(x.detach().square().mean(axes, keepdim=True) + eps)
+        return y if weight is None else y * weight
+
+
+class Evidence(NamedTuple):
+    """Shares of pixels in scores: `pixels[i].sum()` is `scores[i]` less the held score of the baseline.
+
+    logits: `[B, classes]`; classes: the class explained per picture, `[B]`; pixels: `[B, H, W]`, summed over channels.
+    """
+
+    logits: Tensor
+    classes: Tensor
+    pixels: Tensor
+
+
+def evidence(
+    model: nn.Module, images: Tensor, *, baseline: float | Tensor = 0.0, classes: Tensor | None = None
+) -> Evidence:
+    """The share of each pixel in the score (logit) of a class.
+
+    Args:
+        model: a classifier of mixers `vim_pair` or `mamba` with RMSNorm between them.
+        images: `[B, C, H, W]`, normalised as the model wants them.
+        baseline: x₀, the picture that has nothing to say, broadcastable to `images`: a pixel equal to it has no share.
+        classes: the class to explain for each picture `[B]`; the one with the highest score if absent.
+
+    Raises:
+        ValueError: if the model has mixers that do not become linear when their coefficients are held.
+    """
+    linear = (VimPair, Mamba, Bidirectional)
+    if others := sorted(
+        {type(m).__name__ for m in model.modules() if isinstance(m, Mixer) and not isinstance(m, linear)}
+    ):
+        raise ValueError(f"evidence is defined for models of Vim's and Mamba's mixers (got {', '.join(others)})")
+    with HeldCoefficients(), torch.enable_grad():
+        source = images.detach().requires_grad_()
+        logits = model(source)
+    classes = logits.argmax(-1) if classes is None else classes
+    (slope,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), source)
+    return Evidence(logits.detach(), classes, (slope * (images - baseline)).sum(1))

@@ -163,9 +163,7 @@ def bench_case(case: Case, shapes: list[Shape], options: argparse.Namespace, say
                     continue
                 if not budget.allows(name, which, shape.length, quadratic):
                     expected = budget.expected(name, which, shape.length, quadratic)
-                    say(
-                        f"{case.family.name}: {name} left out of {which} at length {shape.length}: about {expected:.0f} s"
-                    )
+                    say(f"{case.family.name}: {name}, {which}, length {shape.length} left out: about {expected:.0f} s")
                     continue
                 if name not in prepared:
                     prepared[name] = prepare(case, name, inputs)
