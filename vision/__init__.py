@@ -1,4 +1,4 @@
-"""Images: backbones, datasets and what to do with them. Importing this registers the backbones, in timm too."""
+"""Images: backbones, datasets and what to do with them. Importing this registers the models with timm and with us."""
 
 from __future__ import annotations
 
