@@ -62,15 +62,20 @@ class Result:
 def prepare(image: Image.Image, size: int = 28) -> Image.Image:
     """A picture of any size and colour as Fashion-MNIST would show it: gray, square, the subject light on black.
 
-    The picture is inverted when its border is light: the median of its border pixels is then above the middle gray.
-    The longer side becomes `size` pixels, and black fills the rest.
+    The border's median gray is taken for the background. What differs from it becomes light (so that dark clothing on
+    a light ground is inverted), is cut out, and fills the square along its longer side.
     """
-    gray = image.convert("L")
-    pixels = np.asarray(gray)
-    border = np.concatenate((pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
-    if np.median(border) > 127:
-        gray = ImageOps.invert(gray)
-    return ImageOps.pad(gray, (size, size), method=Image.Resampling.LANCZOS, color=0)
+    gray = np.asarray(image.convert("L"), dtype=np.float32)
+    border = np.concatenate((gray[0], gray[-1], gray[:, 0], gray[:, -1]))
+    background = np.median(border)
+    subject = background - gray if background > 127 else gray - background
+    subject = np.clip(subject / max(subject.max(), 1.0), 0, 1)
+    rows, columns = ((subject > 0.1).any(axis) for axis in (1, 0))
+    if rows.any():
+        (top, bottom), (left, right) = (np.flatnonzero(inside)[[0, -1]] for inside in (rows, columns))
+        subject = subject[top : bottom + 1, left : right + 1]
+    cut = Image.fromarray((255 * subject).astype(np.uint8))
+    return ImageOps.pad(cut, (size, size), method=Image.Resampling.LANCZOS, color=0)
 
 
 def samples() -> tuple[list[Image.Image], list[str]]:
@@ -96,12 +101,14 @@ def run(
         top: how many answers to keep.
 
     Raises:
-        ValueError: if a file is no picture, or there are no weights for the model.
+        ValueError: if a file is no picture, or the model has no weights or is no classifier of gray pictures.
     """
     from sinuous.core.registry import load
 
     network = load(model).eval()
-    classes = network.pretrained_cfg["label_names"]
+    classes = network.pretrained_cfg.get("label_names")
+    if not classes or getattr(network, "in_chans", None) != 1:
+        raise ValueError(f"the demo needs a classifier of gray pictures with names for its classes (got {model!r})")
     if images is None:
         pictures, truths = samples()
         names, known, note = truths, list(truths), None
@@ -140,7 +147,7 @@ def draw(result: Result, path: str | os.PathLike[str]) -> None:
     try:
         from matplotlib import colormaps
         from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import Normalize
+        from matplotlib.colors import ListedColormap, Normalize
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("the figure needs matplotlib; install it with: pip install 'sinuous[train]'") from None
@@ -161,17 +168,18 @@ def draw(result: Result, path: str | os.PathLike[str]) -> None:
         wspace=0.06,
         hspace=0.16,
     )
-    # Black in the middle, as the background of the pictures: no evidence leaves them as they are.
-    colours = colormaps["berlin"]
+    # Made black in the middle, as the background of the pictures: no evidence leaves them as they are.
+    dark = colormaps["berlin"](np.linspace(0, 1, 513))[:, :3]
+    colours = ListedColormap(np.clip((dark - dark[256]) / (1 - dark[256]), 0, 1), "evidence")
     strength = torch.stack([_smooth(f.evidence, 1).abs().max() for f in shown]).median().item() or 1.0
     scale = Normalize(-strength, strength, clip=True)
     for i, finding in enumerate(shown):
         row, column = i % rows, i // rows
         picture, heat, bars = (figure.add_subplot(grid[row, 4 * column + k]) for k in range(3))
-        picture.imshow(finding.picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        picture.imshow(finding.picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         fine = F.interpolate(finding.picture[None, None], scale_factor=8, mode="bicubic")[0, 0].clamp(0, 1)
         light = torch.as_tensor(colours(scale(_smooth(finding.evidence, 8).numpy()))[..., :3])
-        heat.imshow(1 - (1 - 0.42 * fine[..., None]) * (1 - light), interpolation="bilinear")
+        heat.imshow((1 - (1 - 0.42 * fine[..., None]) * (1 - light)).numpy(), interpolation="bilinear")
         for axes in (picture, heat):
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
@@ -184,23 +192,25 @@ def draw(result: Result, path: str | os.PathLike[str]) -> None:
             weight = "bold" if place == 0 else "normal"
             bars.text(0, place - 0.24, name, va="bottom", fontsize=9, color=ink, weight=weight)
             bars.text(1, place - 0.24, f"{value:.0%}", va="bottom", ha="right", fontsize=9, color=ink, weight=weight)
-        bars.set(xlim=(-0.06, 1.0), ylim=(len(names) - 0.72, -0.95), xticks=[], yticks=[])
+        bars.set(xlim=(-0.06, 1.0), ylim=(len(names) - 0.72, -1.0), xticks=[], yticks=[])
         bars.spines[:].set_visible(False)
         if finding.truth is None:
-            bars.set_title(finding.name, fontsize=7.5, color=faint, loc="left", pad=1)
+            bars.text(0, -0.78, finding.name, fontsize=7.5, color=faint, va="bottom")
         elif not right:
-            bars.set_title(f"in truth: {finding.truth}", fontsize=7.5, color=wrong, loc="left", pad=1)
+            bars.text(0, -0.78, f"in truth: {finding.truth}", fontsize=7.5, color=wrong, va="bottom")
     figure.text(0.018, 1 - 0.28 / height, "Why this answer?", fontsize=15, weight="bold", color=ink, va="center")
     subtitle = f"{result.model}: each picture, the evidence for its first answer, and the three likeliest answers"
     figure.text(0.018, 1 - 0.53 / height, subtitle, fontsize=9, color=faint, va="center")
     bar = figure.add_axes((0.02, 0.42 / height, 0.26, 0.13 / height))
     figure.colorbar(ScalarMappable(scale, colours), cax=bar, orientation="horizontal")
     bar.set_xticks([-strength, 0, strength], ["speaks against", "0", "speaks for"], fontsize=8, color=ink)
+    for label, side in zip(bar.get_xticklabels(), ("left", "center", "right"), strict=True):
+        label.set_horizontalalignment(side)
     bar.tick_params(length=0)
     bar.spines[:].set_visible(False)
     explanation = (
         "Colour is each pixel's share in the score of the first answer, compared with a black picture:\n"
-        "the two scans of every layer, read as attention, multiplied through the network. Shares add up to the score."
+        "the two scans of every layer, read as attention, multiplied through the network. The shares add up."
     )
     figure.text(0.32, 0.42 / height, explanation, fontsize=8, color=faint, va="center", linespacing=1.5)
     figure.savefig(path, dpi=150)
