@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from sinuous.core.scan_routes import Route, cross_routes, list_routes, scan_route
+
+SIDES = st.integers(1, 12)
+
+
+def cells(route: Route, width: int) -> list[tuple[int, int]]:
+    return [divmod(i, width) for i in route.order.tolist()]
+
+
+def is_bijection(route: Route, height: int, width: int) -> bool:
+    x = torch.randn(2, height * width, 3)
+    whole = torch.equal(route.order.sort().values, torch.arange(height * width))
+    return whole and torch.equal(x[:, route.order][:, route.inverse], x)
+
+
+@pytest.mark.parametrize("name", list_routes())
+@given(height=SIDES, width=SIDES, window=st.integers(1, 5))
+@example(height=1, width=1, window=2)
+@example(height=1, width=7, window=2)
+@example(height=7, width=1, window=2)
+@example(height=3, width=5, window=2)
+def test_bijection_and_inverse(name: str, height: int, width: int, window: int) -> None:
+    assert is_bijection(scan_route(name, height, width, window=window), height, width)
+
+
+@given(height=SIDES, width=SIDES)
+@example(height=3, width=5)
+def test_cross_is_four_bijections_and_two_pairs_of_opposites(height: int, width: int) -> None:
+    routes = cross_routes(height, width)
+    assert all(is_bijection(route, height, width) for route in routes)
+    assert torch.equal(routes[0].order.flip(0), routes[2].order)
+    assert torch.equal(routes[1].order.flip(0), routes[3].order)
+    assert cells(routes[1], width)[:height] == [(row, 0) for row in range(height)]
+
+
+def test_orders_on_a_small_grid() -> None:
+    orders = {name: scan_route(name, 2, 3).order.tolist() for name in list_routes()}
+    assert orders["raster"] == [0, 1, 2, 3, 4, 5]
+    assert orders["reversed"] == [5, 4, 3, 2, 1, 0]
+    assert orders["column"] == [0, 3, 1, 4, 2, 5]
+    assert orders["column_reversed"] == [5, 2, 4, 1, 3, 0]
+    assert orders["serpentine"] == [0, 1, 2, 5, 4, 3]
+    assert orders["windows"] == [0, 1, 3, 4, 2, 5]
+
+
+def test_hilbert_on_a_square_is_hilberts_curve() -> None:
+    assert cells(scan_route("hilbert", 2, 2), 2) == [(0, 0), (1, 0), (1, 1), (0, 1)]
+    quarters = [(row // 4, column // 4) for row, column in cells(scan_route("hilbert", 8, 8), 8)]
+    assert all(len(set(quarters[k : k + 16])) == 1 for k in range(0, 64, 16))
+
+
+@given(height=SIDES, width=SIDES)
+@example(height=3, width=5)
+@example(height=1, width=9)
+def test_neighbours_in_time_are_neighbours_in_space(height: int, width: int) -> None:
+    """One step along an axis; on odd sides the curve must take a diagonal somewhere, once."""
+    for name, diagonals in (("serpentine", 0), ("hilbert", 1)):
+        path = cells(scan_route(name, height, width), width)
+        steps = [(abs(a - c), abs(b - d)) for (a, b), (c, d) in itertools.pairwise(path)]
+        assert max(map(max, steps), default=1) == 1
+        assert sum(step == (1, 1) for step in steps) <= diagonals
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="did you mean 'hilbert'"):
+        scan_route("hilbertt", 2, 2)
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        scan_route("windows", 2, 2, window=0)
+    with pytest.raises(ValueError, match="negative side"):
+        scan_route("raster", -1, 2)
