@@ -1,0 +1,38 @@
+"""The Triton kernels compile without a GPU and stay in registers; the whole table is docs/benchmarks/aot.md."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = """
+import sys
+sys.path.insert(0, {tools!r})
+import torch, aot_table
+for launch in aot_table.scan_launches(torch.bfloat16) + aot_table.convolution_launches(torch.bfloat16):
+    found = aot_table.cost(launch, aot_table.TARGETS["sm_90"][0])
+    print(launch.kernel.__name__, found.registers, found.spilled, found.shared)
+"""
+
+
+@pytest.mark.slow
+def test_default_configurations_compile_for_a_gpu_and_do_not_spill(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="needs triton")
+    import os
+
+    # A process of its own: interpreted kernels cannot be compiled, and Triton's cache must not answer.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-c", SCRIPT.format(tools=str(ROOT / "tools"))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    costs = {line.split()[0]: [int(n) for n in line.split()[1:]] for line in done.stdout.splitlines()}
+    assert {"outputs", "gradients", "convolve"} <= set(costs)
+    for registers, spilled, shared in costs.values():
+        assert 0 < registers <= 255
+        assert spilled == 0
+        assert shared <= 227 * 1024
