@@ -9,8 +9,7 @@ independent implementation; parameters have the reference's names, so that its `
 Shapes: B batch, M patches, L = M + 1 tokens, D width; the class token is token M // 2.
 """
 
-from __future__ import annotations
-
+# Annotations stay objects: FX copies that of `forward` into its graphs, and TorchScript cannot read a string there.
 import math
 from pathlib import Path
 from typing import Any
