@@ -64,6 +64,10 @@ def fields(names: str) -> list[tuple[str, type[ctypes.c_int64]]]:
     return [(name, ctypes.c_int64) for name in ("struct_bytes", *names.split())]
 
 
+_FAILURES = {1: "out of memory", 2: "the compiled library has another layout of arguments; delete it from the cache"}
+
+
 def run(function: ctypes._NamedFuncPointer, arguments: Structure) -> None:
-    if function(ctypes.byref(arguments)) != 0:
-        raise RuntimeError(f"a C kernel could not run: out of memory, or compiled for another layout than {arguments}")
+    code = function(ctypes.byref(arguments))
+    if code != 0:
+        raise RuntimeError(f"a C kernel did not run: {_FAILURES.get(code, code)}")

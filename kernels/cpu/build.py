@@ -21,7 +21,16 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).parent
-FLAGS = ("-O2", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-shared", "-fPIC", "-Wno-psabi")
+FLAGS = (
+    "-O2",
+    "-std=gnu11",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-shared",
+    "-fPIC",
+    "-Wno-psabi",
+)
 TIMEOUT_S = 120
 
 
@@ -78,7 +87,10 @@ def cache_folder() -> Path:
     """
     named = os.environ.get("SINUOUS_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    for folder in (Path(named) if named else Path(base) / "sinuous", Path(tempfile.gettempdir()) / f"sinuous-{os.getuid()}"):
+    for folder in (
+        Path(named) if named else Path(base) / "sinuous",
+        Path(tempfile.gettempdir()) / f"sinuous-{os.getuid()}",
+    ):
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if folder.stat().st_uid != os.getuid():

@@ -43,7 +43,7 @@ static Task task_of(const Scan *s, int64_t index) {
     t.end = s->packed ? s->bounds[t.sequence + 1] : s->steps;
     int64_t start = t.block * size;
     int64_t stop = start + size < per_group ? start + size : per_group;
-    t.width = stop > start ? stop - start : 0;
+    t.width = stop - start;
     t.first = t.group * per_group + start;
     return t;
 }
@@ -68,6 +68,10 @@ INLINE void forward_chunk(const Scan *s, const Task *t, int64_t from, int64_t to
     const real *B = s->B + t->batch * s->B_batch + t->group * s->B_group;
     const real *C = s->C + t->batch * s->C_batch + t->group * s->C_group;
     for (int64_t time = from; time < to; time++) {
+        ask(u, s->u_time, time);
+        ask(s->dt + t->batch * s->dt_batch + channel, s->dt_time, time);
+        ask(s->y + t->batch * s->y_batch + channel, s->y_time, time);
+        if (s->z) ask(s->z + t->batch * s->z_batch + channel, s->z_time, time);
         vec slope, x = load(u + time * s->u_time, lanes);
         vec delta = step_size(s, t, time, channel, bias, lanes, &slope);
         vec input = delta * x, y = skip * x;
@@ -94,12 +98,11 @@ INLINE void forward_constant(const Scan *s, const Task *t, int64_t from, int64_t
     memcpy(parked, h, (size_t)N * sizeof(vec));
 }
 
-static void forward_task(const Scan *s, int64_t index) {
+static int forward_task(const Scan *s, int64_t index) {
     const Task t = task_of(s, index);
     const int64_t N = s->states, vectors = (t.width + LANES - 1) / LANES;
-    if (t.width == 0) return;
     vec *A2 = buffer(2 * (size_t)(vectors * N) * sizeof(vec)), *states = A2 + vectors * N;
-    if (!A2) abort();
+    if (!A2) return OUT_OF_MEMORY;
     for (int64_t v = 0; v < vectors; v++) {
         const int lanes = lanes_at(t.width, v);
         const int64_t channel = t.first + v * LANES;
@@ -134,6 +137,7 @@ static void forward_task(const Scan *s, int64_t index) {
         for (int64_t n = 0; n < N; n++) scatter(final + n, N, states[v * N + n], lanes_at(t.width, v));
     }
     free(A2);
+    return 0;
 }
 
 /* What one task of the backward pass works on. */
@@ -141,12 +145,13 @@ typedef struct {
     vec *A, *adjoint, *dA;     /* [vectors][N]: A, dL/dh after the chunk, sum of dL/dA */
     vec *dD, *dbias;           /* [vectors] */
     vec *dB, *dC;              /* [chunk][N], lanes and vectors of channels still apart */
-    vec *decay, *before;       /* [chunk][N]: exp(Δ A), and the state before each step */
+    vec *decay, *states;       /* [chunk][N] and [chunk + 1][N]: exp(Δ A), and the state before each step and at last */
     vec *delta, *slope, *read; /* [chunk]: Δ, dΔ/ddt, C·h + D u */
 } Work;
 
 INLINE void backward_chunk(const Scan *s, const Task *t, const Work *w, int64_t v, int64_t from, int64_t to,
-                           int lanes, vec *h, vec *adjoint, vec *dA, const vec *A, const int64_t N) {
+                           int lanes, vec *restrict h, vec *restrict adjoint, vec *restrict dA, const vec *restrict A,
+                           const int64_t N) {
     const int64_t channel = t->first + v * LANES;
     const vec skip = s->D ? load(s->D + channel, lanes) : splat(0);
     const vec bias = s->bias ? load(s->bias + channel, lanes) : splat(0);
@@ -155,15 +160,17 @@ INLINE void backward_chunk(const Scan *s, const Task *t, const Work *w, int64_t 
     const real *C = s->C + t->batch * s->C_batch + t->group * s->C_group;
     for (int64_t time = from; time < to; time++) {
         const int64_t i = time - from;
+        ask(u, s->u_time, time);
+        ask(s->dt + t->batch * s->dt_batch + channel, s->dt_time, time);
         vec x = load(u + time * s->u_time, lanes);
         vec delta = step_size(s, t, time, channel, bias, lanes, &w->slope[i]);
         vec input = delta * x, scaled = delta * splat(LOG2E), y = skip * x;
-        vec *decay = w->decay + i * N, *before = w->before + i * N;
+        vec *restrict decay = w->decay + i * N, *restrict states = w->states + i * N;
         const real *b = B + time * s->B_time, *c = C + time * s->C_time;
         w->delta[i] = delta;
 #pragma GCC unroll 16
         for (int64_t n = 0; n < N; n++) {
-            before[n] = h[n];
+            states[n] = h[n];
             decay[n] = exp2v(scaled * A[n]);
             h[n] = decay[n] * h[n] + input * splat(b[n]);
         }
@@ -172,9 +179,14 @@ INLINE void backward_chunk(const Scan *s, const Task *t, const Work *w, int64_t 
             w->read[i] = y;
         }
     }
+    memcpy(w->states + (to - from) * N, h, (size_t)N * sizeof(vec));
     vec dD = splat(0), dbias = splat(0);
     for (int64_t time = to - 1; time >= from; time--) {
         const int64_t i = time - from, out = t->batch * s->y_batch + time * s->y_time + channel;
+        ask_before(s->dy + t->batch * s->dy_batch + channel, s->dy_time, time);
+        ask_before(s->du + t->batch * s->y_batch + channel, s->y_time, time);
+        ask_before(s->ddt + t->batch * s->y_batch + channel, s->y_time, time);
+        if (s->z) ask_before(s->z + t->batch * s->z_batch + channel, s->z_time, time);
         vec x = load(u + time * s->u_time, lanes), delta = w->delta[i], input = delta * x;
         vec dy = load(s->dy + t->batch * s->dy_batch + time * s->dy_time + channel, lanes);
         if (s->z) {
@@ -182,21 +194,20 @@ INLINE void backward_chunk(const Scan *s, const Task *t, const Work *w, int64_t 
             store(s->dz + out, dy * w->read[i] * gate * (splat(1) + z * (splat(1) - gate)), lanes);
             dy *= z * gate;
         }
-        const vec *decay = w->decay + i * N, *before = w->before + i * N;
-        vec *dB = w->dB + i * N, *dC = w->dC + i * N;
+        const vec *restrict decay = w->decay + i * N, *restrict before = w->states + i * N, *restrict after = before + N;
+        vec *restrict dB = w->dB + i * N, *restrict dC = w->dC + i * N;
         const real *b = B + time * s->B_time, *c = C + time * s->C_time;
         vec dinput = splat(0), ddelta = splat(0);
 #pragma GCC unroll 16
         for (int64_t n = 0; n < N; n++) {
-            vec carried = decay[n] * before[n];
             vec l = adjoint[n] + dy * splat(c[n]);
-            dC[n] += dy * (carried + input * splat(b[n]));
+            dC[n] += dy * after[n];
             dB[n] += l * input;
             dinput += l * splat(b[n]);
-            vec through = l * carried;
+            adjoint[n] = l * decay[n];
+            vec through = adjoint[n] * before[n];
             ddelta += through * A[n];
             dA[n] += through * delta;
-            adjoint[n] = l * decay[n];
         }
         ddelta = (ddelta + dinput * x) * w->slope[i];
         dD += dy * x;
@@ -217,12 +228,12 @@ INLINE void backward_constant(const Scan *s, const Task *t, const Work *w, int64
     memcpy(w->adjoint + v * N, adjoint, (size_t)N * sizeof(vec));
 }
 
-static void backward_task(const Scan *s, int64_t index) {
+static int backward_task(const Scan *s, int64_t index) {
     const Task t = task_of(s, index);
     const int64_t N = s->states, K = s->chunk, vectors = (t.width + LANES - 1) / LANES;
-    if (t.width == 0) return;
-    const int64_t count = 3 * vectors * N + 2 * vectors + 4 * K * N + 3 * K + N;
+    const int64_t count = 3 * vectors * N + 2 * vectors + 4 * K * N + 2 * N + 3 * K;
     vec *memory = buffer((size_t)count * sizeof(vec)), *next = memory;
+    if (!memory) return OUT_OF_MEMORY;
     Work w;
     w.A = next, next += vectors * N;
     w.adjoint = next, next += vectors * N;
@@ -232,7 +243,7 @@ static void backward_task(const Scan *s, int64_t index) {
     w.dB = next, next += K * N;
     w.dC = next, next += K * N;
     w.decay = next, next += K * N;
-    w.before = next, next += K * N;
+    w.states = next, next += (K + 1) * N;
     w.delta = next, next += K;
     w.slope = next, next += K;
     w.read = next, next += K;
@@ -283,14 +294,16 @@ static void backward_task(const Scan *s, int64_t index) {
         store(s->dbias + channel, w.dbias[v], lanes);
     }
     free(memory);
+    return 0;
 }
 
-static int run(const Scan *s, void (*task)(const Scan *, int64_t)) {
-    if (s->struct_bytes != (int64_t)sizeof(Scan)) return 1;
+static int run(const Scan *s, int (*task)(const Scan *, int64_t)) {
+    if (s->struct_bytes != (int64_t)sizeof(Scan)) return WRONG_LAYOUT;
     const int64_t tasks = s->sequences * s->groups * s->blocks;
-#pragma omp parallel for schedule(dynamic) num_threads((int)s->threads) if (s->threads > 1 && tasks > 1)
-    for (int64_t i = 0; i < tasks; i++) task(s, i);
-    return 0;
+    int failed = 0;
+#pragma omp parallel for schedule(dynamic) num_threads((int)s->threads) if (s->threads > 1 && tasks > 1) reduction(| : failed)
+    for (int64_t i = 0; i < tasks; i++) failed |= task(s, i);
+    return failed;
 }
 
 int forward(const Scan *s) { return run(s, forward_task); }

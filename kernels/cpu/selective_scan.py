@@ -93,9 +93,12 @@ class _Call:
     def _blocks(self) -> int:
         """Blocks of channels per group. It depends on shapes alone, never on threads: results do not change with them."""
         per_group, lanes = self.channels // max(self.groups, 1), self.library.lanes()
-        size = 64 if self.sequences < 8 else 192
-        size = max(lanes, size // lanes * lanes)
-        return max(1, (per_group + size - 1) // size)
+        # Large blocks share the sums over channels; small ones give few long sequences more than one core.
+        size = next((n for n in (192, 128) if self.sequences * self.channels >= 4 * n), 64)
+        blocks = max(1, (per_group + size - 1) // size)
+        even = (per_group + blocks - 1) // blocks
+        rounded = (even + lanes - 1) // lanes * lanes  # as in the kernel
+        return max(1, (per_group + rounded - 1) // max(rounded, 1))
 
     def timed_output(self, name: str) -> Tensor:
         """An output `[B, T, D]` that the kernel fills in processing order."""

@@ -5,6 +5,9 @@
 #ifndef SINUOUS_VECTORS_H
 #define SINUOUS_VECTORS_H
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -31,10 +34,12 @@ typedef int32_t integer;
 #define LOWEST (-126)
 #endif
 
-#define LANES ((int)(VECTOR_BYTES / sizeof(real)))
+#define LANES (VECTOR_BYTES * 8 / REAL_BITS)
 #define INLINE static inline __attribute__((always_inline))
 #define LOG2E ((real)1.44269504088896340736)
 #define CACHE_LINE 64
+
+enum { OUT_OF_MEMORY = 1, WRONG_LAYOUT = 2 }; /* what a kernel returns when it did not run */
 
 typedef real vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef integer ivec __attribute__((vector_size(VECTOR_BYTES)));
@@ -65,18 +70,52 @@ INLINE vec gather(const real *p, int64_t stride, int lanes) {
 INLINE void scatter(real *p, int64_t stride, vec v, int lanes) {
     for (int i = 0; i < lanes; i++) p[i * stride] = v[i];
 }
+#if defined(__clang__)
+#define ADD_SHUFFLED(v, ...) (v) += __builtin_shufflevector(v, v, __VA_ARGS__)
+#else
+#define ADD_SHUFFLED(v, ...) (v) += __builtin_shuffle(v, (ivec){__VA_ARGS__})
+#endif
+/* Halves, quarters and so on: a sum in a row would wait for each addition. */
 INLINE real sum_lanes(vec v) {
-    real total = 0;
-    for (int i = 0; i < LANES; i++) total += v[i];
-    return total;
+#if LANES == 16
+    ADD_SHUFFLED(v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    ADD_SHUFFLED(v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    ADD_SHUFFLED(v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    ADD_SHUFFLED(v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+#elif LANES == 8
+    ADD_SHUFFLED(v, 4, 5, 6, 7, 0, 1, 2, 3);
+    ADD_SHUFFLED(v, 2, 3, 0, 1, 6, 7, 4, 5);
+    ADD_SHUFFLED(v, 1, 0, 3, 2, 5, 4, 7, 6);
+#elif LANES == 4
+    ADD_SHUFFLED(v, 2, 3, 0, 1);
+    ADD_SHUFFLED(v, 1, 0, 3, 2);
+#else
+    ADD_SHUFFLED(v, 1, 0);
+#endif
+    return v[0];
 }
 
-/* 2^x for x ≤ 0 (and up to the largest finite result): round to the nearest integer, a polynomial for the rest, and
- * the integer added to the exponent. Exactly 1 at 0, so that steps of size 0 keep a state as it is. */
-INLINE vec exp2v(vec x) {
+/* x = whole + rest with |rest| ≤ 1/2, and p · 2^whole. */
+#if defined(__AVX512F__) && REAL_BITS == 64
+INLINE vec split(vec x, vec *whole) { return x - (*whole = (vec)_mm512_roundscale_pd((__m512d)x, 8)); }
+INLINE vec scale(vec p, vec whole) { return (vec)_mm512_scalef_pd((__m512d)p, (__m512d)whole); }
+#elif defined(__AVX512F__)
+INLINE vec split(vec x, vec *whole) { return x - (*whole = (vec)_mm512_roundscale_ps((__m512)x, 8)); }
+INLINE vec scale(vec p, vec whole) { return (vec)_mm512_scalef_ps((__m512)p, (__m512)whole); }
+#else
+/* The whole number stands in the low bits of `whole`, from where it moves to the exponent: good down to 2^LOWEST. */
+INLINE vec split(vec x, vec *whole) {
     x = choose(x < splat(LOWEST), splat(LOWEST), x); /* a NaN compares false and stays */
-    vec shifted = x + splat(ROUNDER);
-    vec f = x - (shifted - splat(ROUNDER));
+    *whole = x + splat(ROUNDER);
+    return x - (*whole - splat(ROUNDER));
+}
+INLINE vec scale(vec p, vec whole) { return (vec)((ivec)p + ((ivec)whole << MANTISSA)); }
+#endif
+
+/* 2^x for x ≤ 0 and up to the largest finite result: the nearest whole number goes to the exponent, a polynomial does
+ * the rest. Exactly 1 at 0, so that steps of size 0 keep a state as it is. */
+INLINE vec exp2v(vec x) {
+    vec whole, f = split(x, &whole);
 #if REAL_BITS == 64
     vec p = splat(4.4549605981865183938e-10);
     p = p * f + splat(7.0725859492692236999e-9);
@@ -98,7 +137,7 @@ INLINE vec exp2v(vec x) {
     p = p * f + splat(6.9314718802622878e-1f);
 #endif
     p = p * f + splat(1);
-    return (vec)((ivec)p + ((ivec)shifted << MANTISSA));
+    return scale(p, whole);
 }
 
 INLINE vec absolute(vec x) { return choose(x < splat(0), -x, x); }
@@ -120,6 +159,12 @@ INLINE vec softplus(vec x, vec *slope) {
     for (int k = TERMS - 2; k >= 0; k--) series = series * s2 + splat((real)1 / (2 * k + 1));
     return choose(x < splat(0), splat(0), x) + splat(2) * s * series;
 }
+
+/* Rows are far apart, and the next one lies beyond what a core looks ahead: ask for it some steps before. Addresses
+ * past either end are never read. */
+enum { AHEAD = 6 };
+INLINE void ask(const real *p, int64_t stride, int64_t time) { __builtin_prefetch(p + (time + AHEAD) * stride); }
+INLINE void ask_before(const real *p, int64_t stride, int64_t time) { __builtin_prefetch(p + (time - AHEAD) * stride); }
 
 INLINE void *buffer(size_t bytes) {
     return aligned_alloc(CACHE_LINE, (bytes + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE + CACHE_LINE);
