@@ -92,6 +92,18 @@ def fit_pos_embed(pos_embed: Tensor, grid: list[int], height: int, width: int, d
     return resize_pos_embed(pos_embed, grid, [height, width])
 
 
+@register_notrace_function
+def at_least_a_patch(x: Tensor, patch_size: list[int]) -> Tensor:
+    """`x`, or a ValueError where an image has no room for one patch."""
+    height, width = x.shape[2], x.shape[3]
+    if height < patch_size[0] or width < patch_size[1]:
+        raise ValueError(
+            f"images must be at least as large as a patch of {patch_size[0]} x {patch_size[1]} "
+            f"(got {height} x {width}); give larger images or a smaller patch_size"
+        )
+    return x
+
+
 class PatchEmbed(nn.Module):
     """A convolution that cuts an image into patches `[B, D, h, w]`; patches overlap where the stride is smaller."""
 
@@ -300,7 +312,7 @@ class Vim(nn.Module):
 
     def _embed(self, x: Tensor) -> Tensor:
         """Image `[B, C, H, W]` to the residual stream `[B, L, D]`, in fp32 at least."""
-        x = self.patch_embed(x)
+        x = self.patch_embed(at_least_a_patch(x, self.patch_embed.patch_size))
         grid = self.patch_embed.grid_size
         pos_embed = fit_pos_embed(self.pos_embed, grid, x.shape[2], x.shape[3], self.dynamic_img_size)
         x = x.flatten(2).transpose(1, 2)
