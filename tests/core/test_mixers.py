@@ -162,6 +162,33 @@ def test_bf16_in_gives_bf16_out_near_fp32(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", mixers.list_mixers())
+def test_rows_of_a_batch_do_not_meet(name: str) -> None:
+    mixer, x = build(name), sequence()
+    x[1] = math.nan
+    torch.testing.assert_close(mixer(x)[::2], mixer(x[::2]), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("name", mixers.list_mixers())
+def test_autocast_stays_near_fp32(name: str) -> None:
+    mixer, x = build(name).float(), sequence().float()
+    expected = mixer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mixer(x)
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).square().mean().sqrt() < 0.02 * expected.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("name", [*mixers.list_mixers(), "two mamba"])
+@pytest.mark.filterwarnings("ignore:.torch.jit.script.:FutureWarning")
+def test_compiles_whole_and_traces_and_scripts(name: str) -> None:
+    mixer = mixers.Bidirectional("mamba", DIM).double() if name == "two mamba" else build(name)
+    x, absent = sequence(), {"cu_seqlens": None, "grid": None}
+    torch.testing.assert_close(torch.compile(mixer, fullgraph=True, backend="aot_eager")(x), mixer(x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(mixer, concrete_args=absent)(x), mixer(x))
+    torch.testing.assert_close(torch.jit.script(mixer)(x), mixer(x))
+
+
+@pytest.mark.parametrize("name", mixers.list_mixers())
 def test_parameters_without_weight_decay_exist(name: str) -> None:
     mixer = build(name)
     assert mixer.no_weight_decay() <= {n for n, _ in mixer.named_parameters()}
