@@ -89,30 +89,27 @@ def _run(verb: str, arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        sentence = None if os.environ.get("SINUOUS_DEBUG") == "1" else explain(error, verb)
+        sentence = None if os.environ.get("SINUOUS_DEBUG") == "1" else explain(error)
         if sentence is None:
             raise
         print(f"sinuous {verb}: {sentence}", file=sys.stderr)
         return 2
 
 
-def explain(error: BaseException, verb: str) -> str | None:
+def explain(error: BaseException) -> str | None:
     """One sentence for a failure that its user can mend, or None for a defect of the program.
 
     Hydra wraps what an object's constructor raises; the cause is then what is explained.
     """
     if type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
-        inner = explain(error.__cause__, verb)
-        if inner is None and isinstance(error.__cause__, TypeError):  # an option that the object does not have
-            inner = str(error.__cause__)
-        key = str(error).rpartition("full_key: ")[2].strip() if "full_key: " in str(error) else ""
-        return f"{key}: {inner}" if inner and key and inner == str(error.__cause__) else inner
+        if isinstance(error.__cause__, TypeError):  # an option that the object does not have
+            return f"{str(error).rpartition('full_key: ')[2].strip()}: {error.__cause__}"
+        return explain(error.__cause__)
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
-        if package in _EXTRA_OF:
-            extra = _EXTRA_OF[package]
-            return f"{package} is not installed, which this needs; install it with: pip install 'sinuous[{extra}]'"
-        return None
+        if package not in _EXTRA_OF:
+            return None
+        return f"this needs {package}, which is not installed: pip install 'sinuous[{_EXTRA_OF[package]}]'"
     names = {cls.__name__ for cls in type(error).__mro__}
     if "OutOfMemoryError" in names:
         return "the device has no memory left; lower data.batch_size or the size of the model"

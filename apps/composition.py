@@ -91,7 +91,6 @@ def run_composed(work: Callable[[DictConfig], int], config_name: str, prog: str,
     Errors of Hydra's and of `work` come out as they were raised.
     """
     register()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing and ending the process
     codes: list[int] = []
     failures: list[Exception] = []
 
@@ -105,12 +104,13 @@ def run_composed(work: Callable[[DictConfig], int], config_name: str, prog: str,
         # Only the first process of torchrun makes a run folder; the others hear of it through the strategy.
         quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null", "hydra.run.dir=."]
         argv = [*argv, *quiet]
-    own = sys.argv
+    own, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR", "0")
     sys.argv = [prog, *argv]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise instead of printing and ending the process
     try:
         hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=config_name)(job)()
     finally:
-        sys.argv = own
+        sys.argv, os.environ["HYDRA_FULL_ERROR"] = own, full_error
     if failures:
         raise failures[0]
     return max(codes, default=0)

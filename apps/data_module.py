@@ -92,7 +92,7 @@ class LabelledImages(L.LightningDataModule):
             )
         sampler: Sampler[int]
         if self.repeats > 1:
-            sampler = RepeatAugSampler(data, world, rank, shuffle=True, num_repeats=self.repeats)
+            sampler = RepeatAugSampler(data, world, rank, shuffle=True, num_repeats=self.repeats, selected_round=0)
         else:
             sampler = StatefulDistributedSampler(data, world, rank, shuffle=True, seed=self.seed)
         # Worker processes take their indices before Lightning tells the sampler at which epoch a run goes on.

@@ -108,6 +108,7 @@ def quieten() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
+        "Found .* module\\(s\\) in eval mode at the start of training.*",  # the averaged weights
         ".*does not have many workers.*",
         "Checkpoint directory .* exists and is not empty.*",
         "The number of training batches .* is smaller than the logging interval.*",
@@ -121,7 +122,11 @@ def quieten() -> None:
 
 
 def make_data(config: DictConfig) -> LabelledImages:
-    data: LabelledImages = hydra.utils.instantiate(config.data, _convert_="all")
+    """The DataModule; `root` and `source` are only names by which the entry `dataset` is reached."""
+    options: Any = OmegaConf.to_container(config.data, resolve=True, throw_on_missing=True)
+    data: LabelledImages = hydra.utils.instantiate(
+        {key: value for key, value in options.items() if key not in ("root", "source")}, _convert_="all"
+    )
     return data
 
 

@@ -46,9 +46,8 @@ class Classification(L.LightningModule):
         self.model = model
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.smoothing, self.mixing = smoothing, mixing
-        self.ema = None if ema_decay is None else ModelEmaV3(model, decay=ema_decay, use_warmup=True)
-        if self.ema is not None:
-            self.ema.module.requires_grad_(False)
+        self.ema_decay = ema_decay
+        self.ema: ModelEmaV3 | None = None
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.predictions: list[Tensor] = []
 
@@ -58,10 +57,14 @@ class Classification(L.LightningModule):
         return self.model if self.ema is None else self.ema.module
 
     def configure_model(self) -> None:
-        """Shard the model for FSDP2, one unit per stage or block that the model names in `feature_info`."""
-        if not isinstance(self.trainer.strategy, ModelParallelStrategy) or hasattr(self.model, "unshard"):
+        """Copy the model for the moving average; shard it for FSDP2, one unit per block that `feature_info` names."""
+        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        if self.ema_decay is not None and self.ema is None and not sharded:
+            self.ema = ModelEmaV3(self.model, decay=self.ema_decay, use_warmup=True)
+            self.ema.module.requires_grad_(False)
+        if not sharded or hasattr(self.model, "unshard"):
             return
-        if self.ema is not None:
+        if self.ema_decay is not None:
             raise ValueError(
                 "task.ema_decay keeps a whole copy of the model, which trainer=fsdp would not shard; set it to null"
             )

@@ -1,0 +1,42 @@
+"""`sinuous convert`: an author's checkpoint, read without running anything in it, to safetensors in our names."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import sinuous
+from sinuous.core.checkpoints import load_state_dict, save_safetensors
+
+SHOWN = 6
+"""How many names of a list are printed."""
+
+
+def main(argv: list[str]) -> int:
+    """`sinuous convert IN OUT --model NAME [--overwrite]`."""
+    parser = argparse.ArgumentParser(
+        prog="sinuous convert", description="Turn an author's checkpoint into safetensors."
+    )
+    parser.add_argument("source", type=Path, metavar="IN", help="the author's file (torch or safetensors)")
+    parser.add_argument("target", type=Path, metavar="OUT", help="the safetensors file to write")
+    parser.add_argument("--model", required=True, metavar="NAME", help="the model it is for; sinuous models lists them")
+    parser.add_argument("--overwrite", action="store_true", help="write OUT even if it exists")
+    options = parser.parse_args(argv)
+    if options.target.suffix != ".safetensors":
+        raise ValueError(f"OUT must end in .safetensors (got {options.target})")
+    if options.target.exists() and not options.overwrite:
+        raise ValueError(f"{options.target} exists; give --overwrite or another name")
+    theirs = load_state_dict(options.source)
+    ours = sinuous.create_model(options.model, checkpoint_path=options.source).state_dict()
+    save_safetensors(ours, options.target, {"model": options.model, "source": options.source.name})
+    numbers = sum(tensor.numel() for tensor in ours.values())
+    print(f"{options.target}: {len(ours)} tensors, {numbers:,} numbers, for {options.model}")
+    print(f"  under the same name in {options.source.name}: {len(ours.keys() & theirs.keys())}")
+    print(f"  renamed or derived: {_listed([name for name in ours if name not in theirs])}")
+    print(f"  not needed from {options.source.name}: {_listed([name for name in theirs if name not in ours])}")
+    return 0
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+    return f"{len(names)} ({shown})" if names else "0"

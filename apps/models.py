@@ -1,0 +1,58 @@
+"""`sinuous models`: what there is to build, with sizes, inputs, weights and measured scores."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+import sinuous
+from sinuous.core.registry import ModelInfo
+
+
+def main(argv: list[str]) -> int:
+    """`sinuous models [PATTERN] [--domain DOMAIN] [--pretrained]`."""
+    parser = argparse.ArgumentParser(prog="sinuous models", description="List the models.")
+    parser.add_argument("pattern", nargs="?", default="", help="a glob that the whole name must match, such as 'vim*'")
+    parser.add_argument("--domain", help="only those of this domain: vision, audio, video, genomics")
+    parser.add_argument("--pretrained", action="store_true", help="only those that come with weights")
+    options = parser.parse_args(argv)
+    infos = [sinuous.model_info(name) for name in sinuous.list_models(options.pattern, domain=options.domain)]
+    infos = [info for info in infos if info.weights or not options.pretrained]
+    if not infos:
+        asked = " ".join(filter(None, (options.pattern, options.domain, "with weights" if options.pretrained else "")))
+        raise ValueError(
+            f"no model matches {asked!r}; `sinuous models` alone lists all, and '*' stands for any letters"
+        )
+    Console().print(table(infos))
+    return 0
+
+
+def table(infos: list[ModelInfo]) -> Table:
+    """One row per model."""
+    drawn = Table(pad_edge=False)
+    drawn.add_column("model", no_wrap=True)
+    drawn.add_column("domain")
+    drawn.add_column("parameters", justify="right", no_wrap=True)
+    drawn.add_column("input", no_wrap=True)
+    drawn.add_column("weights")
+    drawn.add_column("accuracy", justify="right")
+    drawn.add_column("paper")
+    for info in infos:
+        drawn.add_row(
+            info.name,
+            info.domain,
+            f"{info.params:,}",
+            "×".join(map(str, info.input_size or ())),
+            ", ".join(info.weights),
+            accuracy(info),
+            info.paper or "",
+        )
+    return drawn
+
+
+def accuracy(info: ModelInfo) -> str:
+    """The measured test accuracy of a model's weights, in per cent; empty where nothing was measured."""
+    value = info.metrics.get("test_accuracy")
+    return "" if value is None else f"{100 * float(value):.2f} %"

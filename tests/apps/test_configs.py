@@ -1,0 +1,127 @@
+"""Every configuration composes, and every experiment builds its objects, the model without memory for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf
+
+import sinuous.apps.configs
+from sinuous.apps import composition
+from sinuous.apps.train import make_data, make_task, make_trainer
+
+CONFIGS = Path(sinuous.apps.configs.__file__).parent
+
+
+def options(group: str) -> list[str]:
+    folder = CONFIGS / group
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def composed(*overrides: str, name: str = "train") -> DictConfig:
+    composition.register()
+    with initialize_config_module("sinuous.apps.configs", version_base="1.3"):
+        return compose(name, [*overrides, "output_dir=nowhere"])
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_builds(experiment: str) -> None:
+    data = composed(f"experiment={experiment}").data
+    root = ["data.root=nowhere"] if OmegaConf.is_missing(data, "root") else []
+    config = composed(f"experiment={experiment}", *root)
+    task_name = experiment.rpartition("/")[2]
+    assert config.task_name == task_name
+    with torch.device("meta"):
+        task = make_task(config)
+    assert {parameter.device.type for parameter in task.model.parameters()} == {"meta"}
+    loaded = make_data(config)
+    image = task.model(torch.zeros(1, loaded.in_chans, loaded.img_size, loaded.img_size, device="meta"))
+    assert image.shape == (1, loaded.num_classes)
+    assert task.make_optimizer(torch.nn.Linear(2, 2)).param_groups[0]["lr"] == config.optimizer.lr
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [
+        (g, o)
+        for g in ("model", "data", "task", "optimizer", "scheduler", "callbacks", "trainer", "debug")
+        for o in options(g)
+    ],
+)
+def test_every_option_composes(group: str, option: str) -> None:
+    config = composed(f"{group}={option}", "+data.root=nowhere" if group != "data" else "seed=0")
+    container = OmegaConf.to_container(config[group] if group != "debug" else config, resolve=False)
+    assert isinstance(container, dict)
+    assert container
+
+
+@pytest.mark.parametrize("option", [o for o in options("data") if o.endswith("_synthetic")])
+def test_every_synthetic_twin_gives_batches(option: str) -> None:
+    data = make_data(composed(f"data={option}", "data.batch_size=4", "data.eval_batch_size=4"))
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        images, labels = next(iter(loader))
+        assert images.shape == (4, data.in_chans, data.img_size, data.img_size)
+        assert images.dtype == torch.float32
+        assert labels.shape == (4,)
+
+
+def test_every_data_set_has_a_twin_or_is_one() -> None:
+    real = {o for o in options("data") if not o.endswith("_synthetic")}
+    twins = {o.removesuffix("_synthetic") for o in options("data")} - real
+    assert twins == set()
+    # fashion_mnist_full is fashion_mnist from elsewhere, imagenet is image_folder with another augmentation, and the
+    # other two are what small and large pictures have in common.
+    without = {o for o in real if f"{o}_synthetic" not in options("data")}
+    assert without == {f"vision/{name}" for name in ("fashion_mnist_full", "imagenet", "small_images", "large_images")}
+
+
+def test_repeated_augmentation_shows_a_picture_several_times_in_a_batch() -> None:
+    augmented = ["data.train_transform.auto_augment=rand-m9-mstd0.5-inc1", "data.train_transform.re_prob=1.0"]
+    data = make_data(composed("data=vision/image_folder_synthetic", "data.batch_size=6", "data.repeats=3", *augmented))
+    images, labels = next(iter(data.train_dataloader()))
+    assert labels[:3].unique().numel() == labels[3:].unique().numel() == 1
+    assert not torch.equal(images[0], images[1])
+
+
+@pytest.mark.parametrize("mixer", ["vim_pair", "mamba"])
+def test_another_mixer_is_one_override(mixer: str) -> None:
+    config = composed("model=vision/test_vim", f"model.mixer={mixer}", "data.img_size=64")
+    with torch.device("meta"):
+        names = {type(module).__name__ for module in make_task(config).model.modules()}
+    assert ("Bidirectional" in names) == (mixer == "mamba")
+
+
+def test_the_command_line_beats_the_experiment() -> None:
+    config = composed("experiment=vision/imagenet", "optimizer.lr=3e-4", "trainer=cpu", "data.root=nowhere", "seed=7")
+    assert config.optimizer.lr == 3e-4
+    assert config.trainer.accelerator == "cpu"
+    assert config.data.seed == 7
+
+
+@pytest.mark.parametrize("logger", options("logger"))
+def test_the_csv_logger_is_always_there(logger: str) -> None:
+    assert "csv" in composed(f"logger={logger}").logger
+
+
+def test_precision_is_chosen_for_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = composed("logger=csv", "trainer=cpu")
+    config.output_dir = str(tmp_path)
+    seen: list[Any] = []
+    monkeypatch.setattr("lightning.Trainer", lambda **given: seen.append(given["precision"]))
+    monkeypatch.setattr(hydra.utils, "instantiate", lambda node, **given: seen.append(dict(node).get("precision")))
+    for available, capability, accelerator, wanted in (
+        (True, (8, 0), "auto", "bf16-mixed"),
+        (True, (7, 5), "auto", "32-true"),
+        (True, (9, 0), "cpu", "32-true"),
+        (False, (0, 0), "auto", "32-true"),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        config.trainer.accelerator = accelerator
+        make_trainer(config)
+        assert seen[-1] == wanted
