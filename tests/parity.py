@@ -12,9 +12,7 @@ from sinuous.core.ops.laws import Laws
 Arguments = dict[str, Any]
 
 
-def draw(
-    laws: Laws, variant: str, batch: int, length: int, sequences: int | None = None, seed: int = 0
-) -> Arguments:
+def draw(laws: Laws, variant: str, batch: int, length: int, sequences: int | None = None, seed: int = 0) -> Arguments:
     """Sample arguments of an op, in float64 on the CPU."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -40,9 +38,7 @@ def run(laws: Laws, form: str, arguments: Arguments) -> tuple[Tensor, Tensor]:
 def run_with_gradients(laws: Laws, form: str, arguments: Arguments, seed: int = 1) -> dict[str, Tensor]:
     """Outputs and the gradient of each tensor argument for random cotangents of both outputs."""
     leaves = {
-        k: v.clone().requires_grad_()
-        for k, v in arguments.items()
-        if isinstance(v, Tensor) and v.is_floating_point()
+        k: v.clone().requires_grad_() for k, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()
     }
     outputs = run(laws, form, {**arguments, **leaves})
     generator = torch.Generator().manual_seed(seed)

@@ -5,7 +5,8 @@
 
 The launches are those the ops make: `forward` and `backward` are called on meta tensors, which have shapes and no
 data, and every kernel launch is recorded and compiled for each target instead of run. A launch fails the check if it
-spills or asks for more shared memory than its target has.
+spills, asks for more shared memory than its target has, or reads scratch memory in another layout than it wrote it in,
+so that threads would have to wait for each other's stores.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ TYPES = {
     torch.int64: "i64",
 }
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+UNMASKED = re.compile(
+    r"tt\.(?:load %[^,]+?|store %[^,]+, %[^,]+?)(?: {[^}]*})? : tensor<\d+x\d+x!tt\.ptr<\w+>, (#\w+)>"
+)
+"""Layout of a matrix loaded or stored without a mask: scratch memory, since all other matrices have ragged edges."""
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -82,11 +87,13 @@ class Launch:
 
 @dataclass(frozen=True)
 class Cost:
-    """Registers of a thread, bytes it spills, and bytes of shared memory of a program."""
+    """Registers of a thread, bytes it spills, bytes of shared memory of a program, and in how many layouts it
+    accesses scratch memory."""
 
     registers: int
     spilled: int
     shared: int
+    layouts: int
 
 
 @contextmanager
@@ -110,6 +117,7 @@ def cost(launch: Launch, target: GPUTarget) -> Cost:
     """Compile for `target` and read what the code needs."""
     compiled = triton.compile(launch.source(), target=target, options=launch.options)
     shared = int(compiled.metadata.shared)
+    layouts = len(set(UNMASKED.findall(compiled.asm["ttgir"])))
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
 
@@ -118,7 +126,7 @@ def cost(launch: Launch, target: GPUTarget) -> Cost:
             assert found is not None, f"no {key} in the code of {launch.kernel.__name__}"
             return int(found.group(1))
 
-        return Cost(entry("vgpr_count"), entry("private_segment_fixed_size"), shared)
+        return Cost(entry("vgpr_count"), entry("private_segment_fixed_size"), shared, layouts)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -126,7 +134,7 @@ def cost(launch: Launch, target: GPUTarget) -> Cost:
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     used = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert used is not None, text
-    return Cost(int(used.group(1)), int(used.group(2)), shared)
+    return Cost(int(used.group(1)), int(used.group(2)), shared, layouts)
 
 
 def scan_launches(
@@ -205,6 +213,8 @@ def table() -> tuple[list[str], list[str]]:
                 what = f"{case}, {launch.kernel.__name__} on {name}"
                 if found.spilled:
                     broken.append(f"{what}: spills {found.spilled} bytes")
+                if found.layouts != ("scratch" in launch.arguments):
+                    broken.append(f"{what}: accesses scratch memory in {found.layouts} layouts")
                 if found.shared > limit * 1024:
                     broken.append(f"{what}: needs {found.shared} bytes of shared memory of {limit} KiB")
             rows.append(f"| {case} | {launch.kernel.__name__} | {described} | {launch.options['num_warps']} | ")
@@ -227,7 +237,7 @@ def main() -> int:
         "figure is vector registers. D = 768, T = 4096 (256 where B = 256, which takes the serial form); all optional",
         "arguments present. Nothing here was timed.",
         "",
-        f"Made with torch {torch.__version__.split('+')[0]} and triton {triton.__version__} by `python tools/aot_table.py`.",
+        f"torch {torch.__version__.split('+')[0]}, triton {triton.__version__}: `python tools/aot_table.py`.",
         "",
         f"| case | kernel | block | warps | {head} |",
         "|" + "---|" * (4 + len(TARGETS)),

@@ -27,6 +27,10 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         )
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton"
+    if device.type == "cuda" and torch.version.hip is not None and dtype == torch.float64:
+        # In float64 the compiler reads the scratch memory of a backward pass in another layout than it wrote it in, and
+        # a barrier on AMD does not wait for stores to memory.
+        return "the Triton kernels do not take float64 on AMD GPUs"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"Triton needs compute capability 8.0 and {torch.cuda.get_device_name(device)} has less"
     return None

@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs
 r"""Depthwise causal convolution, forward and backward, over tiles of steps × channels.
 
-The backward pass is two sweeps: the gradient of the filtered input, with the filter's own, and then that of the input,
-which reads the former up to W-1 steps later. Sums over time are written as one partial sum per tile and added in a fixed
-order.
+The backward pass is two sweeps: the gradient of the filtered input, with the filter's own, and then that of the
+input, which reads the former up to W-1 steps later. Sums over time are written as one partial sum per tile and added in
+a fixed order.
 
 The equation is in `sinuous.core.ops.causal_conv1d`.
 """
@@ -49,8 +49,9 @@ def pre_activation(
         total += tl.load(bias + d, mask=d < width, other=0).to(ACC)[None, :]
     for j in tl.static_range(W):
         value = input_at(
-            x, initial, p - (W - 1 - j), position - (W - 1 - j), sequence, batch, there, d, length, width, W, STATEFUL, REVERSE, ACC
-        )
+            x, initial, p - (W - 1 - j), position - (W - 1 - j), sequence, batch, there, d, length, width,
+            W, STATEFUL, REVERSE, ACC,
+        )  # fmt: skip
         total += tl.load(weight + d * W + j, mask=d < width, other=0).to(ACC)[None, :] * value
     return total
 

@@ -193,7 +193,7 @@ def outputs(
                 start = tl.load(starts + p)
                 if start >= 0:
                     h = tl.load(initial + start.to(tl.int64) * width * N + dn, mask=there_dn, other=0)
-            if SERIAL:
+            if SERIAL:  # noqa: SIM102 (settled at compile time; Triton would evaluate both sides of an `and`)
                 if p == first:
                     tl.store(here, h, mask=there_dn)
             row = batch * length + (length - 1 - p if REVERSE else p)
@@ -212,7 +212,7 @@ def outputs(
                 stop = tl.load(stops + p)
                 if stop >= 0:
                     tl.store(final + stop.to(tl.int64) * width * N + dn, h, mask=there_dn)
-    if not PACKED:
+    if not PACKED:  # noqa: SIM102
         if last_chunk == chunks:
             tl.store(final + batch * width * N + dn, h, mask=there_dn)
 

@@ -99,8 +99,9 @@ def gradients(
     d, there, group = block_of_channels(block, width, GROUPS, BD)
     n = tl.arange(0, BN)
     dn, there_dn = d[:, None] * N + n[None, :], there[:, None] & (n < N)[None, :]
-    # States of a sub-chunk, then the state before each sub-chunk. Every thread reads back what it wrote itself
-    # unless the compiler lays out loads and stores differently; the barriers cover that too.
+    # States of a sub-chunk, then the state before each sub-chunk. A thread reads back what it wrote itself as long as
+    # the compiler lays out loads and stores alike, which tools/aot_table.py checks; where it does not, the barriers
+    # order them on NVIDIA (on AMD they do not wait for stores to memory).
     cell = tl.arange(0, BD)[:, None] * BN + n[None, :]
     states = scratch + pid.to(tl.int64) * (SUB + CHUNK // SUB) * BD * BN + cell
     firsts = states + SUB * BD * BN
@@ -196,7 +197,7 @@ def gradients(
                     if start >= 0:
                         tl.store(dinitial + start.to(tl.int64) * width * N + dn, m, mask=there_dn)
             tl.debug_barrier()
-        if not PACKED:
+        if not PACKED:  # noqa: SIM102
             if j == 0:
                 tl.store(dinitial + batch * width * N + dn, m, mask=there_dn)
     tl.store(dA + slot.to(tl.int64) * width * N + dn, sum_A, mask=there_dn)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +23,6 @@ for launch in aot_table.scan_launches(torch.bfloat16) + aot_table.convolution_la
 @pytest.mark.slow
 def test_default_configurations_compile_for_a_gpu_and_do_not_spill(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="needs triton")
-    import os
-
     # A process of its own: interpreted kernels cannot be compiled, and Triton's cache must not answer.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
