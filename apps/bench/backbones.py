@@ -12,9 +12,13 @@ import torch
 from torch import nn
 
 from sinuous.apps.bench import measure
-from sinuous.apps.bench.report import Row, show, write_csv
+from sinuous.apps.bench.report import Row, command, show, write_csv, write_markdown
 
 ATTENTION = ("fused attention", "plain attention")
+
+METHOD = """Models have random weights and are built for the size. They take turns in one process, so that a
+disturbance of the machine meets all of them alike; times are medians of one forward pass. Peak memory is what one pass
+needs beyond weights and image, read in a fresh process per row. Ratios above 1 speak for the row."""
 
 COLUMNS = ("size", "tokens", "model", "median_ms", "ratio", "peak_mb", "memory_ratio")
 
@@ -32,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--versus", help="the row that ratios refer to (default: the last model, with fused attention)")
     parser.add_argument("--no-memory", action="store_true", help="skip the peaks, each of which starts a process")
     parser.add_argument("--csv", type=Path, help="also write the rows to this file")
+    parser.add_argument("--markdown", type=Path, help="also write a page with the table and how it was measured")
     parser.add_argument("--figure", type=Path, help="also draw time and memory against size into this file")
 
 
@@ -144,11 +149,16 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> list[dict[st
                 }
             )
     title = (
-        f"inference, batch {options.batch}, fp32, {measure.machine(device)}, {options.threads} thread(s), "
+        f"Backbones: inference, batch {options.batch}, fp32, {measure.machine(device)}, {options.threads} thread(s), "
         f"torch {torch.__version__}; ratios are {versus} / this row"
     )
     show(rows, COLUMNS, title=title, group=("size",))
-    for path, write in ((options.csv, write_csv), (options.figure, draw)):
+    method = f"{METHOD}\n\n    {command('backbones', options)}"
+    for path, write in (
+        (options.csv, write_csv),
+        (options.figure, draw),
+        (options.markdown, lambda rows, path: write_markdown(rows, COLUMNS, path, title=title, method=method)),
+    ):
         if path:
             write(rows, path)
             print(path)

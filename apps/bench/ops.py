@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sinuous.apps.bench import measure
 from sinuous.apps.bench.op_cases import CASES, Case, Inputs, Peer, Prepared, Shape, backends, ours
-from sinuous.apps.bench.report import Row, show, write_csv
+from sinuous.apps.bench.report import Row, command, show, write_csv, write_markdown
 
 PROBE_LENGTH = 256
 """A candidate's first run: short enough for the slowest, and where outputs are compared."""
@@ -43,6 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-peers", action="store_true", help="our own backends only")
     parser.add_argument("--scaling", action="store_true", help="our own backends at lengths up to 131072, batch 1")
     parser.add_argument("--csv", type=Path, help="also write the rows to this file")
+    parser.add_argument("--markdown", type=Path, help="also write a page with the table and how it was measured")
+
+
+METHOD = """Candidates take turns in one process, so that a disturbance of the machine meets all of them alike; times
+are medians. `ratio` is the time of the peer named in `versus` over that of the row: above 1, the row is faster. Peak
+memory is what one call needs beyond its inputs, read in a fresh process per row. `difference` is the relative distance
+of the output from the step-by-step definition in the same precision; it is empty where a candidate computes another
+function. Each peer has its inputs in its own memory layout beforehand."""
 
 
 def _call(prepared: Prepared, which: str) -> Callable[[], object]:
@@ -227,9 +235,14 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> list[dict[st
         f"batch {options.batch}, width {options.dim}, fp32, {measure.machine(device)}, {options.threads} thread(s), "
         f"torch {torch.__version__}"
     )
-    rows = []
+    rows, left_out = [], []
+
+    def tell(line: str) -> None:
+        left_out.append(line)
+        say(line)
+
     for name in options.op or sorted(CASES):
-        part = bench_case(CASES[name], shapes, options, say)
+        part = bench_case(CASES[name], shapes, options, tell)
         show(part, COLUMNS, title=f"{name}: {heading}", group=("pass", "length"))
         rows += part
     stamped = [
@@ -238,5 +251,10 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> list[dict[st
     ]
     if options.csv:
         write_csv(stamped, options.csv)
-        say(str(options.csv))
+        print(options.csv)
+    if options.markdown:
+        method = f"{METHOD}\n\n    {command('ops', options)}"
+        columns = ("op", "pass", "length", "implementation", "median_ms", "versus", *COLUMNS[5:])
+        write_markdown(stamped, columns, options.markdown, title=f"Ops: {heading}", method=method, notes=left_out)
+        print(options.markdown)
     return stamped

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,3 +45,28 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow({key: f"{v:.5g}" if isinstance(v, float) else v for key, v in row.items()})
+
+
+def write_markdown(
+    rows: Sequence[Row], columns: Sequence[str], path: Path, *, title: str, method: str, notes: Sequence[str] = ()
+) -> None:
+    """Write a page with the table, how it was measured, and the command that measures it again."""
+    head = [f"# {title}", "", method, "", *(f"- {note}" for note in notes), *([""] if notes else [])]
+    table = ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = [f"**{_text(row[c])}**" if row.get("ours") and c == "median_ms" else _text(row[c]) for c in columns]
+        table.append("| " + " | ".join(cells) + " |")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([*head, *table, ""]))
+
+
+def command(verb: str, options: argparse.Namespace) -> str:
+    """The command line that `options` came from, without the places it wrote to."""
+    words = [f"sinuous bench {verb}"]
+    for name, value in vars(options).items():
+        if name in ("run", "what", "csv", "markdown", "figure") or value is None or value is False:
+            continue
+        flag = "--" + name.replace("_", "-")
+        values = value if isinstance(value, list) else [value]
+        words += [flag if v is True else f"{flag} {shlex.quote(str(v))}" for v in values]
+    return " ".join(words)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 import sinuous
 from sinuous.core import ops
+from sinuous.core.registry import list_models
 from sinuous.vision.attribution import HeldCoefficients, attention_rows, evidence
+from sinuous.vision.datasets import fashion_mnist
 from sinuous.vision.vim import Vim
 
 
@@ -175,3 +177,31 @@ def test_a_mixer_that_holding_does_not_make_linear_is_refused():
     vim.layers[1].mixer = Attention()
     with pytest.raises(ValueError, match="Attention"):
         evidence(vim, random(1, 2, 12, 12))
+
+
+@pytest.mark.skipif(
+    not list_models("vim_nano.fashion_mnist", pretrained=True), reason="the weights of vim_nano are not installed"
+)
+def test_blacking_out_what_spoke_for_a_class_unseats_it_sooner_than_chance():
+    """The deletion test: 7 x 7 patches turn black, the one with the most evidence first."""
+    vim = sinuous.load("vim_nano.fashion_mnist").eval()
+    mean, std = (vim.pretrained_cfg[key][0] for key in ("mean", "std"))
+    pixels = torch.tensor(fashion_mnist("test").images[:40])[:, None].float() / 255
+    found = evidence(vim, (pixels - mean) / std, baseline=-mean / std)
+    patches = F.avg_pool2d(found.pixels[:, None], 4).flatten(1)
+
+    def confidence(order: Tensor) -> float:
+        """Mean probability of the class explained while patches go black in `order`."""
+        kept, means = torch.ones(len(pixels), 49), []
+        for step in order.T[:24]:
+            kept.scatter_(1, step[:, None], 0)
+            seen = pixels * F.interpolate(kept.view(-1, 1, 7, 7), scale_factor=4)
+            with torch.no_grad():
+                probabilities = vim((seen - mean) / std).softmax(-1)
+            means.append(probabilities.gather(1, found.classes[:, None]).mean().item())
+        return sum(means) / len(means)
+
+    torch.manual_seed(0)
+    most, least = confidence(patches.argsort(descending=True)), confidence(patches.argsort())
+    chance = confidence(torch.rand_like(patches).argsort())
+    assert most < chance - 0.1 < chance + 0.1 < least
