@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 r"""Depthwise causal convolution, forward and backward, over tiles of steps × channels.
 
 The backward pass is two sweeps: the gradient of the filtered input, with the filter's own, and then that of the

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 r"""Selective scan, forward: time is cut into chunks so that a small batch fills a GPU too.
 
 Three launches: the state every chunk would reach from zero; the short recurrence over chunks, which turns those into
@@ -33,13 +33,13 @@ class Blocks(NamedTuple):
         channels: channels of a block, a power of two.
         state: N rounded up to a power of two.
         warps: warps of a program.
-        count: blocks in all groups together.
+        total: blocks in all groups together.
     """
 
     channels: int
     state: int
     warps: int
-    count: int
+    total: int
 
     @property
     def options(self) -> dict[str, int]:
@@ -279,17 +279,17 @@ def forward(
     fixed = {"PACKED": marks is not None, "ACC": ACCUMULATOR.get(u.dtype, tl.float32)}
     steps = {"GROUPS": groups, "SOFTPLUS": dt_softplus, "BIASED": dt_bias is not None, "REVERSE": reverse}
     starts, stops, cut = (None, None, None) if marks is None else (marks.starts, marks.stops, marks.chunk_starts)
-    serial = chunks == 1 or batch * shape.count >= SERIAL_PROGRAMS
+    serial = chunks == 1 or batch * shape.total >= SERIAL_PROGRAMS
     with on_device(u):
         if not serial:
             summed = torch.empty(batch, chunks, width, dtype=dtype, device=u.device)
-            chunk_ends[(batch * chunks * shape.count,)](
+            chunk_ends[(batch * chunks * shape.total,)](
                 u, dt, A, B, dt_bias, initial, starts, chunk_states, summed, length, width, **block, **fixed, **steps
             )
             carry_chunks[(batch * triton.cdiv(width, shape.channels),)](
                 chunk_states, summed, A, initial, starts, cut, length, width, ADJOINT=False, **block, **fixed
             )
-        outputs[(batch * shape.count * (1 if serial else chunks),)](
+        outputs[(batch * shape.total * (1 if serial else chunks),)](
             u, dt, A, B, C, D, z, dt_bias, initial, starts, stops, chunk_states, y, final, length, width,
             SKIP=D is not None, GATED=z is not None, SERIAL=serial, **block, **fixed, **steps,
         )  # fmt: skip

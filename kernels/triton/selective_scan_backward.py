@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 r"""Selective scan, backward: the adjoint is a scan that runs the other way, cut into the same chunks.
 
 With a_t = exp(Δ_t A), g_t the gradient of C_t · h_t, and λ_t that of h_t:
@@ -254,26 +254,26 @@ def backward(
     fixed = {"PACKED": marks is not None, "ACC": ACCUMULATOR.get(u.dtype, tl.float32)}
     steps = {"GROUPS": groups, "SOFTPLUS": dt_softplus, "BIASED": dt_bias is not None, "REVERSE": reverse}
     steps["GATED"] = z is not None
-    slots = max(1, min(batch * chunks, triton.cdiv(PROGRAMS, shape.count)))
+    slots = max(1, min(batch * chunks, triton.cdiv(PROGRAMS, shape.total)))
 
     def empty(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device=device)
 
-    scratch = empty(slots * shape.count, SUB + chunk_size // SUB, shape.channels * shape.state)
+    scratch = empty(slots * shape.total, SUB + chunk_size // SUB, shape.channels * shape.state)
     carried, summed = empty(batch, chunks, width, state), empty(batch, chunks, width)
     du, ddt, dz = torch.empty_like(u), torch.empty_like(dt), None if z is None else torch.empty_like(z)
     dA = empty(slots, width, state)
-    dB, dC = empty(shape.count, batch, length, state), empty(shape.count, batch, length, state)
+    dB, dC = empty(shape.total, batch, length, state), empty(shape.total, batch, length, state)
     dD = None if D is None else empty(slots, width)
     dbias = None if dt_bias is None else empty(slots, width)
     with on_device(u):
-        adjoint_ends[(batch * chunks * shape.count,)](
+        adjoint_ends[(batch * chunks * shape.total,)](
             dt, A, C, z, dt_bias, grad_y, grad_final, stops, carried, summed, length, width, **block, **fixed, **steps
         )
         carry_chunks[(batch * triton.cdiv(width, shape.channels),)](
             carried, summed, A, grad_final, starts, cut, length, width, ADJOINT=True, **block, **fixed
         )
-        gradients[(slots * shape.count,)](
+        gradients[(slots * shape.total,)](
             u, dt, A, B, C, D, z, dt_bias, initial, grad_y, grad_final, starts, stops, chunk_states, carried, scratch,
             du, ddt, dA, dB, dC, dD, dz, dbias, dinitial, batch, length, width, slots,
             SUB=SUB, SKIP=D is not None, **block, **fixed, **steps,

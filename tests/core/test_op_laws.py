@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from parity import assert_close, cast, draw, error, run, run_with_gradients
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,54 +36,6 @@ def law(name: str, form: str, wanted: str | None = None) -> Laws:
     if reason is not None:
         pytest.skip(f"{form}: {reason}")
     return laws
-
-
-def draw(
-    laws: Laws, variant: str, batch: int, length: int, sequences: int | None = None, seed: int = 0
-) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    return laws.variants[variant](random, batch, length, batch if sequences is None else sequences)
-
-
-def cast(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
-
-
-def run(laws: Laws, form: str, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    return laws.call(**arguments, return_state=True, backend=form)
-
-
-def run_with_gradients(laws: Laws, form: str, arguments: dict[str, Any], seed: int = 1) -> dict[str, Tensor]:
-    """Outputs and the gradient of each tensor argument for random cotangents of both outputs."""
-    leaves = {
-        k: v.clone().requires_grad_()
-        for k, v in arguments.items()
-        if isinstance(v, Tensor) and v.is_floating_point() and v.device == CPU
-    }
-    outputs = run(laws, form, {**arguments, **leaves})
-    generator = torch.Generator().manual_seed(seed)
-    cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
-    return {"y": outputs[0].detach(), "state": outputs[1].detach(), **dict(zip(leaves, gradients, strict=True))}
-
-
-@torch.no_grad()
-def error(found: Tensor, wanted: Tensor) -> float:
-    """RMS of the difference over RMS of the wanted; absolute where the wanted is zero."""
-    if wanted.numel() == 0:
-        assert found.shape == wanted.shape
-        return 0.0
-    difference = (found.double() - wanted.double()).square().mean().sqrt()
-    return float(difference / wanted.double().square().mean().sqrt().clamp_min(1e-30 if wanted.any() else 1.0))
-
-
-def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], bound: float) -> None:
-    errors = {k: error(found[k], wanted[k]) for k in wanted}
-    assert all(e <= bound for e in errors.values()), errors
 
 
 def named(outputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
