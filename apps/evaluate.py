@@ -7,7 +7,7 @@ from pathlib import Path
 
 import hydra
 import lightning as L
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sinuous.apps.composition import run_composed
 from sinuous.apps.run_folder import describe
@@ -25,6 +25,8 @@ def main(argv: list[str]) -> int:
 def evaluate(config: DictConfig) -> int:
     """Score the model of `config` and draw a page of its predictions; returns the exit code."""
     quieten()
+    if OmegaConf.is_missing(config, "model_name"):
+        raise ValueError("the model is missing: give model_name=NAME; `sinuous models` lists the names")
     if not config.pretrained and config.checkpoint_path is None:
         raise ValueError("the weights to score are missing: give checkpoint_path=FILE or pretrained=true")
     if config.split not in ("val", "test"):
@@ -41,13 +43,8 @@ def evaluate(config: DictConfig) -> int:
     trainer.test(task, loader, verbose=False)
     if trainer.is_global_zero:
         accuracy, loss = (float(trainer.callback_metrics[f"test/{name}"]) for name in ("accuracy", "loss"))
-        log.info(
-            "%s accuracy %.4f loss %.4f on %s images",
-            config.split,
-            accuracy,
-            loss,
-            f"{len(data.split(config.split)):,}",
-        )
+        count = sum(map(len, task.predictions))
+        log.info("%s accuracy %.4f, loss %.4f on %s images", config.split, accuracy, loss, f"{count:,}")
         title = f"{config.model_name}, accuracy {accuracy:.2%}"
         log.info("predictions: %s", draw(task, data, folder, title, config.split))
     return 0
