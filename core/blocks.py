@@ -5,6 +5,9 @@ from __future__ import annotations
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from sinuous.core.mixers.contract import Mixer
+from sinuous.core.norms import RMSNorm
+
 
 class MixerBlock(nn.Module):
     """`x ← x + DropPath(mixer(norm(x)))`, with x the fp32 residual stream.
@@ -14,11 +17,12 @@ class MixerBlock(nn.Module):
     there a block's DropPath acts on the mixer before it, so that rates lie one place further along.
     """
 
-    def __init__(self, norm: nn.Module, mixer: nn.Module, drop_path: float = 0.0) -> None:
+    def __init__(self, norm: RMSNorm, mixer: Mixer, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm = norm
         self.mixer = mixer
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.mixer(self.norm(x)))
+        update: Tensor = self.drop_path(self.mixer(self.norm(x)))
+        return x + update

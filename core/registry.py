@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -203,8 +203,8 @@ def _from_file(
     if stem is not None:
         overlay["input_size"] = (stem.shape[1], *cfg.input_size[1:])
     built: nn.Module = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
-    for place in (built.pretrained_cfg, getattr(getattr(built, "model", None), "pretrained_cfg", {})):
-        place.pop("state_dict", None)  # a second copy of the weights
+    for holder in (built, getattr(built, "model", None)):
+        cast("dict[str, Any]", getattr(holder, "pretrained_cfg", {})).pop("state_dict", None)  # a copy of the weights
     return built
 
 

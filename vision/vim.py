@@ -12,7 +12,7 @@ Shapes: B batch, M patches, L = M + 1 tokens, D width; the class token is token 
 # Annotations stay objects: FX copies that of `forward` into its graphs, and TorchScript cannot read a string there.
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -153,7 +153,8 @@ class PatchEmbed(nn.Module):
             self.proj.kernel_size, self.proj.stride = self.patch_size, self.stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
+        patches: Tensor = self.proj(x)
+        return patches
 
 
 class Vim(nn.Module):
@@ -230,18 +231,18 @@ class Vim(nn.Module):
             {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": max(self.patch_embed.stride)}
             for i in range(depth)
         ]
-        self.norm_f = norms.RMSNorm(embed_dim, **dd)
+        self.norm_f: nn.Module = norms.RMSNorm(embed_dim, **dd)
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.init_weights()
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Fill every parameter anew, with the reference's distributions (section 4.1 of the paper follows DeiT)."""
+        """Fill every parameter anew, with the reference's distributions."""
         lecun_normal_(self.patch_embed.proj.weight)
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.zeros_(cast("Tensor", self.patch_embed.proj.bias))
         trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.pos_embed, std=0.02)
-        for block in self.layers:
+        for block in self._blocks():
             block.norm.reset_parameters()
             block.mixer.init_weights()
         with torch.no_grad():
@@ -252,6 +253,9 @@ class Vim(nn.Module):
             self.norm_f.reset_parameters()
         self._init_head()
 
+    def _blocks(self) -> list[MixerBlock]:
+        return [cast("MixerBlock", block) for block in self.layers]
+
     def _init_head(self) -> None:
         if isinstance(self.head, nn.Linear):
             trunc_normal_(self.head.weight, std=0.02)
@@ -259,7 +263,9 @@ class Vim(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        mixers = {f"layers.{i}.mixer.{name}" for i, b in enumerate(self.layers) for name in b.mixer.no_weight_decay()}
+        mixers = {
+            f"layers.{i}.mixer.{name}" for i, b in enumerate(self._blocks()) for name in b.mixer.no_weight_decay()
+        }
         return {"cls_token", "pos_embed", *mixers}
 
     @torch.jit.ignore
@@ -321,13 +327,14 @@ class Vim(nn.Module):
         return norms.at_least_fp32(self.pos_drop(x + pos_embed))
 
     def _finish(self, x: Tensor) -> Tensor:
-        return self.norm_f(x).to(self.pos_embed.dtype)
+        normed: Tensor = self.norm_f(x)
+        return normed.to(self.pos_embed.dtype)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image `[B, C, H, W]` to tokens `[B, L, D]`, the class token among them at `(L - 1) // 2`."""
         x = self._embed(x)
         for block in self.layers:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+            if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
                 x = checkpoint(block, x)
             else:
                 x = block(x)
@@ -375,6 +382,7 @@ class Vim(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what intermediates at `indices` do not need; returns the indices kept."""
+        taken: list[int]
         taken, last = feature_take_indices(len(self.layers), indices)
         self.layers = self.layers[: last + 1]
         if prune_norm:

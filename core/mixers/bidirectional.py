@@ -41,4 +41,6 @@ class Bidirectional(Mixer):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
         bounds = mirror(cu_seqlens, x.shape[1])
-        return (self.past(x, cu_seqlens, grid) + self.future(x.flip(1), bounds, grid).flip(1)) / 2
+        past: Tensor = self.past(x, cu_seqlens, grid)
+        future: Tensor = self.future(x.flip(1), bounds, grid)
+        return (past + future.flip(1)) / 2

@@ -109,4 +109,5 @@ class VimPair(Mixer):
         y_f, _ = s6(x_f, z, self.x_proj(x_f), dt.weight, dt.bias, self.A_log, self.D, None, cu_seqlens, False)
         y_b, _ = s6(x_b, z, self.x_proj_b(x_b), dt_b.weight, dt_b.bias, self.A_b_log, self.D_b, None, cu_seqlens, True)
         y = y_f + y_b
-        return self.out_proj(y / 2 if self.divide_out else y)
+        out: Tensor = self.out_proj(y / 2 if self.divide_out else y)
+        return out
