@@ -104,10 +104,10 @@ def backward(
     """Gradients of x, weight, bias and initial_state; the values before the activation are recomputed."""
     call = _Call(x, weight, bias, initial_state, cu_seqlens, silu, reverse)
     dy, dfinal = grads
-    dy = Timed.of(torch.zeros_like(x) if dy is None else dy, call.dtype, reverse)
+    given = Timed.of(torch.zeros_like(x) if dy is None else dy, call.dtype, reverse)
     dfinal = whole(flip_sequences(dfinal, cu_seqlens if reverse else None), call.dtype)
     arguments = call.arguments
-    arguments.dy, arguments.dy_batch, arguments.dy_time = dy.pointer, dy.batch, dy.time
+    arguments.dy, arguments.dy_batch, arguments.dy_time = given.pointer, given.batch, given.time
     arguments.dfinal = pointer(dfinal)
     dx = call.timed_output("dx")
     dweight, dbias, dinitial = (

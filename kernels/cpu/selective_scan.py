@@ -91,7 +91,7 @@ class _Call:
         return 0 if t.tensor is None else t.tensor.stride(2)
 
     def _blocks(self) -> int:
-        """Blocks of channels per group. It depends on shapes alone, never on threads: results do not change with them."""
+        """Blocks of channels per group, from shapes alone: results must not change with the number of threads."""
         per_group, lanes = self.channels // max(self.groups, 1), self.library.lanes()
         # Large blocks share the sums over channels; small ones give few long sequences more than one core.
         size = next((n for n in (192, 128) if self.sequences * self.channels >= 4 * n), 64)
@@ -158,11 +158,11 @@ def backward(
     """Gradients of u, dt, A, B, C, D, z, dt_bias and initial_state."""
     call = _Call(u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, reverse, chunk_size)
     dy, dfinal = grads
-    dy = Timed.of(torch.zeros_like(u) if dy is None else dy, call.dtype, reverse)
+    given = Timed.of(torch.zeros_like(u) if dy is None else dy, call.dtype, reverse)
     dfinal = whole(flip_sequences(dfinal, cu_seqlens if reverse else None), call.dtype)
     kept = whole(chunk_states, call.dtype)
     arguments = call.arguments
-    arguments.dy, arguments.dy_batch, arguments.dy_time = dy.pointer, dy.batch, dy.time
+    arguments.dy, arguments.dy_batch, arguments.dy_time = given.pointer, given.batch, given.time
     arguments.dfinal, arguments.kept = pointer(dfinal), pointer(kept)
     du, ddt = call.timed_output("du"), call.timed_output("ddt")
     dz = None if z is None else call.timed_output("dz")
