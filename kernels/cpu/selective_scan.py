@@ -92,9 +92,9 @@ class _Call:
 
     def _blocks(self) -> int:
         """Blocks of channels per group, from shapes alone: results must not change with the number of threads."""
-        per_group, lanes = self.channels // max(self.groups, 1), self.library.lanes()
+        per_group, lanes = self.channels // max(self.groups, 1), int(self.library.lanes())
         # Large blocks share the sums over channels; small ones give few long sequences more than one core.
-        size = next((n for n in (192, 128) if self.sequences * self.channels >= 4 * n), 64)
+        size: int = next((n for n in (192, 128) if self.sequences * self.channels >= 4 * n), 64)
         blocks = max(1, (per_group + size - 1) // size)
         even = (per_group + blocks - 1) // blocks
         rounded = (even + lanes - 1) // lanes * lanes  # as in the kernel

@@ -150,9 +150,10 @@ INLINE vec sigmoid(vec x) {
 
 /* log(1 + exp x) = max(x, 0) + 2 artanh(e / (2 + e)) with e = exp(-|x|); *slope is its derivative, the sigmoid. */
 INLINE vec softplus(vec x, vec *slope) {
-    vec e = exp_minus_abs(x);
-    *slope = choose(x < splat(0), e, splat(1)) / (splat(1) + e);
-    vec s = e / (splat(2) + e), s2 = s * s;
+    vec e = exp_minus_abs(x), one = splat(1) + e, two = splat(2) + e;
+    vec inverse = splat(1) / (one * two); /* one division for both */
+    *slope = choose(x < splat(0), e, splat(1)) * two * inverse;
+    vec s = e * one * inverse, s2 = s * s;
     enum { TERMS = REAL_BITS == 64 ? 17 : 8 };
     vec series = splat((real)1 / (2 * TERMS - 1));
 #pragma GCC unroll 16
