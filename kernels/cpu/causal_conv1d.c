@@ -4,11 +4,11 @@
  * Time is processing time, as in selective_scan.c. */
 #include "vectors.h"
 
-enum { MAX_WIDTH = 8 };
+enum { MAX_WIDTH = 8, BLOCK = 64 /* channels of a task */, CHUNK = 64 /* steps */ };
 
 typedef struct {
     int64_t struct_bytes;
-    int64_t sequences, steps, channels, width, blocks, block, silu, packed, threads;
+    int64_t sequences, steps, channels, width, blocks, silu, packed, threads;
     const int64_t *bounds;
     const real *x, *dy;
     int64_t x_batch, x_time, dy_batch, dy_time;
@@ -29,8 +29,8 @@ static Task task_of(const Conv *s, int64_t index) {
     t.batch = s->packed ? 0 : t.sequence;
     t.begin = s->packed ? s->bounds[t.sequence] : 0;
     t.end = s->packed ? s->bounds[t.sequence + 1] : s->steps;
-    t.first = index % s->blocks * s->block;
-    t.stop = t.first + s->block < s->channels ? t.first + s->block : s->channels;
+    t.first = index % s->blocks * BLOCK;
+    t.stop = t.first + BLOCK < s->channels ? t.first + BLOCK : s->channels;
     return t;
 }
 
@@ -54,40 +54,53 @@ INLINE void shift(vec *window, vec newest, const int64_t W) {
     window[W - 1] = newest;
 }
 
-INLINE void forward_vector(const Conv *s, const Task *t, int64_t channel, int lanes, const int64_t W) {
-    vec weight[MAX_WIDTH], window[MAX_WIDTH];
-    const vec bias = s->bias ? load(s->bias + channel, lanes) : splat(0);
-    for (int64_t j = 0; j < W; j++) {
-        weight[j] = load(s->weight + j * s->channels + channel, lanes);
-        window[j] = j ? input_at(s, t, t->begin - W + j, channel, lanes) : splat(0);
-    }
+/* What is carried from chunk to chunk for one vector of channels. */
+typedef struct {
+    vec window[MAX_WIDTH]; /* the last inputs */
+    vec later[MAX_WIDTH];  /* gradients before the activation, of the last outputs */
+    vec dweight[MAX_WIDTH], dbias;
+} Column;
+
+INLINE void load_weight(const Conv *s, int64_t channel, int lanes, vec *weight, vec *bias, const int64_t W) {
+    *bias = s->bias ? load(s->bias + channel, lanes) : splat(0);
+    for (int64_t j = 0; j < W; j++) weight[j] = load(s->weight + j * s->channels + channel, lanes);
+}
+
+static void begin(const Conv *s, const Task *t, int64_t channel, int lanes, Column *column) {
+    memset(column, 0, sizeof *column);
+    for (int64_t j = 1; j < s->width; j++)
+        column->window[j] = input_at(s, t, t->begin - s->width + j, channel, lanes);
+}
+
+INLINE void forward_chunk(const Conv *s, const Task *t, int64_t from, int64_t to, int64_t channel, int lanes,
+                          Column *column, const int64_t W) {
+    vec weight[MAX_WIDTH], window[MAX_WIDTH], bias;
+    load_weight(s, channel, lanes, weight, &bias, W);
+    memcpy(window, column->window, sizeof window);
     const real *x = s->x + t->batch * s->x_batch + channel;
     real *y = s->y + t->batch * s->y_batch + channel;
-    for (int64_t time = t->begin; time < t->end; time++) {
+    for (int64_t time = from; time < to; time++) {
         ask(x, s->x_time, time);
         ask(y, s->y_time, time);
         shift(window, load(x + time * s->x_time, lanes), W);
         vec out = filter(window, weight, bias, W);
         store(y + time * s->y_time, s->silu ? out * sigmoid(out) : out, lanes);
     }
-    real *final = s->final + t->sequence * (W - 1) * s->channels + channel;
-    for (int64_t j = 0; j + 1 < W; j++) store(final + j * s->channels, window[j + 1], lanes);
+    memcpy(column->window, window, sizeof window);
 }
 
-INLINE void backward_vector(const Conv *s, const Task *t, int64_t channel, int lanes, const int64_t W) {
-    vec weight[MAX_WIDTH], window[MAX_WIDTH], dweight[MAX_WIDTH], later[MAX_WIDTH];
-    const vec bias = s->bias ? load(s->bias + channel, lanes) : splat(0);
-    vec dbias = splat(0);
-    for (int64_t j = 0; j < W; j++) {
-        weight[j] = load(s->weight + j * s->channels + channel, lanes);
-        window[j] = j ? input_at(s, t, t->begin - W + j, channel, lanes) : splat(0);
-        dweight[j] = later[j] = splat(0);
-    }
+/* At `time` the gradient of the input W - 1 steps earlier is complete: the last outputs that read it are done. */
+INLINE void backward_chunk(const Conv *s, const Task *t, int64_t from, int64_t to, int64_t channel, int lanes,
+                           Column *column, const int64_t W) {
+    vec weight[MAX_WIDTH], window[MAX_WIDTH], later[MAX_WIDTH], dweight[MAX_WIDTH], bias, dbias = column->dbias;
+    load_weight(s, channel, lanes, weight, &bias, W);
+    memcpy(window, column->window, sizeof window);
+    memcpy(later, column->later, sizeof later);
+    memcpy(dweight, column->dweight, sizeof dweight);
     const real *x = s->x + t->batch * s->x_batch + channel, *dy = s->dy + t->batch * s->dy_batch + channel;
     real *dx = s->dx + t->batch * s->y_batch + channel;
     const int64_t tail = t->sequence * (W - 1) * s->channels + channel;
-    /* At `time` the gradient of the input W - 1 steps earlier is complete: the last outputs that read it are done. */
-    for (int64_t time = t->begin; time < t->end + W - 1; time++) {
+    for (int64_t time = from; time < to; time++) {
         vec dpre = splat(0);
         if (time < t->end) {
             ask(x, s->x_time, time);
@@ -99,6 +112,7 @@ INLINE void backward_vector(const Conv *s, const Task *t, int64_t channel, int l
                 vec out = filter(window, weight, bias, W), gate = sigmoid(out);
                 dpre *= gate * (splat(1) + out * (splat(1) - gate));
             }
+#pragma GCC unroll 8
             for (int64_t j = 0; j < W; j++) dweight[j] += dpre * window[j];
             dbias += dpre;
         }
@@ -113,28 +127,51 @@ INLINE void backward_vector(const Conv *s, const Task *t, int64_t channel, int l
         else
             store(s->dinitial + tail + (W - 1 - (t->begin - source)) * s->channels, gradient, lanes);
     }
-    for (int64_t j = 0; j < W; j++)
-        store(s->dweight + (t->sequence * W + j) * s->channels + channel, dweight[j], lanes);
-    store(s->dbias + t->sequence * s->channels + channel, dbias, lanes);
+    memcpy(column->window, window, sizeof window);
+    memcpy(column->later, later, sizeof later);
+    memcpy(column->dweight, dweight, sizeof dweight);
+    column->dbias = dbias;
 }
 
-#define EACH_VECTOR(function)                                                     \
-    for (int64_t channel = t.first; channel < t.stop; channel += LANES) {         \
-        const int64_t left = t.stop - channel;                                    \
-        if (left >= LANES && s->width == 4)                                       \
-            function(s, &t, channel, LANES, 4);                                   \
-        else                                                                      \
-            function(s, &t, channel, left < LANES ? (int)left : LANES, s->width); \
+/* Time chunk by time chunk, so that the rows of a chunk stay in the cache for all vectors of channels. */
+#define EACH_CHUNK_AND_VECTOR(end, function)                                                            \
+    for (int64_t from = t.begin, to; from < (end); from = to) {                                         \
+        to = from + CHUNK < (end) ? from + CHUNK : (end);                                               \
+        EACH_VECTOR {                                                                                   \
+            if (lanes == LANES && s->width == 4)                                                        \
+                function(s, &t, from, to, channel, LANES, column, 4);                                   \
+            else                                                                                        \
+                function(s, &t, from, to, channel, (int)lanes, column, s->width);                            \
+        }                                                                                               \
     }
+#define EACH_VECTOR                                                                                     \
+    for (Column *column = columns; column < columns + vectors; column++)                                \
+        for (int64_t channel = t.first + (column - columns) * LANES, left = t.stop - channel,           \
+                     lanes = left < LANES ? left : LANES; left; left = 0)
 
 static void forward_task(const Conv *s, int64_t index) {
     const Task t = task_of(s, index);
-    EACH_VECTOR(forward_vector)
+    Column columns[BLOCK / LANES];
+    const int64_t vectors = (t.stop - t.first + LANES - 1) / LANES;
+    EACH_VECTOR begin(s, &t, channel, (int)lanes, column);
+    EACH_CHUNK_AND_VECTOR(t.end, forward_chunk)
+    EACH_VECTOR {
+        real *final = s->final + t.sequence * (s->width - 1) * s->channels + channel;
+        for (int64_t j = 0; j + 1 < s->width; j++) store(final + j * s->channels, column->window[j + 1], (int)lanes);
+    }
 }
 
 static void backward_task(const Conv *s, int64_t index) {
     const Task t = task_of(s, index);
-    EACH_VECTOR(backward_vector)
+    Column columns[BLOCK / LANES];
+    const int64_t vectors = (t.stop - t.first + LANES - 1) / LANES;
+    EACH_VECTOR begin(s, &t, channel, (int)lanes, column);
+    EACH_CHUNK_AND_VECTOR(t.end + s->width - 1, backward_chunk)
+    EACH_VECTOR {
+        real *dweight = s->dweight + t.sequence * s->width * s->channels + channel;
+        for (int64_t j = 0; j < s->width; j++) store(dweight + j * s->channels, column->dweight[j], (int)lanes);
+        store(s->dbias + t.sequence * s->channels + channel, column->dbias, (int)lanes);
+    }
 }
 
 static int run(const Conv *s, void (*task)(const Conv *, int64_t)) {

@@ -10,12 +10,12 @@ from sinuous.kernels.cpu.arrays import Structure, Timed, bounds, fields, pointer
 from sinuous.kernels.torch.packing import flip_sequences
 
 _BLOCK = 64
-"""Channels per task: a multiple of every vector's lanes."""
+"""Channels per task, as in the C source."""
 
 
 class _Conv(Structure):
     _fields_ = fields(
-        "sequences steps channels width blocks block silu packed threads bounds x dy x_batch x_time dy_batch dy_time "
+        "sequences steps channels width blocks silu packed threads bounds x dy x_batch x_time dy_batch dy_time "
         "weight bias initial dfinal y final y_batch y_time dx dweight dbias dinitial"
     )
 
@@ -48,7 +48,6 @@ class _Call:
             channels=x.shape[2],
             width=self.width,
             blocks=(x.shape[2] + _BLOCK - 1) // _BLOCK,
-            block=_BLOCK,
             silu=silu,
             packed=cu_seqlens is not None,
             threads=build.threads(),

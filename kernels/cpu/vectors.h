@@ -143,15 +143,25 @@ INLINE vec exp2v(vec x) {
 INLINE vec absolute(vec x) { return choose(x < splat(0), -x, x); }
 INLINE vec exp_minus_abs(vec x) { return exp2v(absolute(x) * splat(-LOG2E)); }
 
+/* 1 / x for x in [1, 6]: an estimate to 14 bits and one step of Newton's are several times cheaper than a division. */
+INLINE vec reciprocal(vec x) {
+#if defined(__AVX512F__) && REAL_BITS == 32
+    vec r = (vec)_mm512_rcp14_ps((__m512)x);
+    return r * (splat(2) - x * r);
+#else
+    return splat(1) / x;
+#endif
+}
+
 INLINE vec sigmoid(vec x) {
     vec e = exp_minus_abs(x);
-    return choose(x < splat(0), e, splat(1)) / (splat(1) + e);
+    return choose(x < splat(0), e, splat(1)) * reciprocal(splat(1) + e);
 }
 
 /* log(1 + exp x) = max(x, 0) + 2 artanh(e / (2 + e)) with e = exp(-|x|); *slope is its derivative, the sigmoid. */
 INLINE vec softplus(vec x, vec *slope) {
     vec e = exp_minus_abs(x), one = splat(1) + e, two = splat(2) + e;
-    vec inverse = splat(1) / (one * two); /* one division for both */
+    vec inverse = reciprocal(one * two); /* serves both */
     *slope = choose(x < splat(0), e, splat(1)) * two * inverse;
     vec s = e * one * inverse, s2 = s * s;
     enum { TERMS = REAL_BITS == 64 ? 17 : 8 };
