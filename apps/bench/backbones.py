@@ -188,6 +188,7 @@ def draw(rows: list[Row], path: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, LogLocator
     except ImportError:
         raise ValueError("--figure needs matplotlib; install it with: pip install 'sinuous[train]'") from None
     labels = list(dict.fromkeys(row["model"] for row in rows))
@@ -219,15 +220,15 @@ def draw(rows: list[Row], path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="image size, pixels", title=title)
         axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set_fontsize(11)
         if index == 0:
             axes.legend(frameon=False, fontsize=8, loc="upper left")
     note = rows[0]
-    figure.text(
-        0.995, 0.005, f"{note['machine']}, {note['threads']} thread(s), batch {note['batch']}, fp32", ha="right",
-        va="bottom", fontsize=7, color="0.4",
-    )  # fmt: skip
+    caption = f"{note['machine']}, {note['threads']} thread(s), batch {note['batch']}, fp32, torch {note['torch']}"
+    figure.suptitle(caption, x=0.01, ha="left", fontsize=8, color="0.4")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)

@@ -22,7 +22,7 @@ RECURRENT_LENGTH = 2048
 
 PASSES = ("forward", "forward+backward")
 
-COLUMNS = ("op", "pass", "length", "implementation", "median_ms", "ratio", "peak_mb", "us_per_token", "difference")
+COLUMNS = ("pass", "length", "implementation", "median_ms", "ratio", "peak_mb", "us_per_token", "difference")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,13 +72,15 @@ def prepare(case: Case, name: str, inputs: Inputs) -> Prepared:
     return peers[name].prepare(inputs) if name in peers else ours(case, name, inputs)
 
 
-def measure_peak(family: str, name: str, shape: Shape, device: str, threads: int) -> dict[str, float] | None:
+def measure_peak(
+    family: str, name: str, shape: Shape, device: str, threads: int, passes: tuple[str, ...] = PASSES
+) -> dict[str, float] | None:
     """Peak memory of one candidate in this process beyond its inputs; run it in a fresh one."""
     torch.set_num_threads(threads)
     case, place = CASES[family], torch.device(device)
     # What the first call brings in, compiled kernels and thread pools, is no part of a call's need.
     warm = prepare(case, name, case.make(shape._replace(length=16), place, torch.float32))
-    for which in PASSES:
+    for which in passes:
         _call(warm, which)()
     prepared = prepare(case, name, case.make(shape, place, torch.float32))
 
@@ -87,7 +89,8 @@ def measure_peak(family: str, name: str, shape: Shape, device: str, threads: int
         y = prepared.call()
         return torch.autograd.grad(y, list(prepared.leaves), torch.ones_like(y))
 
-    return measure.peak_growth({"forward": _call(prepared, "forward"), "forward+backward": both}, place)
+    calls = {"forward": _call(prepared, "forward"), "forward+backward": both}
+    return measure.peak_growth({which: calls[which] for which in passes}, place)
 
 
 class Budget:
@@ -181,6 +184,8 @@ def bench_case(case: Case, shapes: list[Shape], options: argparse.Namespace, say
             for name, seconds in medians.items():
                 budget.note(name, which, shape.length, seconds)
                 if not options.no_memory and name not in peaks:
+                    quadratic = usable[name] is not None and usable[name].quadratic
+                    passes = tuple(p for p in PASSES if budget.allows(name, p, shape.length, quadratic))
                     peaks[name] = measure.in_fresh_process(
                         measure_peak,
                         case.family.name,
@@ -188,6 +193,7 @@ def bench_case(case: Case, shapes: list[Shape], options: argparse.Namespace, say
                         shape,
                         options.device,
                         options.threads,
+                        passes,
                         timeout=60 + 10 * options.max_seconds,
                     )
                 peak = (peaks.get(name) or {}).get(which)
@@ -254,7 +260,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> list[dict[st
         print(options.csv)
     if options.markdown:
         method = f"{METHOD}\n\n    {command('ops', options)}"
-        columns = ("op", "pass", "length", "implementation", "median_ms", "versus", *COLUMNS[5:])
+        columns = ("op", "pass", "length", "implementation", "median_ms", "versus", *COLUMNS[4:])
         write_markdown(stamped, columns, options.markdown, title=f"Ops: {heading}", method=method, notes=left_out)
         print(options.markdown)
     return stamped

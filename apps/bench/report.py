@@ -34,7 +34,9 @@ def show(rows: Sequence[Row], columns: Sequence[str], *, title: str, group: Sequ
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         ends = following is not None and any(row[g] != following[g] for g in group)
         table.add_row(*(_text(row[c]) for c in columns), end_section=ends, style="bold" if row.get("ours") else None)
-    Console().print(table)
+    console = Console()
+    # A file or a pipe has no width to fit into.
+    (console if console.is_terminal else Console(width=140)).print(table)
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
