@@ -25,6 +25,7 @@ class TrainSchema:
     task_name: str = "train"
     seed: int = 0
     ckpt_path: str | None = None
+    runs: str = "${oc.env:SINUOUS_OUT,outputs}/${task_name}"
     output_dir: str = "${hydra:runtime.output_dir}"
     test: bool = True
     model: Any = field(default_factory=dict)
@@ -46,6 +47,7 @@ class EvalSchema:
     pretrained: bool = False
     task_name: str = "eval"
     ckpt_path: str | None = None
+    runs: str = "${oc.env:SINUOUS_OUT,outputs}/${task_name}"
     output_dir: str = "${hydra:runtime.output_dir}"
     seed: int = 0
     split: str = "test"

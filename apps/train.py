@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sinuous.apps import backends
 from sinuous.apps.callbacks import BestWeights, RunStopped
-from sinuous.apps.composition import LAST, run_composed
+from sinuous.apps.composition import LAST, newest_run, run_composed
 from sinuous.apps.data_module import LabelledImages
 from sinuous.apps.pictures import prediction_grid
 from sinuous.apps.run_folder import WholeCheckpoints, describe, keep_metrics
@@ -35,12 +35,12 @@ def train(config: DictConfig) -> int:
     """Train, test and draw what `config` describes; returns the exit code."""
     quieten()
     folder = Path(config.output_dir)
-    start = _start_of(config, folder)
+    start = _start_of(config)
     L.seed_everything(config.seed, workers=True, verbose=False)
     data, task = make_data(config), make_task(config)
     trainer = make_trainer(config)
     if trainer.is_global_zero:
-        if start is not None and start.parents[1] == folder:
+        if start is not None and start.parents[1].resolve() == folder.resolve():
             keep_metrics(folder)
         describe(folder, config)
         log.info("%s", first_line(trainer, task, data, ("train", "val", "test"), config.model))
@@ -56,11 +56,10 @@ def train(config: DictConfig) -> int:
     return 0
 
 
-def _start_of(config: DictConfig, folder: Path) -> Path | None:
+def _start_of(config: DictConfig) -> Path | None:
     if not config.ckpt_path:
         return None
-    # With ckpt_path=last the run folder is that of the newest run; other processes of torchrun have none.
-    path = folder / LAST if config.ckpt_path == "last" else Path(config.ckpt_path)
+    path = newest_run(config.runs) / LAST if config.ckpt_path == "last" else Path(config.ckpt_path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path.resolve()} to go on from; check ckpt_path")
     try:
