@@ -17,27 +17,30 @@ CPU = torch.device("cpu")
 MEGABYTE = 1_000_000
 
 
-def test_candidates_take_turns():
-    calls: list[str] = []
-    measure.round_robin(
-        {"a": lambda: (calls.append("a"), time.sleep(0.006)), "b": lambda: (calls.append("b"), time.sleep(0.006))},
-        CPU,
-        repeats=3,
-    )
+class Clock:
+    """Time that passes only when a candidate works."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setitem(measure.CLOCKS, "wall", lambda: self.now)
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_candidates_take_turns(monkeypatch):
+    clock, calls = Clock(monkeypatch), []
+    candidates = {name: lambda name=name: (calls.append(name), clock.work(0.006)) for name in "ab"}
+    samples = measure.round_robin(candidates, CPU, repeats=3)
     assert calls == ["a", "a", "b", "b"] + ["a", "b"] * 3
+    assert samples["a"] == pytest.approx([0.006] * 3)
 
 
-def test_short_calls_are_repeated_inside_a_sample():
-    count = 0
-
-    def call() -> None:
-        nonlocal count
-        count += 1
-        time.sleep(0.0005)
-
-    (sample,) = measure.round_robin({"short": call}, CPU, repeats=1)["short"]
-    assert count >= 5
-    assert 0.0005 <= sample < 0.005, "a sample is the mean of its calls, not their sum"
+def test_short_calls_are_repeated_inside_a_sample(monkeypatch):
+    clock, calls = Clock(monkeypatch), []
+    samples = measure.round_robin({"short": lambda: (calls.append(1), clock.work(0.0004))}, CPU, repeats=1)
+    assert len(calls) == 2 + 13, "as often as fills the shortest sample"
+    assert samples["short"] == pytest.approx([0.0004]), "a sample is the mean of its calls, not their sum"
 
 
 def _allocate(megabytes: int) -> torch.Tensor:
