@@ -165,7 +165,9 @@ class BestWeights(ModelCheckpoint):
         if self.best_model_score is before or not self.best_model_path:
             return
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(pl_module.evaluated, options=whole)  # of all processes, so all must ask for it
+        state: Any = get_model_state_dict(
+            pl_module.evaluated, options=whole
+        )  # of all processes, so all must ask for it
         if trainer.is_global_zero:
             metadata = {
                 "model": self.model_name,

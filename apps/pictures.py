@@ -50,8 +50,8 @@ def prediction_grid(
     figure = Figure(figsize=(1.35 * COLUMNS, 1.75 * sum(rows) + 0.5 * len(rows) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=12, color=_INK, x=0.01, ha="left")
-    parts = np.atleast_1d(figure.subfigures(len(pages), 1, height_ratios=[r + 0.3 for r in rows]))
-    for part, (heading, shown), count in zip(parts, pages, rows, strict=True):
+    parts: Any = figure.subfigures(len(pages), 1, squeeze=False, height_ratios=[r + 0.3 for r in rows])
+    for part, (heading, shown), count in zip(parts.ravel(), pages, rows, strict=True):
         part.suptitle(heading, fontsize=9, color=_INK, x=0.01, ha="left")
         axes = part.subplots(count, COLUMNS, squeeze=False).ravel()
         for axis in axes:
@@ -69,12 +69,12 @@ def prediction_grid(
 
 
 def _as_shown(picture: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    channels = picture.float().cpu().numpy() * np.reshape(std, (-1, 1, 1)) + np.reshape(mean, (-1, 1, 1))
-    return channels.transpose(1, 2, 0).clip(0, 1)
+    channels: np.ndarray = picture.float().cpu().numpy() * np.reshape(std, (-1, 1, 1)) + np.reshape(mean, (-1, 1, 1))
+    return np.clip(channels.transpose(1, 2, 0), 0, 1)
 
 
 def _draw(axis: Any, picture: np.ndarray, colour: str) -> None:
     height, width, channels = picture.shape
     axis.imshow(picture if channels == 3 else picture[..., 0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    frame = {"fill": False, "edgecolor": colour, "linewidth": 1.6, "clip_on": False}
+    frame: dict[str, Any] = {"fill": False, "edgecolor": colour, "linewidth": 1.6, "clip_on": False}
     axis.add_patch(matplotlib.patches.Rectangle((-0.5, -0.5), width, height, **frame))

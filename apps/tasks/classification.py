@@ -123,7 +123,8 @@ class Classification(L.LightningModule):
         # Lightning's own count, `estimated_stepping_batches`, sets up the loaders before it has read from the
         # checkpoint where they stood, and they then begin the epoch anew.
         trainer = self.trainer
-        batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+        batches: int = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+        limit = trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         return math.ceil(batches / trainer.accumulate_grad_batches)
 
