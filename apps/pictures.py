@@ -70,7 +70,8 @@ def prediction_grid(
 
 def _as_shown(picture: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     channels: np.ndarray = picture.float().cpu().numpy() * np.reshape(std, (-1, 1, 1)) + np.reshape(mean, (-1, 1, 1))
-    return np.clip(channels.transpose(1, 2, 0), 0, 1)
+    shown: np.ndarray = np.clip(channels.transpose(1, 2, 0), 0, 1)
+    return shown
 
 
 def _draw(axis: Any, picture: np.ndarray, colour: str) -> None:
