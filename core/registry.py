@@ -10,6 +10,7 @@ import difflib
 import fnmatch
 import functools
 import importlib.metadata
+import inspect
 import json
 import os
 import sys
@@ -49,6 +50,7 @@ class ModelInfo:
         license: of the weights.
         weights: tags under which weights exist.
         metrics: what was measured of the weights, and what made them; empty where nothing was.
+        description: one sentence on the weights, where they have one, or else on the architecture.
     """
 
     name: str
@@ -59,6 +61,7 @@ class ModelInfo:
     license: str | None
     weights: tuple[str, ...]
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    description: str | None = None
 
 
 _MODELS: dict[str, _Entry] = {}
@@ -157,7 +160,8 @@ def create_model(
         name: an architecture, or `architecture.tag` for certain weights.
         pretrained: load the weights of the tag, or of the first one that has any.
         checkpoint_path: load this file instead: of ours, of `sinuous train`, or as the authors publish it; keys are
-            renamed and positions resampled as needed. Where `num_classes` and `in_chans` are not given, the file says.
+            renamed and positions resampled as needed. Where `num_classes` and `in_chans` are not given, the file says;
+            a head for another number of classes is left out with a warning.
         **kwargs: for the model's constructor.
 
     Raises:
@@ -205,6 +209,14 @@ def _from_file(
     built: nn.Module = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
     for holder in (built, getattr(built, "model", None)):
         cast("dict[str, Any]", getattr(holder, "pretrained_cfg", {})).pop("state_dict", None)  # a copy of the weights
+    wanted = kwargs.get("num_classes", 0)
+    if head is not None and wanted not in (0, head.shape[0]):
+        warnings.warn(
+            f"the head of {os.fspath(checkpoint_path)} is for {head.shape[0]} classes and num_classes={wanted} was "
+            "asked for: the new head has random weights and must be trained",
+            UserWarning,
+            stacklevel=3,
+        )
     return built
 
 
@@ -303,4 +315,5 @@ def model_info(name: str) -> ModelInfo:
         license=cfg.license,
         weights=_weight_tags(entry),
         metrics=json.loads(metrics.read_text()) if metrics is not None and metrics.exists() else {},
+        description=cfg.description or inspect.getdoc(entry.build),
     )

@@ -1,7 +1,7 @@
 """Orders in which a recurrence can visit the cells of a grid.
 
-A route is a permutation: `x.flatten(1, 2)[:, route.order]` is the sequence of `x` `[B, H, W, D]`, and
-`y[:, route.inverse]` brings a sequence back to cells in raster order. Every route exists for every grid.
+A route is a permutation: `route.to_sequence(x.flatten(1, 2))` is the sequence of `x` `[B, H, W, D]`, and
+`route.to_cells(y)` brings a sequence back to cells in raster order. Every route exists for every grid.
 
     raster            row by row, each from the left                            Vim
     reversed          raster, from its end                                      Vim
@@ -11,6 +11,8 @@ A route is a permutation: `x.flatten(1, 2)[:, route.order]` is the sequence of `
     windows           windows of a side, row by row, each inside row by row     LocalMamba
     hilbert           a space-filling curve                                     neighbours in time touch
 
+These two step along an axis, except that `hilbert` takes one diagonal step where the longer side is odd and the shorter
+one is even and above 2: on such a grid no path of single steps joins the two ends of the longer side.
 `cross_routes` gives the four of VMamba's cross-scan.
 
 Sources: VMamba (arXiv 2401.10166), section 4.2; LocalMamba (arXiv 2403.09338), section 3.2; for the curve on rectangles
@@ -20,9 +22,12 @@ of any shape, the recursive halving described by J. Červený, "Generalized Hilb
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -33,22 +38,31 @@ class Route(NamedTuple):
     order: Tensor
     inverse: Tensor
 
+    def to_sequence(self, cells: Tensor) -> Tensor:
+        """`[B, H·W, ...]` from raster order to the order of the route."""
+        return cells.index_select(1, self.order)
 
-def _raster(height: int, width: int) -> Tensor:
-    return torch.arange(height * width).view(height, width)
+    def to_cells(self, sequence: Tensor) -> Tensor:
+        """`[B, H·W, ...]` from the order of the route back to raster order."""
+        return sequence.index_select(1, self.inverse)
 
 
-def _serpentine(height: int, width: int) -> Tensor:
+Indices = npt.NDArray[np.int64]
+
+
+def _raster(height: int, width: int) -> Indices:
+    return np.arange(height * width, dtype=np.int64).reshape(height, width)
+
+
+def _serpentine(height: int, width: int) -> Indices:
     cells = _raster(height, width)
-    cells[1::2] = cells[1::2].flip(1)
-    return cells.flatten()
+    cells[1::2] = cells[1::2, ::-1].copy()
+    return cells.ravel()
 
 
-def _windows(height: int, width: int, window: int) -> Tensor:
-    if window < 1:
-        raise ValueError(f"window must be at least 1 (got {window})")
-    rows = _raster(height, width).split(window, 0)
-    return torch.cat([tile.flatten() for row in rows for tile in row.split(window, 1)])
+def _windows(height: int, width: int, window: int) -> Indices:
+    row, column = np.divmod(_raster(height, width).ravel(), max(width, 1))
+    return np.lexsort((column, row, column // window, row // window)).astype(np.int64)
 
 
 def _curve(corner: complex, along: complex, across: complex) -> Iterator[complex]:
@@ -73,19 +87,19 @@ def _curve(corner: complex, along: complex, across: complex) -> Iterator[complex
         yield from _curve(corner + along - step + (far - 1) * side, -far * side, near * step - along)
 
 
-def _hilbert(height: int, width: int) -> Tensor:
+def _hilbert(height: int, width: int) -> Indices:
     if height * width == 0:
-        return torch.empty(0, dtype=torch.long)
+        return np.empty(0, dtype=np.int64)
     spans = (complex(width, 0), complex(0, height))
     points = _curve(0j, *(spans if width >= height else spans[::-1]))
-    return torch.tensor([round(p.imag) * width + round(p.real) for p in points])
+    return np.array([round(p.imag) * width + round(p.real) for p in points], dtype=np.int64)
 
 
-_ORDERS: dict[str, Callable[[int, int], Tensor]] = {
-    "raster": lambda height, width: _raster(height, width).flatten(),
-    "reversed": lambda height, width: _raster(height, width).flatten().flip(0),
-    "column": lambda height, width: _raster(height, width).T.flatten(),
-    "column_reversed": lambda height, width: _raster(height, width).T.flatten().flip(0),
+_ORDERS: dict[str, Callable[[int, int], Indices]] = {
+    "raster": lambda height, width: _raster(height, width).ravel(),
+    "reversed": lambda height, width: _raster(height, width).ravel()[::-1],
+    "column": lambda height, width: _raster(height, width).T.ravel(),
+    "column_reversed": lambda height, width: _raster(height, width).T.ravel()[::-1],
     "serpentine": _serpentine,
     "hilbert": _hilbert,
 }
@@ -94,6 +108,13 @@ _ORDERS: dict[str, Callable[[int, int], Tensor]] = {
 def list_routes() -> list[str]:
     """Names that `scan_route` knows, sorted."""
     return sorted([*_ORDERS, "windows"])
+
+
+@functools.lru_cache(maxsize=256)
+def _indices(name: str, height: int, width: int, window: int) -> tuple[Indices, Indices]:
+    # NumPy's, not torch's: a tensor made under fake tensors or on the meta device would stay in the cache.
+    order = _windows(height, width, window) if name == "windows" else _ORDERS[name](height, width)
+    return order.copy(), np.argsort(order)  # a copy, as torch takes no negative strides
 
 
 def scan_route(name: str, height: int, width: int, *, window: int = 2, device: torch.device | None = None) -> Route:
@@ -106,21 +127,20 @@ def scan_route(name: str, height: int, width: int, *, window: int = 2, device: t
             divide.
         device: where the indices are.
 
+    Indices are computed once per grid; the tensors are new in each call, so that a module should keep them.
+
     Raises:
         ValueError: for an unknown name (naming the closest), a negative size, or a window of less than 1.
     """
     if min(height, width) < 0:
         raise ValueError(f"a grid cannot have a negative side (got {height} x {width})")
-    if name == "windows":
-        order = _windows(height, width, window)
-    elif name in _ORDERS:
-        order = _ORDERS[name](height, width)
-    else:
+    if name not in list_routes():
         close = difflib.get_close_matches(name, list_routes(), n=1) or list_routes()
         raise ValueError(f"there is no scan route {name!r}; did you mean {' or '.join(map(repr, close))}?")
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order))
-    return Route(order.to(device), inverse.to(device))
+    if window < 1:
+        raise ValueError(f"window must be at least 1 (got {window})")
+    order, inverse = _indices(name, height, width, window if name == "windows" else 0)
+    return Route(torch.tensor(order, device=device), torch.tensor(inverse, device=device))
 
 
 def cross_routes(height: int, width: int, *, device: torch.device | None = None) -> tuple[Route, Route, Route, Route]:

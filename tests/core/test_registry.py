@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,9 +96,14 @@ def test_reads_the_authors_file_and_its_sizes(published: tuple[Path, nn.Module])
     loaded = sinuous.create_model("test_vim", checkpoint_path=path).eval()
     assert torch.equal(loaded(IMAGE), model(IMAGE))
     assert "state_dict" not in loaded.pretrained_cfg
-    other_head = sinuous.create_model("test_vim", checkpoint_path=path, num_classes=3).eval()
+    with pytest.warns(UserWarning, match="is for 7 classes and num_classes=3 was asked for"):
+        other_head = sinuous.create_model("test_vim", checkpoint_path=path, num_classes=3).eval()
     assert torch.equal(other_head.forward_features(IMAGE), model.forward_features(IMAGE))
     assert other_head(IMAGE).shape == (1, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        headless = sinuous.create_model("test_vim", checkpoint_path=path, num_classes=0).eval()
+    assert torch.equal(headless(IMAGE), model.forward_head(model.forward_features(IMAGE), pre_logits=True))
     gray = sinuous.create_model("test_vim", checkpoint_path=path, in_chans=1).eval()
     torch.testing.assert_close(gray(IMAGE[:, :1]), model(IMAGE[:, :1].expand(-1, 3, -1, -1)), atol=1e-5, rtol=0)
 
@@ -160,12 +166,16 @@ def test_model_info(models: dict[str, Any], tmp_path: Path) -> None:
     assert info.license == "apache-2.0"
     assert "2401.09417" in str(info.paper)
     assert (info.weights, info.metrics) == ((), {})
+    assert info.description == "Vim-Ti: 76.1 % on ImageNet-1k in the paper."
     weights = tmp_path / "test_vim.toy.safetensors"
     weights.with_suffix(".json").write_text(json.dumps({"accuracy": 0.5}))
     entry = models["test_vim"]
-    models["test_vim"] = registry._Entry(entry.build, "vision", {"toy": PretrainedCfg(file=str(weights))})
+    models["test_vim"] = registry._Entry(
+        entry.build, "vision", {"toy": PretrainedCfg(file=str(weights), description="a toy")}
+    )
     info = sinuous.model_info("test_vim.toy")
     assert (info.weights, info.metrics) == (("toy",), {"accuracy": 0.5})
+    assert info.description == "a toy"
     assert "test_vim.toy" in sinuous.list_models(pretrained=True)
 
 
