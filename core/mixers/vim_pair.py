@@ -111,4 +111,4 @@ class VimPair(Mixer):
         y_b, _ = s6(x_b, z, self.x_proj_b(x_b), dt_b.weight, dt_b.bias, self.A_b_log, self.D_b, None, cu_seqlens, True)
         # Halving the small weight is exact and spares a pass over the long sequence.
         weight = self.out_proj.weight * 0.5 if self.divide_out else self.out_proj.weight
-        return F.linear(y_f + y_b, weight)
+        return F.linear(y_f.add_(y_b), weight)

@@ -67,7 +67,7 @@ class _Scan:
         decay = (delta[..., None] * self.A).exp_()
         states = (delta * u)[..., None] * B[..., None, :]
         for decay_t, state_t in zip(decay.unbind(0), states.unbind(0), strict=True):
-            h = torch.addcmul(state_t, decay_t, h, out=state_t)
+            h = state_t.addcmul_(decay_t, h)
         return _Chunk(u, delta, slope, B, C, decay, states)
 
 
@@ -198,8 +198,8 @@ def backward(
             rows(dinitial, segment.first, cu_seqlens).copy_(carry)
         through_decay[1:] *= chunk.states[:-1]
         through_decay[0] *= h
-        dA += torch.einsum("cbgpn,cbgp->gpn", through_decay, chunk.delta)
-        ddelta = (through_decay * scan.A).sum(-1) + dx * chunk.u
+        dA += torch.mul(through_decay, chunk.delta[..., None], out=chunk.states).sum((0, 1))
+        ddelta = through_decay.mul_(scan.A).sum(-1) + dx * chunk.u
         ddelta = ddelta if chunk.slope is None else ddelta * chunk.slope
         du_t = (dx * chunk.delta).flatten(2)
         if skip is not None:
