@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 VERBS = {
     "train": ("sinuous.apps.train", "train a model: sinuous train experiment=vision/fashion_mnist"),
@@ -110,6 +111,13 @@ def explain(error: BaseException) -> str | None:
         if package not in _EXTRA_OF:
             return None
         return f"this needs {package}, which is not installed: pip install 'sinuous[{_EXTRA_OF[package]}]'"
+    missing = getattr(error, "missing_cfg_file", None)  # of Hydra's MissingConfigException
+    if missing:
+        configs = Path(__file__).parent / "configs"
+        known = [str(path.relative_to(configs).with_suffix("")) for path in configs.rglob("*.yaml")]
+        near = difflib.get_close_matches(str(missing).removesuffix(".yaml"), known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "`sinuous train --help` lists what there is"
+        return f"there is no configuration {missing}; {hint}"
     names = {cls.__name__ for cls in type(error).__mro__}
     if "OutOfMemoryError" in names:
         return "the device has no memory left; lower data.batch_size or the size of the model"

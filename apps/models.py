@@ -47,7 +47,7 @@ def table(infos: list[ModelInfo]) -> Table:
             "×".join(map(str, info.input_size or ())),
             ", ".join(info.weights),
             accuracy(info),
-            info.paper or "",
+            (info.paper or "").rpartition(", ")[2],  # its number; the title is in sinuous.model_info(name)
         )
     return drawn
 

@@ -89,7 +89,11 @@ IN_A_WORKER = ValueError(
             2,
             "'modle'",
         ),
-        (MissingConfigException("In 'train': could not find 'model/x'", "x"), 2, "could not find 'model/x'"),
+        (
+            MissingConfigException("In 'train': Could not find", "model/vision/vim_nan"),
+            2,
+            "did you mean model/vision/vim_nano",
+        ),
         (_wrapped(ValueError("no model 'vim_nan'; closest: vim_nano")), 2, "no model 'vim_nan'; closest: vim_nano"),
         (_wrapped(TypeError("f() got an unexpected keyword argument 'depht'")), 2, "model: f() got an unexpected"),
         (ModuleNotFoundError("No module named 'lightning'", name="lightning"), 2, "pip install 'sinuous[train]'"),

@@ -196,7 +196,10 @@ def test_overfitting_64_pictures(sinuous: Sinuous, tmp_path: Path) -> None:
     [
         (["modle.depth=3"], "Key 'modle' is not in struct|Key 'modle' not in 'TrainSchema'"),
         (["seed=abc"], "Value 'abc' of type 'str' could not be converted to Integer"),
-        (["experiment=vision/fashion"], "Could not find 'experiment/vision/fashion'"),
+        (
+            ["experiment=vision/fashion"],
+            "no configuration experiment/vision/fashion; did you mean experiment/vision/fashion_mnist",
+        ),
         (["+model.depht=3"], "model: .*unexpected keyword argument 'depht'"),
         (["data=vision/fashion_mnist_full"], "Missing mandatory value: data.root"),
         (["data=vision/fashion_mnist_full", "data.root=nowhere"], "there is no folder .*nowhere"),
