@@ -7,6 +7,7 @@ allocates a tensor of the whole length.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,17 +16,20 @@ from torch import Tensor
 
 from sinuous.kernels.torch.packing import Segment, flip_sequences, flip_time, mirror, rows, segments
 
+_STEPS = 32
+"""Steps that the forward pass holds at once: their states fit a core's cache better than those of a whole chunk."""
+
 
 class _Chunk(NamedTuple):
-    """One segment, time first; c steps, G groups of P channels, N states."""
+    """One segment, time first; c steps, G groups of P channels, N states. Channels are last, the longest axis."""
 
     u: Tensor  # [c,B,G,P]
     delta: Tensor  # [c,B,G,P]
-    slope: Tensor | None  # [c,B,G,P], d delta / d dt
+    raw: Tensor  # [c,B,G,P], delta before softplus
     B: Tensor  # [c,B,G,N]
     C: Tensor  # [c,B,G,N]
-    decay: Tensor  # [c,B,G,P,N]
-    states: Tensor  # [c,B,G,P,N], after each step
+    decay: Tensor  # [c,B,G,N,P]
+    states: Tensor  # [c,B,G,N,P], after each step
 
 
 def _time_first(t: Tensor, segment: Segment, dtype: torch.dtype, *tail: int) -> Tensor:
@@ -51,24 +55,24 @@ class _Scan:
         self.groups, self.size = (B.shape[2] if B.ndim == 4 else 1), A.shape[1]
         self.shape = (self.groups, self.width // max(self.groups, 1))
         self.u, self.dt, self.B, self.C = u, dt, B, C
-        self.A = A.to(self.dtype).reshape(*self.shape, self.size)
+        self.A = A.to(self.dtype).reshape(*self.shape, self.size).mT.contiguous()
         self.dt_bias = None if dt_bias is None else dt_bias.to(self.dtype).reshape(self.shape)
         self.dt_softplus = dt_softplus
 
     def state(self, h: Tensor) -> Tensor:
-        return h.to(self.dtype).reshape(h.shape[0], *self.shape, self.size)
+        return h.to(self.dtype).reshape(h.shape[0], *self.shape, self.size).mT
 
     def chunk(self, segment: Segment, h: Tensor) -> _Chunk:
         """All states of one segment that starts in state `h`."""
         u, dt = (_time_first(t, segment, self.dtype, *self.shape) for t in (self.u, self.dt))
         B, C = (_time_first(t, segment, self.dtype, self.groups, self.size) for t in (self.B, self.C))
         raw = dt if self.dt_bias is None else dt + self.dt_bias
-        delta, slope = (F.softplus(raw), torch.sigmoid(raw)) if self.dt_softplus else (raw, None)
-        decay = (delta[..., None] * self.A).exp_()
-        states = (delta * u)[..., None] * B[..., None, :]
+        delta = F.softplus(raw) if self.dt_softplus else raw
+        decay = (delta[..., None, :] * self.A).exp_()
+        states = (delta * u)[..., None, :] * B[..., None]
         for decay_t, state_t in zip(decay.unbind(0), states.unbind(0), strict=True):
             h = state_t.addcmul_(decay_t, h)
-        return _Chunk(u, delta, slope, B, C, decay, states)
+        return _Chunk(u, delta, raw, B, C, decay, states)
 
 
 def forward(
@@ -97,22 +101,22 @@ def forward(
     zeros = torch.zeros(sequences, scan.width, scan.size, dtype=scan.dtype, device=u.device)
     initial = scan.state(zeros if initial_state is None else initial_state)
     final = initial.clone()
-    kept = [initial.new_empty(scan.batch, 0, *scan.shape, scan.size)]
+    kept = [initial.new_empty(scan.batch, 0, *initial.shape[1:])]
     ys = [u.new_zeros(u.shape[0], 0, scan.width)]
     h = initial
-    for segment in segments(scan.length, chunk_size, cu_seqlens):
+    for segment in segments(scan.length, math.gcd(chunk_size, _STEPS), cu_seqlens):
         h = h if segment.first is None else rows(initial, segment.first, cu_seqlens)
         if segment.start % chunk_size == 0:
             kept.append(h.unsqueeze(1))
         chunk = scan.chunk(segment, h)
         h = chunk.states[-1].clone()
-        y = (chunk.states @ chunk.C[..., None]).squeeze(-1).flatten(2)
+        y = (chunk.C[..., None, :] @ chunk.states).squeeze(-2).flatten(2)
         y = y if D is None else y.addcmul_(D.to(scan.dtype), chunk.u.flatten(2))
         y = y if z is None else y.mul_(F.silu(_time_first(z, segment, scan.dtype, scan.width)))
         ys.append(y.to(u.dtype).transpose(0, 1))
         if segment.last is not None:
             rows(final, segment.last, cu_seqlens).copy_(h)
-    return torch.cat(ys, 1), final.flatten(1, 2), torch.cat(kept, 1).flatten(2, 3)
+    return torch.cat(ys, 1), final.mT.flatten(1, 2), torch.cat(kept, 1).mT.flatten(2, 3)
 
 
 def backward(
@@ -149,7 +153,7 @@ def backward(
         return [du, ddt, dA, dB, dC, dD, dz, dbias, flip_sequences(dinitial, cu_seqlens)]
     scan = _Scan(u, dt, A, B, C, dt_bias, dt_softplus)
     sequences = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    zeros = torch.zeros(sequences, *scan.shape, scan.size, dtype=scan.dtype, device=u.device)
+    zeros = torch.zeros(sequences, scan.groups, scan.size, scan.shape[1], dtype=scan.dtype, device=u.device)
     initial = zeros if initial_state is None else scan.state(initial_state)
     dinitial = (zeros if dfinal is None else scan.state(dfinal)).clone()
     starts = scan.state(chunk_states.flatten(0, 1)).unflatten(0, chunk_states.shape[:2])
@@ -178,29 +182,29 @@ def backward(
         if z is not None and dz is not None:
             gate = _time_first(z, segment, scan.dtype, scan.width)
             sigmoid = torch.sigmoid(gate)
-            y = (chunk.states @ chunk.C[..., None]).squeeze(-1).flatten(2)
+            y = (chunk.C[..., None, :] @ chunk.states).squeeze(-2).flatten(2)
             y = y if skip is None else y.addcmul_(skip, chunk.u.flatten(2))
             dz[:, inside] = (dy_t * y * sigmoid * (1 + gate * (1 - sigmoid))).transpose(0, 1)
             dy_t = dy_t * gate * sigmoid
         dy_g = dy_t.unflatten(2, scan.shape)
-        dC[:, inside] = (dy_g[..., None, :] @ chunk.states).reshape(steps, scan.batch, *C.shape[2:]).transpose(0, 1)
-        adjoint = dy_g[..., None] * chunk.C[..., None, :]
+        dC[:, inside] = (chunk.states @ dy_g[..., None]).reshape(steps, scan.batch, *C.shape[2:]).transpose(0, 1)
+        adjoint = dy_g[..., None, :] * chunk.C[..., None]
         adjoint[-1] += carry
         pairs = zip(adjoint.unbind(0)[:-1], adjoint.unbind(0)[1:], chunk.decay.unbind(0)[1:], strict=True)
         for before, after, decay in reversed(list(pairs)):
             before.addcmul_(decay, after)
         x = chunk.delta * chunk.u
-        dB[:, inside] = (x[..., None, :] @ adjoint).reshape(steps, scan.batch, *B.shape[2:]).transpose(0, 1)
-        dx = (adjoint @ chunk.B[..., None]).squeeze(-1)
+        dB[:, inside] = (adjoint @ x[..., None]).reshape(steps, scan.batch, *B.shape[2:]).transpose(0, 1)
+        dx = (chunk.B[..., None, :] @ adjoint).squeeze(-2)
         through_decay = adjoint.mul_(chunk.decay)
         carry = through_decay[0].clone()
         if segment.first is not None:
             rows(dinitial, segment.first, cu_seqlens).copy_(carry)
         through_decay[1:] *= chunk.states[:-1]
         through_decay[0] *= h
-        dA += torch.mul(through_decay, chunk.delta[..., None], out=chunk.states).sum((0, 1))
-        ddelta = through_decay.mul_(scan.A).sum(-1) + dx * chunk.u
-        ddelta = ddelta if chunk.slope is None else ddelta * chunk.slope
+        dA += torch.mul(through_decay, chunk.delta[..., None, :], out=chunk.states).sum((0, 1))
+        ddelta = through_decay.mul_(scan.A).sum(-2) + dx * chunk.u
+        ddelta = ddelta * torch.sigmoid(chunk.raw) if dt_softplus else ddelta
         du_t = (dx * chunk.delta).flatten(2)
         if skip is not None:
             du_t = du_t.addcmul_(skip, dy_t)
@@ -209,11 +213,11 @@ def backward(
     return [
         du,
         ddt,
-        dA.flatten(0, 1),
+        dA.mT.flatten(0, 1),
         dB,
         dC,
         None if D is None else dD,
         dz,
         None if dt_bias is None else ddt.sum((0, 1)),
-        None if initial_state is None else dinitial.flatten(1, 2),
+        None if initial_state is None else dinitial.mT.flatten(1, 2),
     ]
