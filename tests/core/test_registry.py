@@ -19,7 +19,7 @@ from torch import nn
 
 import sinuous
 from sinuous.core import registry
-from sinuous.core.checkpoints import save_safetensors
+from sinuous.core.checkpoints import load_state_dict, save_safetensors
 
 IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -177,6 +177,19 @@ def test_model_info(models: dict[str, Any], tmp_path: Path) -> None:
     assert (info.weights, info.metrics) == (("toy",), {"accuracy": 0.5})
     assert info.description == "a toy"
     assert "test_vim.toy" in sinuous.list_models(pretrained=True)
+
+
+def test_shipped_weights_load_through_both_registries_and_say_how_good_they_are() -> None:
+    names = sinuous.list_models(pretrained=True, domain="vision")
+    assert "vim_nano.fashion_mnist" in names
+    for name in names:
+        file = Path(sinuous.create_model(name).pretrained_cfg["file"])
+        loaded = (sinuous.load(name), timm.create_model(name, pretrained=True))
+        for key, stored in load_state_dict(file).items():
+            assert all(torch.equal(model.state_dict()[key], stored) for model in loaded)
+        info = sinuous.model_info(name)
+        assert 0 < info.metrics["test_accuracy"] <= 1
+        assert info.weights == (name.partition(".")[2],)
 
 
 def test_a_domain_registers_without_timm(models: dict[str, Any], tmp_path: Path) -> None:
