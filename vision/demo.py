@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -75,7 +75,12 @@ def prepare(image: Image.Image, size: int = 28) -> Image.Image:
         (top, bottom), (left, right) = (np.flatnonzero(inside)[[0, -1]] for inside in (rows, columns))
         subject = subject[top : bottom + 1, left : right + 1]
     cut = Image.fromarray((255 * subject).astype(np.uint8))
-    return ImageOps.pad(cut, (size, size), method=Image.Resampling.LANCZOS, color=0)
+    # A subject may be so thin that its shorter side would round to nothing.
+    width, height = (max(1, round(size * side / max(cut.size))) for side in cut.size)
+    square = Image.new("L", (size, size))
+    place = ((size - width) // 2, (size - height) // 2)
+    square.paste(cut.resize((width, height), Image.Resampling.LANCZOS), place)
+    return square
 
 
 def samples() -> tuple[list[Image.Image], list[str]]:
