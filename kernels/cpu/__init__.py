@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import warnings
 
@@ -13,17 +14,23 @@ import torch
 
 from sinuous.kernels.cpu import build
 
+FAMILIES = ("causal_conv1d", "selective_scan")
+
 
 @functools.cache
-def _problem() -> str | None:
-    """Why no kernel can run on this machine, or None; says so once, since the ops get slower without them."""
+def _problem(dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run in `dtype` on this machine, or None; says so, since the ops get slower without them.
+
+    All families are compiled and tried at once: what failed later would fail inside an op, after the choice of it.
+    """
     if os.environ.get("SINUOUS_CPU_KERNELS") == "0":
         return "SINUOUS_CPU_KERNELS=0 forbids it"
+    reason = None
     try:
-        from sinuous.kernels.cpu import selective_scan
-
-        reason = selective_scan.self_test()
-    except build.BuildError as error:
+        for family in FAMILIES:
+            module = importlib.import_module(f"{__name__}.{family}")
+            reason = reason or module.self_test(dtype)
+    except (build.BuildError, OSError, RuntimeError) as error:
         reason = str(error)
     if reason is not None:
         warnings.warn(f"the C kernels cannot be used, ops run in plain torch: {reason}", RuntimeWarning, stacklevel=2)
@@ -34,4 +41,4 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot run on `device` with `dtype`, or None if it can."""
     if device.type != "cpu":
         return f"C kernels take tensors on the cpu, not on {device}"
-    return _problem()
+    return _problem(torch.float64 if dtype == torch.float64 else torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ class Timed(NamedTuple):
     def of(cls, t: Tensor | None, dtype: torch.dtype, reverse: bool) -> Timed:
         if t is None:
             return cls(None, 0, 0, 0)
-        t = t.to(dtype)
+        t = t if t.dtype == dtype else t.to(dtype)  # `to` takes longer than to see that it has nothing to do
         if t.stride(-1) != 1 and t.shape[-1] > 1:
             t = t.contiguous()
         batch, time = t.stride(0), t.stride(1)
@@ -38,7 +39,7 @@ class Timed(NamedTuple):
 
 
 def whole(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if t is None else t.to(dtype).contiguous()
+    return t if t is None or (t.dtype == dtype and t.is_contiguous()) else t.to(dtype).contiguous()
 
 
 def pointer(t: Tensor | None) -> int:
@@ -53,21 +54,20 @@ def bounds(cu_seqlens: Tensor | None, length: int, reverse: bool) -> Tensor | No
     return ordered.to(torch.int64).contiguous() if ordered is not None else None
 
 
-class Structure(ctypes.Structure):
-    """A struct of 8-byte fields, all numbers or addresses, its own size first."""
+def fields(names: str) -> dict[str, int]:
+    """A C struct of 8-byte fields, numbers or addresses, in order and all 0: to be copied and filled.
 
-    def __init__(self, **values: int) -> None:
-        super().__init__(struct_bytes=ctypes.sizeof(self), **values)
-
-
-def fields(names: str) -> list[tuple[str, type[ctypes.c_int64]]]:
-    return [(name, ctypes.c_int64) for name in ("struct_bytes", *names.split())]
+    A dictionary packed at the call takes a third of the time of a `ctypes.Structure` of as many fields.
+    """
+    return dict.fromkeys(names.split(), 0)
 
 
 _FAILURES = {1: "out of memory", 2: "the compiled library has another layout of arguments; delete it from the cache"}
 
 
-def run(function: ctypes._NamedFuncPointer, arguments: Structure) -> None:
-    code = function(ctypes.byref(arguments))
+def run(function: ctypes._NamedFuncPointer, arguments: dict[str, int]) -> None:
+    """Call a kernel with its struct, which begins with its own size: so the kernel sees a layout that is not its."""
+    count = len(arguments) + 1
+    code = function(struct.pack(f"{count}q", 8 * count, *arguments.values()))
     if code != 0:
         raise RuntimeError(f"a C kernel did not run: {_FAILURES.get(code, code)}")

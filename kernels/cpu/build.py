@@ -55,19 +55,27 @@ def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
-def _compiler() -> str:
+def _compiler() -> tuple[str, ...]:
+    """The command of the compiler; `CC` may be more than a name (`ccache gcc`, `gcc -pthread`)."""
     # gcc first: its OpenMP runtime is the one that torch brings, and a second one would fight for the cores.
-    for name in filter(None, (os.environ.get("CC"), "gcc", "cc", "clang")):
-        found = shutil.which(name.split()[0])
+    for command in (os.environ.get("CC", ""), "gcc", "cc", "clang"):
+        words = command.split()
+        found = shutil.which(words[0]) if words else None
         if found:
-            return found
+            return (found, *words[1:])
     raise BuildError("no C compiler was found (install gcc, or name one in CC)")
 
 
-def _variants(compiler: str) -> list[tuple[str, ...]]:
+def _executables(compiler: tuple[str, ...]) -> list[str]:
+    """The files that a command runs, behind their links: of `ccache gcc` both."""
+    return [os.path.realpath(found) for word in compiler if (found := shutil.which(word))]
+
+
+def _variants(compiler: tuple[str, ...]) -> list[tuple[str, ...]]:
     """Sets of further flags to try in turn; not every compiler knows each."""
     native = "-mcpu=native" if platform.machine() in ("arm64", "ppc64le") else "-march=native"
-    parallel = () if "clang" in os.path.basename(os.path.realpath(compiler)) else ("-fopenmp",)
+    clang = any("clang" in os.path.basename(path) for path in _executables(compiler))
+    parallel = () if clang else ("-fopenmp",)
     return list(dict.fromkeys([(native, *parallel), (native,), parallel, ()]))
 
 
@@ -102,12 +110,12 @@ def cache_folder() -> Path:
     raise BuildError("neither the cache folder nor a temporary one can be written (name one in SINUOUS_CACHE)")
 
 
-def _compile(compiler: str, source: Path, bits: int, target: Path) -> None:
+def _compile(compiler: tuple[str, ...], source: Path, bits: int, target: Path) -> None:
     messages = []
     for variant in _variants(compiler):
         handle, temporary = tempfile.mkstemp(suffix=".so", dir=target.parent)
         os.close(handle)
-        command = [compiler, *FLAGS, *variant, f"-DREAL_BITS={bits}", str(source), "-o", temporary]
+        command = [*compiler, *FLAGS, *variant, f"-DREAL_BITS={bits}", str(source), "-o", temporary]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
             if done.returncode == 0:
@@ -118,7 +126,7 @@ def _compile(compiler: str, source: Path, bits: int, target: Path) -> None:
             messages.append(str(error))
         finally:
             Path(temporary).unlink(missing_ok=True)
-    raise BuildError(f"{compiler} could not compile {source.name} ({messages[0]})")
+    raise BuildError(f"{' '.join(compiler)} could not compile {source.name} ({messages[0]})")
 
 
 @functools.cache
@@ -129,9 +137,11 @@ def library(family: str, bits: int) -> ctypes.CDLL:
         BuildError: if there is no compiler, no place to write to, or the compiler fails.
     """
     compiler, source = _compiler(), SOURCES / f"{family}.c"
-    stat = os.stat(os.path.realpath(compiler))
     parts = [source.read_bytes(), (SOURCES / "vectors.h").read_bytes(), repr(FLAGS).encode(), _cpu().encode()]
-    parts += [f"{os.path.realpath(compiler)} {stat.st_size} {stat.st_mtime_ns} {bits}".encode()]
+    parts += [repr((compiler, bits)).encode()]
+    for path in _executables(compiler):  # instead of asking for versions, which would start a process each time
+        stat = os.stat(path)
+        parts.append(f"{path} {stat.st_size} {stat.st_mtime_ns}".encode())
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
     target = cache_folder() / f"{family}-{bits}-{key}.so"
     if not target.exists():

@@ -6,18 +6,17 @@ import torch
 from torch import Tensor
 
 from sinuous.kernels.cpu import build
-from sinuous.kernels.cpu.arrays import Structure, Timed, bounds, fields, pointer, real, run, whole
+from sinuous.kernels.cpu.arrays import Timed, bounds, fields, pointer, real, run, whole
 from sinuous.kernels.torch.packing import flip_sequences
 
 _BLOCK = 64
 """Channels per task, as in the C source."""
 
 
-class _Conv(Structure):
-    _fields_ = fields(
-        "sequences steps channels width blocks silu packed threads bounds x dy x_batch x_time dy_batch dy_time "
-        "weight bias initial dfinal y final y_batch y_time dx dweight dbias dinitial"
-    )
+_FIELDS = fields(
+    "sequences steps channels width blocks silu packed threads bounds x dy x_batch x_time dy_batch dy_time "
+    "weight bias initial dfinal y final y_batch y_time dx dweight dbias dinitial"
+)
 
 
 class _Call:
@@ -42,7 +41,8 @@ class _Call:
         self.weight, self.bias = whole(weight.T, self.dtype), whole(bias, self.dtype)
         self.initial = whole(flip_sequences(initial_state, cu_seqlens if reverse else None), self.dtype)
         self.bounds = bounds(cu_seqlens, x.shape[1], reverse)
-        self.arguments = _Conv(
+        self.arguments = _FIELDS.copy()
+        self.arguments.update(
             sequences=self.sequences,
             steps=x.shape[1],
             channels=x.shape[2],
@@ -64,13 +64,13 @@ class _Call:
         """An output `[B, T, D]` that the kernel fills in processing order."""
         t = torch.empty(self.shape, dtype=self.dtype)
         place = Timed.of(t, self.dtype, self.reverse)
-        setattr(self.arguments, name, place.pointer)
-        self.arguments.y_batch, self.arguments.y_time = place.batch, place.time
+        self.arguments[name] = place.pointer
+        self.arguments["y_batch"], self.arguments["y_time"] = place.batch, place.time
         return t
 
     def output(self, name: str, rows: int) -> Tensor:
         t = torch.empty(self.sequences, rows, self.shape[2], dtype=self.dtype)
-        setattr(self.arguments, name, t.data_ptr())
+        self.arguments[name] = t.data_ptr()
         return t
 
 
@@ -105,17 +105,24 @@ def backward(
     dy, dfinal = grads
     given = Timed.of(torch.zeros_like(x) if dy is None else dy, call.dtype, reverse)
     dfinal = whole(flip_sequences(dfinal, cu_seqlens if reverse else None), call.dtype)
-    arguments = call.arguments
-    arguments.dy, arguments.dy_batch, arguments.dy_time = given.pointer, given.batch, given.time
-    arguments.dfinal = pointer(dfinal)
+    call.arguments.update(dy=given.pointer, dy_batch=given.batch, dy_time=given.time, dfinal=pointer(dfinal))
     dx = call.timed_output("dx")
     dweight, dbias, dinitial = (
         call.output(name, rows) for name, rows in (("dweight", call.width), ("dbias", 1), ("dinitial", call.width - 1))
     )
-    run(call.library.backward, arguments)
+    run(call.library.backward, call.arguments)
     return [
         dx,
         dweight.sum(0).T,
         None if bias is None else dbias.sum((0, 1)),
         None if initial_state is None else flip_sequences(dinitial, cu_seqlens if reverse else None),
     ]
+
+
+def self_test(dtype: torch.dtype) -> str | None:
+    """Compile, load and compare one step with its closed form; None if all is well."""
+    one = torch.ones(1, 1, 1, dtype=dtype)
+    y, state = forward(2 * one, torch.tensor([[3.0, 5.0]], dtype=dtype), None, one, None, False, False)
+    if y.item() != 13 or state.item() != 2:
+        return f"the compiled convolution is wrong on this machine (got {y.item():.6g}, wanted 13)"
+    return None

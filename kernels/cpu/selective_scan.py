@@ -6,17 +6,15 @@ import torch
 from torch import Tensor
 
 from sinuous.kernels.cpu import build
-from sinuous.kernels.cpu.arrays import Structure, Timed, bounds, fields, pointer, real, run, whole
+from sinuous.kernels.cpu.arrays import Timed, bounds, fields, pointer, real, run, whole
 from sinuous.kernels.torch.packing import flip_sequences
 
-
-class _Scan(Structure):
-    _fields_ = fields(
-        "sequences steps channels states groups blocks chunk chunks softplus packed threads bounds "
-        "u dt z B C dy u_batch u_time dt_batch dt_time z_batch z_time "
-        "B_batch B_time B_group C_batch C_time C_group dy_batch dy_time A D bias initial dfinal "
-        "y final kept y_batch y_time du ddt dz dB dC dA dD dbias dinitial"
-    )
+_FIELDS = fields(
+    "sequences steps channels states groups blocks chunk chunks softplus packed threads bounds "
+    "u dt z B C dy u_batch u_time dt_batch dt_time z_batch z_time "
+    "B_batch B_time B_group C_batch C_time C_group dy_batch dy_time A D bias initial dfinal "
+    "y final kept y_batch y_time du ddt dz dB dC dA dD dbias dinitial"
+)
 
 
 class _Call:
@@ -50,7 +48,8 @@ class _Call:
         self.A, self.D, self.bias = (whole(t, self.dtype) for t in (A, D, dt_bias))
         self.initial = whole(flip_sequences(initial_state, cu_seqlens if reverse else None), self.dtype)
         self.bounds = bounds(cu_seqlens, self.steps, reverse)
-        self.arguments = _Scan(
+        self.arguments = _FIELDS.copy()
+        self.arguments.update(
             sequences=self.sequences,
             steps=self.steps,
             channels=self.channels,
@@ -104,13 +103,13 @@ class _Call:
         """An output `[B, T, D]` that the kernel fills in processing order."""
         t = torch.empty(self.batch, self.steps, self.channels, dtype=self.dtype)
         place = Timed.of(t, self.dtype, self.reverse)
-        setattr(self.arguments, name, place.pointer)
-        self.arguments.y_batch, self.arguments.y_time = place.batch, place.time
+        self.arguments[name] = place.pointer
+        self.arguments["y_batch"], self.arguments["y_time"] = place.batch, place.time
         return t
 
     def output(self, name: str, *shape: int) -> Tensor:
         t = torch.empty(shape, dtype=self.dtype)
-        setattr(self.arguments, name, t.data_ptr())
+        self.arguments[name] = t.data_ptr()
         return t
 
 
@@ -161,9 +160,9 @@ def backward(
     given = Timed.of(torch.zeros_like(u) if dy is None else dy, call.dtype, reverse)
     dfinal = whole(flip_sequences(dfinal, cu_seqlens if reverse else None), call.dtype)
     kept = whole(chunk_states, call.dtype)
-    arguments = call.arguments
-    arguments.dy, arguments.dy_batch, arguments.dy_time = given.pointer, given.batch, given.time
-    arguments.dfinal, arguments.kept = pointer(dfinal), pointer(kept)
+    call.arguments.update(
+        dy=given.pointer, dy_batch=given.batch, dy_time=given.time, dfinal=pointer(dfinal), kept=pointer(kept)
+    )
     du, ddt = call.timed_output("du"), call.timed_output("ddt")
     dz = None if z is None else call.timed_output("dz")
     parts = (call.blocks, call.batch, call.steps, call.groups, call.states)
@@ -171,7 +170,7 @@ def backward(
     dA = call.output("dA", call.sequences, call.channels, call.states)
     dD, dbias = (call.output(name, call.sequences, call.channels) for name in ("dD", "dbias"))
     dinitial = call.output("dinitial", call.sequences, call.channels, call.states)
-    run(call.library.backward, arguments)
+    run(call.library.backward, call.arguments)
     dB, dC = (t[0] if call.blocks == 1 else t.sum(0) for t in (dB, dC))
     dB, dC = (t.flip(1) if reverse else t for t in (dB, dC))
     return [
@@ -187,11 +186,11 @@ def backward(
     ]
 
 
-def self_test() -> str | None:
+def self_test(dtype: torch.dtype) -> str | None:
     """Compile, load and compare one step with its closed form; None if all is well."""
-    one, zero = torch.ones(1, 1, 1), torch.zeros(1, 1)
+    one, zero = torch.ones(1, 1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
     y, state, _ = forward(one, one, zero - 1, one, one, None, None, None, zero[None] + 2, None, False, False, 64)
-    wanted = 2 * torch.exp(torch.tensor(-1.0)) + 1
+    wanted = 2 * torch.exp(-one) + 1
     if not (torch.allclose(y, wanted) and torch.allclose(state, wanted)):
         return f"the compiled scan is wrong on this machine (got {y.item():.6g}, wanted {wanted.item():.6g})"
     return None

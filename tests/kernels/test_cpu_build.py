@@ -43,7 +43,9 @@ def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 
 @needs_compiler
-def test_processes_that_start_together_leave_one_library_and_later_ones_call_no_compiler(tmp_path: Path) -> None:
+def test_processes_that_start_together_leave_whole_libraries_and_later_ones_call_no_compiler(
+    tmp_path: Path,
+) -> None:
     compiler = shutil.which("gcc") or shutil.which("cc")
     log, wrapper = tmp_path / "calls", tmp_path / "cc"
     wrapper.write_text(f'#!/bin/sh\necho called >> {log}\nexec {compiler} "$@"\n')
@@ -53,7 +55,10 @@ def test_processes_that_start_together_leave_one_library_and_later_ones_call_no_
     calls = len(log.read_text().splitlines())
     assert calls >= 1
     assert answers[0] == answers[1]
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".so"]
+    sources = sorted(path.stem for path in build.SOURCES.glob("*.c"))
+    assert sources == sorted(cpu.FAMILIES)
+    assert sorted(path.name.split("-32-")[0] for path in (tmp_path / "cache").glob("*.so")) == sources
+    assert len(list((tmp_path / "cache").iterdir())) == len(sources)
     assert finish(python(SCAN, **cache))[0] == answers[0]
     assert len(log.read_text().splitlines()) == calls
 
@@ -72,8 +77,37 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
     broken.write_text("#!/bin/sh\necho 'cc: internal error' >&2\nexit 1\n")
     broken.chmod(0o755)
     _, err = finish(python(SCAN, SINUOUS_CACHE=str(tmp_path / "cache"), CC=str(broken)))
-    assert "could not compile selective_scan.c (cc: internal error)" in err
+    assert ".c (cc: internal error)" in err
     assert not list((tmp_path / "cache").iterdir())
+
+
+@needs_compiler
+def test_the_compiler_may_be_a_command_of_several_words(tmp_path: Path) -> None:
+    launcher = tmp_path / "launcher"
+    launcher.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path / "calls"}\nexec "$@"\n')
+    launcher.chmod(0o755)
+    _, err = finish(python(SCAN, SINUOUS_CACHE=str(tmp_path / "cache"), CC=f"{launcher} {build._compiler()[0]}"))
+    assert err == ""
+    assert set((tmp_path / "calls").read_text().split()) == {build._compiler()[0]}
+
+
+@needs_compiler
+@pytest.mark.parametrize("refused", ["selective_scan.c", "REAL_BITS=64"])
+def test_one_library_that_fails_leaves_every_op_to_torch(tmp_path: Path, refused: str) -> None:
+    partial = tmp_path / "cc"
+    partial.write_text(f'#!/bin/sh\ncase "$*" in *{refused}*) exit 1;; esac\nexec {build._compiler()[0]} "$@"\n')
+    partial.chmod(0o755)
+    code = """
+import torch
+from sinuous.core.ops import causal_conv1d, selective_scan
+for dtype in (torch.float32, torch.float64):
+    u = torch.ones(1, 3, 2, dtype=dtype)
+    A = -torch.ones(2, 1, dtype=dtype)
+    for op, arguments in ((causal_conv1d, (u, A)), (selective_scan, (u, u, A, u[..., :1], u[..., :1]))):
+        torch.testing.assert_close(op(*arguments), op(*arguments, backend="torch"))
+"""
+    _, err = finish(python(code, SINUOUS_CACHE=str(tmp_path / "cache"), CC=str(partial)))
+    assert "RuntimeWarning: the C kernels cannot be used, ops run in plain torch" in err
 
 
 def test_the_kernels_can_be_forbidden() -> None:
