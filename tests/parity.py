@@ -6,45 +6,100 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten_with_path, tree_map, tree_map_with_path
 
 from sinuous.core.ops.laws import Laws
+from sinuous.core.ops.laws.declaration import Sample
 
 Arguments = dict[str, Any]
 
+COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64}
 
-def draw(laws: Laws, variant: str, batch: int, length: int, sequences: int | None = None, seed: int = 0) -> Arguments:
-    """Sample arguments of an op, in float64 on the CPU."""
+
+def draw_from(sample: Sample, batch: int, length: int, sequences: int | None = None, seed: int = 0) -> Arguments:
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    return laws.variants[variant](random, batch, length, batch if sequences is None else sequences)
+    return sample(random, batch, length, batch if sequences is None else sequences)
+
+
+def draw(laws: Laws, variant: str, batch: int, length: int, sequences: int | None = None, seed: int = 0) -> Arguments:
+    """Sample arguments of an op, in float64 on the CPU."""
+    return draw_from(laws.variants[variant], batch, length, sequences, seed)
+
+
+def inexact(v: Any) -> bool:
+    """Whether `v` is a tensor that can have a gradient."""
+    return isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex())
 
 
 def cast(arguments: Arguments, to: torch.dtype | str) -> Arguments:
-    """Convert the floating point tensors to a dtype, or all tensors to a device."""
+    """Convert the floating point and complex tensors to a precision, or all tensors to a device."""
 
-    def applies(v: Any) -> bool:
-        return isinstance(v, Tensor) and (isinstance(to, str) or v.is_floating_point())
+    def convert(v: Any) -> Any:
+        if isinstance(to, str):
+            return v.to(to) if isinstance(v, Tensor) else v
+        return v.to(COMPLEX[to] if v.is_complex() else to) if inexact(v) else v
 
-    return {k: v.to(to) if applies(v) else v for k, v in arguments.items()}
+    return tree_map(convert, arguments)
 
 
-def run(laws: Laws, form: str, arguments: Arguments) -> tuple[Tensor, Tensor]:
+def run(laws: Laws, form: str, arguments: Arguments) -> tuple[Tensor, Any]:
     return laws.call(**arguments, return_state=True, backend=form)
 
 
-def run_with_gradients(laws: Laws, form: str, arguments: Arguments, seed: int = 1) -> dict[str, Tensor]:
-    """Outputs and the gradient of each tensor argument for random cotangents of both outputs."""
-    leaves = {
-        k: v.clone().requires_grad_() for k, v in arguments.items() if isinstance(v, Tensor) and v.is_floating_point()
-    }
-    outputs = run(laws, form, {**arguments, **leaves})
+def path_name(path: tuple[Any, ...]) -> str:
+    """`initial_state.0` for the first part of an initial state."""
+    return ".".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+
+
+def tensors(tree: Any) -> dict[str, Tensor]:
+    """The tensors of a dict of arguments, or of anything nested, by their paths."""
+    return {path_name(path): v for path, v in tree_flatten_with_path(tree)[0] if isinstance(v, Tensor)}
+
+
+def named(outputs: tuple[Tensor, Any]) -> dict[str, Tensor]:
+    """The outputs by name: `y`, and `state` or its parts."""
+    return tensors({"y": outputs[0], "state": outputs[1]})
+
+
+def with_leaves(arguments: Arguments) -> tuple[Arguments, dict[str, Tensor]]:
+    """The arguments with every tensor that can have a gradient replaced by a leaf, and the leaves by name."""
+    leaves: dict[str, Tensor] = {}
+
+    def visit(path: tuple[Any, ...], v: Any) -> Any:
+        if not inexact(v):
+            return v
+        leaves[path_name(path)] = v.detach().clone().requires_grad_()
+        return leaves[path_name(path)]
+
+    return tree_map_with_path(visit, arguments), leaves
+
+
+def cotangents(outputs: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """A random cotangent for each output, the same for the same shapes whatever the dtype."""
     generator = torch.Generator().manual_seed(seed)
-    cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
-    return {"y": outputs[0].detach(), "state": outputs[1].detach(), **dict(zip(leaves, gradients, strict=True))}
+
+    def normal(o: Tensor) -> Tensor:
+        dtype = torch.complex128 if o.is_complex() else torch.float64
+        return torch.randn(o.shape, generator=generator, dtype=dtype).to(o)
+
+    return {name: normal(o) for name, o in outputs.items()}
+
+
+def gradients(outputs: dict[str, Tensor], leaves: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = torch.autograd.grad(list(outputs.values()), list(leaves.values()), [given[k] for k in outputs])
+    return dict(zip(leaves, found, strict=True))
+
+
+def run_with_gradients(laws: Laws, form: str, arguments: Arguments, seed: int = 1) -> dict[str, Tensor]:
+    """Outputs and the gradient of each tensor argument for random cotangents of all outputs."""
+    arguments, leaves = with_leaves(arguments)
+    outputs = named(run(laws, form, arguments))
+    found = gradients(outputs, leaves, cotangents(outputs, seed))
+    return {**{k: o.detach() for k, o in outputs.items()}, **found}
 
 
 @torch.no_grad()
@@ -53,8 +108,10 @@ def error(found: Tensor, wanted: Tensor) -> float:
     assert found.shape == wanted.shape
     if wanted.numel() == 0:
         return 0.0
-    difference = (found.double() - wanted.double()).square().mean().sqrt()
-    return float(difference / wanted.double().square().mean().sqrt().clamp_min(1e-30 if wanted.any() else 1.0))
+    dtype = torch.complex128 if wanted.is_complex() else torch.float64
+    difference = (found.to(dtype) - wanted.to(dtype)).abs().square().mean().sqrt()
+    size = wanted.to(dtype).abs().square().mean().sqrt()
+    return float(difference / size.clamp_min(1e-30 if wanted.any() else 1.0))
 
 
 def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], bound: float) -> None:

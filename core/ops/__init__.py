@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from sinuous.core.ops.causal_conv1d import causal_conv1d
 from sinuous.core.ops.selective_scan import selective_scan
+from sinuous.core.ops.ssd import ssd
 
-__all__ = ["causal_conv1d", "selective_scan"]
+__all__ = ["causal_conv1d", "selective_scan", "ssd"]

@@ -53,3 +53,25 @@ def check_packing(cu_seqlens: Tensor | None, batch: int, length: int) -> None:
 def sequence_count(x: Tensor, cu_seqlens: Tensor | None) -> int:
     """How many states an op carries: the batch size, or the number of packed sequences."""
     return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def check_log_decay(log_decay: Tensor | None) -> None:
+    """Logarithms of decays are ≤ 0, -inf included; on a GPU the values are not looked at, which would wait for it."""
+    if log_decay is None or log_decay.device.type != "cpu" or log_decay.numel() == 0:
+        return
+    largest = log_decay.max().item()
+    if largest > 0:
+        raise ValueError(f"log_decay must be ≤ 0 (got max {largest:.3g}); pass logsigmoid(x) or -softplus(x)")
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, *, grouped: bool = False) -> None:
+    """Queries and keys `[B, T, H, K]` and values `[B, T, H, V]`; where `grouped`, H is a multiple of the heads of q."""
+    if q.ndim != 4:
+        raise ValueError(f"q must have shape [B, T, H, K] (got {list(q.shape)}); time is axis 1, heads are axis 2")
+    check_shape("k", k, tuple(q.shape), "keys are shaped like queries, [B, T, H, K]")
+    if v.ndim != 4 or v.shape[:2] != q.shape[:2]:
+        wanted = f"[{q.shape[0]}, {q.shape[1]}, H, V]"
+        raise ValueError(f"v must have shape {wanted}, with the batch and time of q (got {list(v.shape)})")
+    if v.shape[2] != q.shape[2] and not (grouped and q.shape[2] > 0 and v.shape[2] % q.shape[2] == 0):
+        remedy = "a multiple of them" if grouped else "as many; repeat the queries and keys of a group"
+        raise ValueError(f"v has {v.shape[2]} heads and q has {q.shape[2]}; v needs {remedy}")

@@ -92,7 +92,7 @@ def backward(
         dextended = torch.zeros_like(extended)
         for j in range(taps):
             dextended[:, j : j + length].addcmul_(dpre, weight[:, j])
-            dweight[:, j] += torch.einsum("btd,btd->d", dpre, extended[:, j : j + length])
+            dweight[:, j] += (dpre * extended[:, j : j + length]).sum((0, 1))
         dbias += dpre.sum((0, 1))
         if dfinal is not None:
             dextended[:, length:] += rows(dfinal, n, cu_seqlens).to(dtype)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import assert_close, cast, draw, run, run_with_gradients
+from parity import assert_close, cast, draw, draw_from, named, run, run_with_gradients
 
 from sinuous.core.ops.laws import LAWS
 from sinuous.kernels.triton import INTERPRETED
@@ -21,29 +21,8 @@ NAMES = [name for name, laws in LAWS.items() if "triton" in laws.family.forms]
 every_name = pytest.mark.parametrize("name", NAMES)
 
 
-def wide(name: str, batch: int, length: int, sequences: int | None = None, width: int = 192) -> dict[str, Any]:
-    """Arguments with several blocks of channels, the last one partly filled."""
-    generator = torch.Generator().manual_seed(0)
-    count = batch if sequences is None else sequences
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    x, bias = random(batch, length, width), random(width)
-    if name == "causal_conv1d":
-        state = random(count, 3, width)
-        return {"x": x, "weight": random(width, 4), "bias": bias, "initial_state": state, "activation": "silu"}
-    return {
-        "u": x,
-        "dt": random(batch, length, width) - 2,
-        "A": -8 * torch.rand(width, 16, generator=generator, dtype=torch.float64),
-        "B": random(batch, length, 16),
-        "C": random(batch, length, 16),
-        "D": random(width),
-        "z": random(batch, length, width),
-        "dt_bias": bias,
-        "initial_state": random(count, width, 16),
-    }
+def wide(name: str, batch: int, length: int, sequences: int | None = None) -> dict[str, Any]:
+    return draw_from(LAWS[name].wide, batch, length, sequences)
 
 
 def compare(name: str, arguments: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
@@ -53,7 +32,7 @@ def compare(name: str, arguments: dict[str, Any], dtype: torch.dtype = torch.flo
     wanted = run_with_gradients(laws, "recurrent", cast(arguments, torch.float64))
     found = run_with_gradients(laws, "triton", arguments)
     outputs, gradients = (1e-4, 1e-4) if dtype == torch.float32 else laws.bf16
-    assert_close(found, {k: wanted[k] for k in ("y", "state")}, outputs)
+    assert_close(found, {k: v for k, v in wanted.items() if k.startswith(("y", "state"))}, outputs)
     assert_close(found, wanted, gradients)
 
 
@@ -64,10 +43,9 @@ def test_every_variant_at_small_sizes(name: str, variant: str, length: int) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("width", [192, 200])
 @every_name
-def test_a_long_sequence_in_a_small_batch(name: str, width: int, dtype: torch.dtype) -> None:
-    compare(name, wide(name, 1, 4096, width=width), dtype)
+def test_a_long_sequence_in_a_small_batch(name: str, dtype: torch.dtype) -> None:
+    compare(name, wide(name, 1, 4096), dtype)
 
 
 @every_name
@@ -93,8 +71,9 @@ def test_same_bits_twice(name: str) -> None:
 @every_name
 def test_chosen_without_being_asked_for(name: str) -> None:
     arguments = cast(cast(wide(name, 2, 70), "cuda"), torch.float32)
-    asked, unasked = run(LAWS[name], "triton", arguments), LAWS[name].call(**arguments, return_state=True)
-    assert all(torch.equal(a, b) for a, b in zip(asked, unasked, strict=True))
+    asked = named(run(LAWS[name], "triton", arguments))
+    unasked = named(LAWS[name].call(**arguments, return_state=True))
+    assert all(torch.equal(asked[k], unasked[k]) for k in asked)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

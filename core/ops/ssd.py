@@ -1,0 +1,150 @@
+r"""SSD: linear recurrence of a matrix state with one decay per head.
+
+    S_t = exp(g_t) S_{t-1} + k_t v_tᵀ          S ∈ R^{K×V}
+    y_t = scale · S_tᵀ q_t
+
+With g = 0 it is linear attention (Katharopoulos et al., arXiv 2006.16236), with constant g retention (Sun et al., arXiv
+2307.08621) and lightning attention (Qin et al., arXiv 2401.04658), with g from the input Mamba-2 and simple GLA.
+
+Source: Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), sections 3 and 6; there q, k, v are C, B and Δ x, and
+g = Δ A. Beyond the reference: exact gradients through the final state, reversal, exact resets by g = -inf.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sinuous.core.ops.checks import (
+    check_attention,
+    check_device,
+    check_floating,
+    check_log_decay,
+    check_packing,
+    check_shape,
+    sequence_count,
+    state_dtype,
+)
+from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.stepwise import State, run_steps
+
+CHUNK_SIZE = 64
+"""Time steps between two states that the forward pass keeps for the backward pass."""
+
+
+def recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    reverse: bool,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition, step by step; plain autograd differentiates it to any order."""
+    dtype, heads = state_dtype(q), v.shape[2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    queries, keys = (t.to(dtype).repeat_interleave(heads // max(q.shape[2], 1), 2) for t in (q, k))
+    decay = None if log_decay is None else log_decay.to(dtype).exp().expand(v.shape[:3])
+    state = (sequence_count(q, cu_seqlens), heads, q.shape[3], v.shape[3])
+    initial = queries.new_zeros(state) if initial_state is None else initial_state.to(dtype)
+
+    def step(state: State, q_t: Tensor, k_t: Tensor, v_t: Tensor, a_t: Tensor | None) -> tuple[Tensor, State]:
+        S = state[0] if a_t is None else a_t[..., None, None] * state[0]
+        S = S + k_t[..., :, None] * v_t[..., None, :]
+        return (q_t[..., None, :] @ S).squeeze(-2) * scale, (S,)
+
+    inputs = (queries, keys, v.to(dtype), decay)
+    y, (final,), (kept,) = run_steps(step, inputs, (initial,), inputs[2][:, :0], cu_seqlens, reverse, chunk_size)
+    return y.to(v.dtype), final, kept
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    reverse: bool,
+) -> None:
+    check_floating(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
+    check_device(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
+    check_attention(q, k, v, grouped=True)
+    batch, length, heads, values = v.shape
+    if log_decay is not None:
+        wanted = (heads,) if log_decay.ndim == 1 else (batch, length, heads)
+        check_shape("log_decay", log_decay, wanted, "one per step and head, [B, T, H], or one per head, [H]")
+        check_log_decay(log_decay)
+    check_packing(cu_seqlens, batch, length)
+    state = (sequence_count(q, cu_seqlens), heads, q.shape[3], values)
+    check_shape("initial_state", initial_state, state, "[sequences, H, K, V]")
+
+
+def _fake(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, Tensor]:
+    state = (sequence_count(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
+    return torch.empty_like(v), torch.empty(state, dtype=state_dtype(q), device=q.device)
+
+
+def _chunk_states(q: Tensor, v: Tensor, chunk_size: int, **_: object) -> tuple[int, ...]:
+    return (q.shape[0], -(-q.shape[1] // chunk_size), v.shape[2], q.shape[3], v.shape[3])
+
+
+FAMILY = Family(
+    name="ssd",
+    schema=(
+        "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens, float? scale, "
+        "bool reverse, str backend"
+    ),
+    outputs=("y", "final_state"),
+    saved={"chunk_states": _chunk_states},
+    integers=("cu_seqlens",),
+    forms=("torch", "recurrent"),
+    fake=_fake,
+    check=_check,
+    recurrent=recurrent,
+    options={"chunk_size": CHUNK_SIZE},
+)
+define(FAMILY)
+
+
+def ssd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Linear recurrence with one decay per head: `S_t = exp(g_t) S_{t-1} + k_t v_tᵀ`, `y_t = scale · S_tᵀ q_t`.
+
+    Args:
+        q: queries `[B, T, G, K]`; packed sequences are `[1, ΣT, G, K]` with `cu_seqlens`.
+        k: keys, shaped like q.
+        v: values `[B, T, H, V]`, H a multiple of G; head h reads group h // (H/G).
+        log_decay: g, ≤ 0, `[B, T, H]` or constant `[H]`; -inf forgets all that came before. None is no decay.
+        scale: factor of the queries; K^-1/2 if absent.
+        initial_state: state before the first step, `[B, H, K, V]` (`[sequences, …]` when packed); zeros if absent.
+        return_state: return `(y, state)`, the state after the last step in fp32 (fp64 for fp64 input).
+        reverse: run from the last step to the first; the state is then the one after step 0.
+        cu_seqlens: int32 or int64 `[sequences + 1]`, the boundaries of packed sequences, starting at 0, ending at ΣT.
+        backend: `recurrent`, `torch` or `triton`; the fastest that can run if absent.
+
+    Returns:
+        y `[B, T, H, V]` in the dtype of v, or `(y, state)`. Both are differentiable in every tensor argument.
+
+    Raises:
+        ValueError: for a wrong shape, dtype, device or range, naming the argument, and for a backend that cannot run.
+
+    Source: Mamba-2 (arXiv 2405.21060), sections 3 and 6.
+    """
+    y, state, _ = torch.ops.sinuous.ssd(q, k, v, log_decay, initial_state, cu_seqlens, scale, reverse, backend or "")
+    return (y, state) if return_state else y

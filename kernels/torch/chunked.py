@@ -1,0 +1,188 @@
+"""Recurrences whose state is made of matrices, in chunks of plain torch: the loop over time, written once for them all.
+
+A family gives two functions that pass one chunk. This module cuts time, carries the state, keeps it at chunk starts
+and runs the chunks from last to first for the gradients, so that time and memory are linear in T in both directions.
+Inside a chunk tensors are head-major, `[B, H, c, …]`, and in the precision of the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sinuous.kernels.torch.packing import Segment, flip_sequences, mirror, rows, segments
+
+State = tuple[Tensor, ...]
+Tensors = Sequence[Tensor | None]
+
+
+class Recurrence(NamedTuple):
+    """How a family passes one chunk.
+
+    Attributes:
+        forward: `(state, inputs, parameters) -> (y, state)`.
+        backward: `(state, inputs, parameters, dy, dstate) -> (dstate, dinputs, dparameters)`, where `state` is the one
+            before the chunk, `dstate` the gradient of the one after it and, in the result, of the one before it.
+    """
+
+    forward: Callable[[State, Tensors, Tensors], tuple[Tensor, State]]
+    backward: Callable[[State, Tensors, Tensors, Tensor, State], tuple[State, Tensors, Tensors]]
+
+
+def working_dtype(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _place(segment: Segment, length: int, reverse: bool) -> slice:
+    return slice(length - segment.stop, length - segment.start) if reverse else slice(segment.start, segment.stop)
+
+
+def _read(t: Tensor, place: slice, dtype: torch.dtype, reverse: bool) -> Tensor:
+    piece = t[:, place].flip(1) if reverse else t[:, place]
+    return piece.transpose(1, 2).to(dtype).contiguous()
+
+
+def _write(t: Tensor, place: slice, piece: Tensor, reverse: bool) -> None:
+    piece = piece.transpose(1, 2)
+    t[:, place] = piece.flip(1) if reverse else piece
+
+
+def forward(
+    recurrence: Recurrence,
+    inputs: Tensors,
+    parameters: Tensors,
+    initial: State,
+    y: Tensor,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    chunk_size: int,
+) -> tuple[Tensor, State, State]:
+    """Fill `y`; returns it with the final state and the states at multiples of `chunk_size`, `[B, chunks, …]`.
+
+    Args:
+        inputs: `[B, T, H, …]`.
+        parameters: tensors without a time axis.
+        initial: states before the first step, one row per sequence.
+        y: `[B, T, H, V]`, to be filled.
+    """
+    dtype, length = initial[0].dtype, y.shape[1]
+    bounds = mirror(cu_seqlens, length) if reverse else cu_seqlens
+    initial = tuple(flip_sequences(t, cu_seqlens) if reverse else t for t in initial)
+    final = tuple(t.clone() for t in initial)
+    state, kept = initial, [tuple(t.new_empty(y.shape[0], 0, *t.shape[1:]) for t in initial)]
+    for segment in segments(length, chunk_size, bounds):
+        first, last, place = segment.first, segment.last, _place(segment, length, reverse)
+        state = state if first is None else tuple(rows(t, first, bounds) for t in initial)
+        if segment.start % chunk_size == 0:
+            kept.append(tuple(t.unsqueeze(1) for t in state))
+        pieces = [None if t is None else _read(t, place, dtype, reverse) for t in inputs]
+        output, state = recurrence.forward(state, pieces, parameters)
+        _write(y, place, output, reverse)
+        if last is not None:
+            for t, new in zip(final, state, strict=True):
+                rows(t, last, bounds).copy_(new)
+    final = tuple(flip_sequences(t, cu_seqlens) if reverse else t for t in final)
+    return y, final, tuple(torch.cat(parts, 1) for parts in zip(*kept, strict=True))
+
+
+def backward(
+    recurrence: Recurrence,
+    inputs: Tensors,
+    parameters: Tensors,
+    initial: State,
+    kept: State,
+    dy: Tensor | None,
+    dfinal: Tensors,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    chunk_size: int,
+    value: int,
+) -> tuple[list[Tensor | None], list[Tensor | None], State]:
+    """Gradients of the inputs, in their dtypes, of the parameters and of the initial state.
+
+    Args:
+        value: index in `inputs` of the one that has the shape of y.
+    """
+    like = inputs[value]
+    assert like is not None
+    dtype, length = initial[0].dtype, like.shape[1]
+    bounds = mirror(cu_seqlens, length) if reverse else cu_seqlens
+    dinitial = tuple(
+        torch.zeros_like(t) if d is None else d.to(dtype, copy=True) for t, d in zip(initial, dfinal, strict=True)
+    )
+    if reverse:
+        initial, dinitial = (tuple(flip_sequences(t, cu_seqlens) for t in part) for part in (initial, dinitial))
+    dinputs = [None if t is None else torch.empty_like(t) for t in inputs]
+    dparameters = [None if t is None else torch.zeros(t.shape, dtype=dtype, device=t.device) for t in parameters]
+    carry = dinitial
+    for segment in reversed(segments(length, chunk_size, bounds)):
+        first, last, place = segment.first, segment.last, _place(segment, length, reverse)
+        if last is not None:
+            carry = tuple(rows(t, last, bounds) for t in dinitial)
+        if first is None:
+            state = tuple(t[:, segment.start // chunk_size] for t in kept)
+        else:
+            state = tuple(rows(t, first, bounds) for t in initial)
+        pieces = [None if t is None else _read(t, place, dtype, reverse) for t in inputs]
+        output = torch.zeros_like(pieces[value]) if dy is None else _read(dy, place, dtype, reverse)
+        carry, dpieces, dparts = recurrence.backward(state, pieces, parameters, output, carry)
+        for t, piece in zip(dinputs, dpieces, strict=True):
+            if t is not None and piece is not None:
+                _write(t, place, piece, reverse)
+        for t, part in zip(dparameters, dparts, strict=True):
+            if t is not None and part is not None:
+                t += part
+        if first is not None:
+            for t, new in zip(dinitial, carry, strict=True):
+                rows(t, first, bounds).copy_(new)
+    if reverse:
+        dinitial = tuple(flip_sequences(t, cu_seqlens) for t in dinitial)
+    return dinputs, dparameters, dinitial
+
+
+class Decays(NamedTuple):
+    """Products of decays inside a chunk of c steps; with G_i the sum of the logarithms up to step i, inclusive:
+
+    between: exp(G_i - G_j) for i ≥ j and 0 above the diagonal, `[…, c, c]`;
+    since_start: exp(G_i), `[…, c]`;
+    until_end: exp(G_c - G_i), `[…, c]`.
+    """
+
+    between: Tensor
+    since_start: Tensor
+    until_end: Tensor
+
+
+def decays(log_decay: Tensor) -> Decays:
+    """Products of `exp(log_decay)`, `[…, c]`, over the intervals of a chunk; -inf is an exact reset."""
+    length = log_decay.shape[-1]
+    resets = torch.isneginf(log_decay)
+    any_reset = bool(resets.any())
+    # In float64, since a difference of two long sums is all that is left of them.
+    sums = (log_decay.masked_fill(resets, 0) if any_reset else log_decay).double().cumsum(-1)
+    between = sums[..., :, None] - sums[..., None, :]
+    since_start, until_end = sums, sums[..., -1:] - sums
+    apart = torch.ones(length, length, dtype=torch.bool, device=log_decay.device).triu_(1)
+    if any_reset:
+        count = resets.cumsum(-1)
+        apart = apart | (count[..., :, None] != count[..., None, :])
+        since_start = since_start.masked_fill(count > 0, -torch.inf)
+        until_end = until_end.masked_fill(count != count[..., -1:], -torch.inf)
+    between = between.to(log_decay.dtype).masked_fill_(apart, -torch.inf).exp_()
+    return Decays(between, since_start.to(log_decay.dtype).exp(), until_end.to(log_decay.dtype).exp())
+
+
+def decay_gradient(log_decay: Tensor, between: Tensor, since_start: Tensor, until_end: Tensor, total: Tensor) -> Tensor:
+    """Gradient of `log_decay`, `[…, c]`, from the gradient of each product of decays times that product.
+
+    Args:
+        between, since_start, until_end: `dE ⊙ E` for the fields of `Decays`.
+        total: the same of the whole chunk's decay, `[…]`.
+    """
+    ends = between.sum(-1, dtype=torch.float64) - between.sum(-2, dtype=torch.float64) + since_start - until_end
+    ends[..., -1] += until_end.sum(-1, dtype=torch.float64) + total
+    gradient = ends.flip(-1).cumsum(-1).flip(-1).to(log_decay.dtype)
+    return gradient.masked_fill_(torch.isneginf(log_decay), 0)

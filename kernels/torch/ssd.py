@@ -1,0 +1,159 @@
+"""Scalar-decay linear recurrence (SSD) in chunks of plain torch."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sinuous.kernels.torch import chunked
+from sinuous.kernels.torch.chunked import Decays, Recurrence, State, Tensors, decay_gradient, decays
+
+
+class _Chunk(NamedTuple):
+    """A chunk's inputs and decays; G groups of R heads share queries and keys."""
+
+    q: Tensor  # [B,G,c,K]
+    k: Tensor  # [B,G,c,K]
+    v: Tensor  # [B,H,c,V]
+    decays: Decays
+    weights: Tensor  # [B,H,c,c], s (q_i · k_j) exp(G_i - G_j)
+
+
+def _chunk(inputs: Tensors, scale: float) -> _Chunk:
+    q, k, v, log_decay = inputs
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    log_decay = v.new_zeros(1, 1, v.shape[2]) if log_decay is None else log_decay
+    found = decays(log_decay)
+    scores = (q @ k.mT).mul_(scale)
+    weights = _per_head(scores, v) * found.between
+    return _Chunk(q, k, v, found, weights)
+
+
+def _per_head(t: Tensor, v: Tensor) -> Tensor:
+    """`[B, G, …]` to `[B, H, …]`: head h reads group h // (H/G)."""
+    return t if t.shape[1] == v.shape[1] else t.repeat_interleave(v.shape[1] // t.shape[1], 1)
+
+
+def _per_group(t: Tensor, q: Tensor) -> Tensor:
+    """The transpose of `_per_head`."""
+    return t if t.shape[1] == q.shape[1] else t.unflatten(1, (q.shape[1], -1)).sum(2)
+
+
+def _forward(state: State, inputs: Tensors, parameters: Tensors, scale: float) -> tuple[Tensor, State]:
+    chunk, (S,) = _chunk(inputs, scale), state
+    E, k, v = chunk.decays, _per_head(chunk.k, chunk.v), chunk.v
+    y = chunk.weights @ v
+    y.addcmul_(_per_head(chunk.q, v) @ S, E.since_start[..., None], value=scale)
+    S = E.since_start[..., -1:, None] * S + k.mT @ (E.until_end[..., None] * v)
+    return y, (S,)
+
+
+def _backward(
+    state: State, inputs: Tensors, parameters: Tensors, dy: Tensor, dstate: State, scale: float
+) -> tuple[State, Tensors, Tensors]:
+    chunk, (S,), (dS,) = _chunk(inputs, scale), state, dstate
+    E, v = chunk.decays, chunk.v
+    q, k = _per_head(chunk.q, v), _per_head(chunk.k, v)
+    through_start = (dy @ S.mT).mul_(E.since_start[..., None]).mul_(scale)
+    through_end = (v @ dS.mT).mul_(E.until_end[..., None])
+    dv = torch.addcmul(chunk.weights.mT @ dy, k @ dS, E.until_end[..., None])
+    dweights = dy @ v.mT
+    total = E.since_start[..., -1:]
+    dlog_decay = None
+    if inputs[3] is not None:
+        dlog_decay = decay_gradient(
+            inputs[3],
+            dweights * chunk.weights,
+            (through_start * q).sum(-1),
+            (through_end * k).sum(-1),
+            total.squeeze(-1) * (S * dS).sum((-2, -1)),
+        )
+    dscores = _per_group(dweights.mul_(E.between), chunk.q).mul_(scale)
+    dq = dscores @ chunk.k + _per_group(through_start, chunk.q)
+    dk = dscores.mT @ chunk.q + _per_group(through_end, chunk.q)
+    dS = total[..., None] * dS + q.mT @ (E.since_start[..., None] * dy).mul_(scale)
+    return (dS,), (dq, dk, dv, dlog_decay), ()
+
+
+def _recurrence(scale: float) -> Recurrence:
+    return Recurrence(functools.partial(_forward, scale=scale), functools.partial(_backward, scale=scale))
+
+
+def _over_time(log_decay: Tensor | None, v: Tensor) -> Tensor | None:
+    return log_decay if log_decay is None or log_decay.ndim == 3 else log_decay.expand(v.shape[:3])
+
+
+def _initial(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> State:
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = chunked.working_dtype(q)
+    if initial_state is not None:
+        return (initial_state.to(dtype),)
+    return (torch.zeros(sequences, v.shape[2], q.shape[3], v.shape[3], dtype=dtype, device=q.device),)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    reverse: bool,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(y, final_state, chunk_states)`; see sinuous.core.ops.ssd."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    initial = _initial(q, v, initial_state, cu_seqlens)
+    y, (final,), (kept,) = chunked.forward(
+        _recurrence(scale),
+        (q, k, v, _over_time(log_decay, v)),
+        (),
+        initial,
+        torch.empty_like(v),
+        cu_seqlens,
+        reverse,
+        chunk_size,
+    )
+    return y, final, kept
+
+
+def backward(
+    grads: tuple[Tensor | None, Tensor | None],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_states: Tensor,
+    scale: float | None,
+    reverse: bool,
+    chunk_size: int,
+) -> list[Tensor | None]:
+    """Gradients of q, k, v, log_decay and initial_state."""
+    dy, dfinal = grads
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    initial = _initial(q, v, initial_state, cu_seqlens)
+    over_time = _over_time(log_decay, v)
+    (dq, dk, dv, dlog_decay), _, (dinitial,) = chunked.backward(
+        _recurrence(scale),
+        (q, k, v, over_time),
+        (),
+        initial,
+        (chunk_states,),
+        dy,
+        (dfinal,),
+        cu_seqlens,
+        reverse,
+        chunk_size,
+        value=2,
+    )
+    if log_decay is not None and log_decay.ndim == 1 and dlog_decay is not None:
+        dlog_decay = dlog_decay.sum((0, 1))
+    return [dq, dk, dv, dlog_decay, None if initial_state is None else dinitial]
