@@ -208,11 +208,13 @@ def draw(rows: list[Row], path: Path) -> None:
             start = crossing(sizes, [v for _, v in lines[first]], [v for _, v in lines[versus]])
             if start is not None and start < sizes[-1]:
                 axes.axvspan(start, sizes[-1], color=colours[first], alpha=0.07, lw=0)
+                late = math.log(start / sizes[0]) > 0.6 * math.log(sizes[-1] / sizes[0])
                 axes.annotate(
                     f"{first.split('_patch')[0]} is ahead\nfrom {start:.0f} px",
                     (start, 0.03),
                     xycoords=("data", "axes fraction"),
-                    xytext=(4, 0),
+                    xytext=(-4 if late else 4, 0),
+                    ha="right" if late else "left",
                     textcoords="offset points",
                     fontsize=8,
                     color=colours[first],

@@ -332,11 +332,7 @@ def test_export_with_dynamic_time(name: str) -> None:
     laws = law(name, "torch")
     time = torch.export.Dim("time", min=2)
     arguments = draw(laws, "full", 2, 9)
-    shapes = {
-        "arguments": {
-            k: {1: time} if has_time(laws, k, v) else tree_map(lambda _: None, v) for k, v in arguments.items()
-        }
-    }
+    shapes = {k: {1: time} if has_time(laws, k, v) else tree_map(lambda _: None, v) for k, v in arguments.items()}
     program = torch.export.export(_Module(laws.call), (arguments,), dynamic_shapes={"arguments": shapes})
     longer = draw(laws, "full", 2, 23)
     found, wanted = named(program.module()(longer)), named(_Module(laws.call)(longer))
