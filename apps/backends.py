@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sinuous.core import ops
@@ -34,12 +34,12 @@ class _Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def of_model(model: nn.Module, shape: tuple[int, ...]) -> dict[str, str]:
-    """Family to backend for the ops that `model` calls on a batch of `shape`, on the device where it lies."""
+def of_model(model: nn.Module, example: Tensor) -> dict[str, str]:
+    """Family to backend for the ops that `model` calls on `example`, on the device where it lies."""
     parameter = next(model.parameters())
     training = model.training
     with torch.no_grad(), _Calls() as calls:
-        model.eval()(torch.zeros(shape, device=parameter.device, dtype=parameter.dtype))
+        model.eval()(example.to(parameter.device, parameter.dtype if example.is_floating_point() else None))
     model.train(training)
     used = [family for family in families() if family.name in calls.names]
     return {f.name: dispatch.choose(f.name, f.forms, "", parameter.device, parameter.dtype) for f in used}

@@ -1,83 +1,65 @@
-"""The one DataModule: images with labels, in batches, the same order for the same seed wherever a run goes on from."""
+"""The one DataModule: a dataset in batches, in the same order for the same seed wherever a run goes on from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
 import torch.distributed as dist
 from timm.data.distributed_sampler import RepeatAugSampler
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler, Subset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 
-class LabelledImages(L.LightningDataModule):
-    """Batches `(images [B, C, H, W], labels [B])` of the three splits of a dataset.
+class Splits(L.LightningDataModule):
+    """Batches of the `train`, `val` and `test` splits of a dataset.
 
     Args:
-        dataset: `dataset(split=..., transform=...)` makes the `train`, `val` or `test` set.
-        train_transform: a PIL image to a tensor, with augmentation.
-        eval_transform: the same without.
-        batch_size: training images per batch and process.
-        num_classes: what the model predicts; the data must have as many classes.
-        in_chans: channels of an image.
-        img_size: height and width of an image.
-        mean: per channel, to show pictures as they were.
-        std: per channel, likewise.
-        eval_batch_size: images per batch without gradients.
-        num_workers: processes that read images; 0 reads in the training process, best for sets held in memory, and
+        batch_size: training examples per batch and process.
+        eval_batch_size: examples per batch without gradients.
+        num_workers: processes that read examples; 0 reads in the training process, best for sets held in memory, and
             the setting with which a run goes on exactly where it stopped.
-        repeats: times that an image comes in one batch, each time augmented anew (arXiv 1901.09335); 0 and 1 are once.
-        limit: use only so many training images.
-        seed: of the order of the training images, together with the epoch.
-
-    Raises:
-        ValueError: if the data has another number of classes than `num_classes`.
+        repeats: times that an example comes in one batch, each time augmented anew (arXiv 1901.09335); 0 and 1: once.
+        limit: use only so many training examples.
+        seed: of the order of the training examples, together with the epoch.
     """
+
+    examples: ClassVar[str]
+    """What one example is, in the plural."""
 
     def __init__(
         self,
-        dataset: Callable[..., Dataset[Any]],
-        train_transform: Callable[[Any], Any],
-        eval_transform: Callable[[Any], Any],
         *,
         batch_size: int,
-        num_classes: int,
-        in_chans: int,
-        img_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        eval_batch_size: int = 500,
+        eval_batch_size: int,
         num_workers: int = 0,
         repeats: int = 0,
         limit: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.dataset, self.train_transform, self.eval_transform = dataset, train_transform, eval_transform
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
-        self.num_classes, self.in_chans, self.img_size = num_classes, in_chans, img_size
-        self.mean, self.std = tuple(mean), tuple(std)
         self.repeats, self.limit, self.seed = repeats, limit, seed
         self._sets: dict[str, Any] = {}
 
+    def make(self, name: str) -> Any:
+        """The whole dataset of one split."""
+        raise NotImplementedError
+
+    def example(self) -> Tensor:
+        """A batch of one input of zeros, with which a model can be tried."""
+        raise NotImplementedError
+
     def split(self, name: str) -> Any:
-        """The dataset of one split."""
+        """The dataset of one split, cut to `limit` for training."""
         if name not in self._sets:
-            transform = self.train_transform if name == "train" else self.eval_transform
-            made: Any = self.dataset(split=name, transform=transform)
-            classes = list(made.classes)
-            if len(classes) != self.num_classes:
-                raise ValueError(
-                    f"the {name} data has {len(classes)} classes and the model predicts {self.num_classes}; "
-                    f"give data.num_classes={len(classes)}"
-                )
+            made = self.make(name)
             if name == "train" and self.limit is not None:
                 made = Subset(made, range(min(self.limit, len(made))))
-                made.classes = classes
             self._sets[name] = made
         return self._sets[name]
 
@@ -87,7 +69,7 @@ class LabelledImages(L.LightningDataModule):
         rank = dist.get_rank() if dist.is_initialized() else 0
         if len(data) < self.batch_size * world:
             raise ValueError(
-                f"{len(data)} training images do not fill one batch of {self.batch_size} on {world} process(es); "
+                f"{len(data)} training {self.examples} do not fill one batch of {self.batch_size} on {world} process(es); "
                 f"lower data.batch_size"
             )
         sampler: Sampler[int]
@@ -123,3 +105,76 @@ class LabelledImages(L.LightningDataModule):
             generator=torch.Generator().manual_seed(self.seed),
             **options,
         )
+
+
+class LabelledImages(Splits):
+    """Batches `(images [B, C, H, W], labels [B])`.
+
+    Args:
+        dataset: `dataset(split=..., transform=...)` makes a split; it lists its `classes`.
+        train_transform: a PIL image to a tensor, with augmentation.
+        eval_transform: the same without.
+        num_classes: what the model predicts; the data must have as many classes.
+        in_chans: channels of an image.
+        img_size: height and width of an image.
+        mean: per channel, to show pictures as they were.
+        std: per channel, likewise.
+        **options: of `Splits`.
+
+    Raises:
+        ValueError: if the data has another number of classes than `num_classes`.
+    """
+
+    examples: ClassVar[str] = "images"
+
+    def __init__(
+        self,
+        dataset: Callable[..., Dataset[Any]],
+        train_transform: Callable[[Any], Any],
+        eval_transform: Callable[[Any], Any],
+        *,
+        num_classes: int,
+        in_chans: int,
+        img_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.dataset, self.train_transform, self.eval_transform = dataset, train_transform, eval_transform
+        self.num_classes, self.in_chans, self.img_size = num_classes, in_chans, img_size
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def make(self, name: str) -> Any:
+        made: Any = self.dataset(split=name, transform=self.train_transform if name == "train" else self.eval_transform)
+        if len(made.classes) != self.num_classes:
+            raise ValueError(
+                f"the {name} data has {len(made.classes)} classes and the model predicts {self.num_classes}; "
+                f"give data.num_classes={len(made.classes)}"
+            )
+        return made
+
+    def example(self) -> Tensor:
+        return torch.zeros(1, self.in_chans, self.img_size, self.img_size)
+
+
+class ByteText(Splits):
+    """Batches `(bytes [B, T], the next bytes [B, T])` of a text.
+
+    Args:
+        dataset: `dataset(split=...)` makes a split.
+        length: T, bytes in a window.
+        **options: of `Splits`.
+    """
+
+    examples: ClassVar[str] = "windows"
+
+    def __init__(self, dataset: Callable[..., Dataset[Any]], *, length: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.dataset, self.length = dataset, length
+
+    def make(self, name: str) -> Any:
+        return self.dataset(split=name)
+
+    def example(self) -> Tensor:
+        return torch.zeros(1, self.length, dtype=torch.long)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from sinuous.apps.composition import run_composed
 from sinuous.apps.run_folder import describe
 from sinuous.apps.tasks.classification import Classification
-from sinuous.apps.train import draw, first_line, make_data, make_trainer, quieten
+from sinuous.apps.train import first_line, make_data, make_trainer, quieten
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +42,6 @@ def evaluate(config: DictConfig) -> int:
     loader = data.val_dataloader() if config.split == "val" else data.test_dataloader()
     trainer.test(task, loader, verbose=False)
     if trainer.is_global_zero:
-        accuracy, loss = (float(trainer.callback_metrics[f"test/{name}"]) for name in ("accuracy", "loss"))
-        count = sum(map(len, task.predictions))
-        log.info("%s accuracy %.4f, loss %.4f on %s images", config.split, accuracy, loss, f"{count:,}")
-        title = f"{config.model_name}, accuracy {accuracy:.2%}"
-        log.info("predictions: %s", draw(task, data, folder, title, config.split))
+        for line in task.report(data, folder, config.split, config.model_name):
+            log.info("%s", line)
     return 0

@@ -19,8 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from sinuous.apps import backends
 from sinuous.apps.callbacks import BestWeights, RunStopped
 from sinuous.apps.composition import LAST, newest_run, run_composed
-from sinuous.apps.data_module import LabelledImages
-from sinuous.apps.pictures import prediction_grid
+from sinuous.apps.data_module import Splits
 from sinuous.apps.run_folder import WholeCheckpoints, describe, keep_metrics
 
 log = logging.getLogger(__name__)
@@ -74,32 +73,19 @@ def _overrides() -> str:
     return " ".join(o for o in overrides if not o.startswith("ckpt_path="))
 
 
-def _test(trainer: L.Trainer, task: Any, data: LabelledImages, folder: Path, seconds: float) -> None:
+def _test(trainer: L.Trainer, task: Any, data: Splits, folder: Path, seconds: float) -> None:
     best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestWeights) and c.best_model_path), None)
     trainer.test(task, data, ckpt_path=best.best_model_path if best else None, verbose=False, weights_only=True)
     if not trainer.is_global_zero:
         return
-    accuracy = float(trainer.callback_metrics["test/accuracy"])
-    images = trainer.global_step * data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-    log.info("trained for %.0f s in this run, %d steps, %s images seen", seconds, trainer.global_step, f"{images:,}")
-    log.info("test accuracy %.4f on %s images", accuracy, f"{sum(map(len, task.predictions)):,}")
+    seen = trainer.global_step * data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    log.info(
+        "trained for %.0f s in this run, %d steps, %s %s seen", seconds, trainer.global_step, f"{seen:,}", data.examples
+    )
     if best:
         log.info("weights: %s", best.weights)
-    log.info("predictions: %s", draw(task, data, folder, f"Test set, accuracy {accuracy:.2%}"))
-
-
-def draw(task: Any, data: LabelledImages, folder: Path, title: str, split: str = "test") -> Path:
-    """The page of predictions of the last test, in the run folder."""
-    pictures = data.split(split)
-    return prediction_grid(
-        torch.cat(task.predictions),
-        lambda index: pictures[index][0],
-        pictures.classes,
-        data.mean,
-        data.std,
-        title,
-        folder / "predictions.png",
-    )
+    for line in task.report(data, folder, "test", "Test set"):
+        log.info("%s", line)
 
 
 def quieten() -> None:
@@ -120,10 +106,10 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def make_data(config: DictConfig) -> LabelledImages:
+def make_data(config: DictConfig) -> Splits:
     """The DataModule; `root` and `source` are only names by which the entry `dataset` is reached."""
     options: Any = OmegaConf.to_container(config.data, resolve=True, throw_on_missing=True)
-    data: LabelledImages = hydra.utils.instantiate(
+    data: Splits = hydra.utils.instantiate(
         {key: value for key, value in options.items() if key not in ("root", "source")}, _convert_="all"
     )
     return data
@@ -160,21 +146,19 @@ def make_trainer(config: DictConfig) -> L.Trainer:
     return trainer
 
 
-def first_line(
-    trainer: L.Trainer, task: Any, data: LabelledImages, splits: tuple[str, ...], model_config: DictConfig
-) -> str:
+def first_line(trainer: L.Trainer, task: Any, data: Splits, splits: tuple[str, ...], model_config: DictConfig) -> str:
     """Precision, device, backend of the ops, parameters and data sizes, in one line."""
     device = trainer.strategy.root_device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     model = task.model.to(device)
     parameters = sum(p.numel() for p in model.parameters())
-    used = backends.of_model(model, (1, data.in_chans, data.img_size, data.img_size))
+    used = backends.of_model(model, data.example())
     sizes = ", ".join(f"{len(data.split(name)):,} {name}" for name in splits)
     ops = ", ".join(f"{op} by {backend}" for op, backend in used.items()) or "none of ours"
     name = model_config.get("name") or model_config.get("model_name")
     processes = f" × {trainer.world_size} processes" if trainer.world_size > 1 else ""
     return (
         f"precision {trainer.precision} on {device} ({machine}){processes}; ops: {ops}; "
-        f"{name} with {parameters:,} parameters; images: {sizes}; "
+        f"{name} with {parameters:,} parameters; {data.examples}: {sizes}; "
         f"run folder {os.path.relpath(trainer.default_root_dir)}"
     )

@@ -1,34 +1,30 @@
-"""Image classification: cross entropy, accuracy, timm's optimizers, schedules, mixing and weight averaging."""
+"""Image classification: cross entropy, accuracy, label smoothing and mixing."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.strategies import ModelParallelStrategy
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torchmetrics.classification import MulticlassAccuracy
 
+from sinuous.apps.data_module import LabelledImages
+from sinuous.apps.pictures import prediction_grid
+from sinuous.apps.tasks.task import Task
 
-class Classification(L.LightningModule):
+
+class Classification(Task):
     """Trains a model `images -> logits` on labels.
 
     Args:
-        model: any module with timm's contract (`no_weight_decay` and `group_matcher` are used by the optimizer).
+        model: images to logits.
         num_classes: number of classes.
-        optimizer: `optimizer(model)`, timm's `create_optimizer_v2` with its options filled in.
-        scheduler: `scheduler(optimizer, num_epochs=, updates_per_epoch=)`, timm's `create_scheduler_v2` likewise; it
-            is stepped after every update.
         smoothing: label smoothing ε: the target is 1 - ε + ε/K for the label and ε/K elsewhere.
         mixing: timm's `Mixup`, which mixes pictures and labels within a batch.
-        ema_decay: decay of a moving average of the weights (timm's ModelEmaV3, with warm-up of the decay); the
-            average is what is validated, tested and exported. None keeps none.
+        **options: of `Task`.
     """
 
     def __init__(
@@ -36,43 +32,14 @@ class Classification(L.LightningModule):
         model: nn.Module,
         *,
         num_classes: int,
-        optimizer: Callable[..., Any] | None = None,
-        scheduler: Callable[..., Any] | None = None,
         smoothing: float = 0.0,
         mixing: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-        ema_decay: float | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.model = model
-        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        super().__init__(model, **options)
         self.smoothing, self.mixing = smoothing, mixing
-        self.ema_decay = ema_decay
-        self.ema: ModelEmaV3 | None = None
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.predictions: list[Tensor] = []
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The weights that are validated, tested and exported: the averaged ones where there are any."""
-        return self.model if self.ema is None else self.ema.module
-
-    def configure_model(self) -> None:
-        """Copy the model for the moving average; shard it for FSDP2, one unit per block that `feature_info` names."""
-        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
-        if self.ema_decay is not None and self.ema is None and not sharded:
-            self.ema = ModelEmaV3(self.model, decay=self.ema_decay, use_warmup=True)
-            self.ema.module.requires_grad_(False)
-        if not sharded or hasattr(self.model, "unshard"):
-            return
-        if self.ema_decay is not None:
-            raise ValueError(
-                "task.ema_decay keeps a whole copy of the model, which trainer=fsdp would not shard; set it to null"
-            )
-        mesh = self.device_mesh
-        assert mesh is not None
-        for info in getattr(self.model, "feature_info", []):
-            fully_shard(self.model.get_submodule(info["module"]), mesh=mesh["data_parallel"])
-        fully_shard(self.model, mesh=mesh["data_parallel"])
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -82,11 +49,6 @@ class Classification(L.LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        if self.ema is not None:
-            self.ema.update(self.model, step=self.global_step)
-
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._score("val", *batch)
 
@@ -94,6 +56,24 @@ class Classification(L.LightningModule):
         logits = self._score("test", *batch)
         probability, predicted = logits.float().softmax(-1).max(-1)
         self.predictions.append(torch.stack([predicted.double(), probability.double(), batch[1].double()], 1).cpu())
+
+    def report(self, data: LabelledImages, folder: Path, split: str, title: str) -> list[str]:
+        """What the last test found, in lines, with a page of predictions drawn into `folder`."""
+        accuracy, loss = (float(self.trainer.callback_metrics[f"test/{name}"]) for name in ("accuracy", "loss"))
+        pictures, predictions = data.split(split), torch.cat(self.predictions)
+        page = prediction_grid(
+            predictions,
+            lambda index: pictures[index][0],
+            pictures.classes,
+            data.mean,
+            data.std,
+            f"{title}, accuracy {accuracy:.2%}",
+            folder / "predictions.png",
+        )
+        return [
+            f"{split} accuracy {accuracy:.4f}, loss {loss:.4f} on {len(predictions):,} images",
+            f"predictions: {page}",
+        ]
 
     def on_test_start(self) -> None:
         self.predictions = []
@@ -105,29 +85,3 @@ class Classification(L.LightningModule):
         loss = F.cross_entropy(logits.float(), labels)
         self.log(f"{split}/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
         return logits
-
-    def configure_optimizers(self) -> Any:
-        assert self.make_optimizer is not None, "a task that is only evaluated needs no optimizer"
-        optimizer = self.make_optimizer(self.model)
-        if self.make_scheduler is None:
-            return optimizer
-        updates, epochs = self._updates_per_epoch(), float(max(self.trainer.max_epochs or 1, 1))
-        if self.trainer.max_steps > 0:
-            epochs = min(epochs, self.trainer.max_steps / updates)
-        scheduler, _ = self.make_scheduler(
-            optimizer, num_epochs=epochs, updates_per_epoch=updates, step_on_epochs=False
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _updates_per_epoch(self) -> int:
-        # Lightning's own count, `estimated_stepping_batches`, sets up the loaders before it has read from the
-        # checkpoint where they stood, and they then begin the epoch anew.
-        trainer = self.trainer
-        batches: int = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
-        limit = trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        updates: int = math.ceil(batches / trainer.accumulate_grad_batches)
-        return updates
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        scheduler.step_update(num_updates=self.global_step)

@@ -75,10 +75,11 @@ def test_every_data_set_has_a_twin_or_is_one() -> None:
     real = {o for o in options("data") if not o.endswith("_synthetic")}
     twins = {o.removesuffix("_synthetic") for o in options("data")} - real
     assert twins == set()
-    # fashion_mnist_full is fashion_mnist from elsewhere, imagenet is image_folder with another augmentation, and the
-    # other two are what small and large pictures have in common.
+    # fashion_mnist_full is fashion_mnist from elsewhere, imagenet is image_folder with another augmentation, the other
+    # two are what small and large pictures have in common, and the novels come with the package.
     without = {o for o in real if f"{o}_synthetic" not in options("data")}
-    assert without == {f"vision/{name}" for name in ("fashion_mnist_full", "imagenet", "small_images", "large_images")}
+    pictures = {f"vision/{name}" for name in ("fashion_mnist_full", "imagenet", "small_images", "large_images")}
+    assert without == pictures | {"core/austen"}
 
 
 def test_repeated_augmentation_shows_a_picture_several_times_in_a_batch() -> None:

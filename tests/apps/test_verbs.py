@@ -106,7 +106,7 @@ def test_info_kernels_says_what_runs_and_why(
 
 def test_the_ops_of_a_model_are_found() -> None:
     with package.backend("torch"):
-        used = backends.of_model(package.create_model("test_vim"), (1, 3, 64, 64))
+        used = backends.of_model(package.create_model("test_vim"), torch.zeros(1, 3, 64, 64))
     assert used == {"causal_conv1d": "torch", "selective_scan": "torch"}
 
 

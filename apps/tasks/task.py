@@ -1,0 +1,99 @@
+"""What every task does alike: timm's optimizers, schedules and weight averaging."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies import ModelParallelStrategy
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+
+class Task(L.LightningModule):
+    """Trains a model.
+
+    Args:
+        model: any module with timm's contract (`no_weight_decay` and `group_matcher` are used by the optimizer).
+        optimizer: `optimizer(model)`, timm's `create_optimizer_v2` with its options filled in.
+        scheduler: `scheduler(optimizer, num_epochs=, updates_per_epoch=)`, timm's `create_scheduler_v2` likewise; it
+            is stepped after every update.
+        ema_decay: decay of a moving average of the weights (timm's ModelEmaV3, with warm-up of the decay); the
+            average is what is validated, tested and exported. None keeps none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        optimizer: Callable[..., Any] | None = None,
+        scheduler: Callable[..., Any] | None = None,
+        ema_decay: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self.ema_decay = ema_decay
+        self.ema: ModelEmaV3 | None = None
+
+    def report(self, data: Any, folder: Path, split: str, title: str) -> list[str]:
+        """What the last test found, in lines for a person; pictures go into `folder`."""
+        raise NotImplementedError
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that are validated, tested and exported: the averaged ones where there are any."""
+        return self.model if self.ema is None else self.ema.module
+
+    def configure_model(self) -> None:
+        """Copy the model for the moving average; shard it for FSDP2, one unit per block that `feature_info` names."""
+        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        if self.ema_decay is not None and self.ema is None and not sharded:
+            self.ema = ModelEmaV3(self.model, decay=self.ema_decay, use_warmup=True)
+            self.ema.module.requires_grad_(False)
+        if not sharded or hasattr(self.model, "unshard"):
+            return
+        if self.ema_decay is not None:
+            raise ValueError(
+                "task.ema_decay keeps a whole copy of the model, which trainer=fsdp would not shard; set it to null"
+            )
+        mesh = self.device_mesh
+        assert mesh is not None
+        for info in getattr(self.model, "feature_info", []):
+            fully_shard(self.model.get_submodule(info["module"]), mesh=mesh["data_parallel"])
+        fully_shard(self.model, mesh=mesh["data_parallel"])
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.global_step)
+
+    def configure_optimizers(self) -> Any:
+        assert self.make_optimizer is not None, "a task that is only evaluated needs no optimizer"
+        optimizer = self.make_optimizer(self.model)
+        if self.make_scheduler is None:
+            return optimizer
+        updates, epochs = self._updates_per_epoch(), float(max(self.trainer.max_epochs or 1, 1))
+        if self.trainer.max_steps > 0:
+            epochs = min(epochs, self.trainer.max_steps / updates)
+        scheduler, _ = self.make_scheduler(
+            optimizer, num_epochs=epochs, updates_per_epoch=updates, step_on_epochs=False
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _updates_per_epoch(self) -> int:
+        # Lightning's own count, `estimated_stepping_batches`, sets up the loaders before it has read from the
+        # checkpoint where they stood, and they then begin the epoch anew.
+        trainer = self.trainer
+        batches: int = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+        limit = trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        updates: int = math.ceil(batches / trainer.accumulate_grad_batches)
+        return updates
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step_update(num_updates=self.global_step)
