@@ -40,3 +40,11 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}"
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` with the dtypes of `RMSNorm`: arithmetic in the input's, output in the weight's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps).to(self.weight.dtype)

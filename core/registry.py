@@ -43,7 +43,7 @@ class ModelInfo:
 
     Attributes:
         name: with its tag, where one was asked for.
-        domain: `vision`, `audio`, `video`, `genomics` or that of a third party.
+        domain: `vision`, `audio`, `video`, `genomics`, `language` or that of a third party.
         params: number of parameters.
         input_size: of one input, without the batch.
         paper: title, and number on arXiv.

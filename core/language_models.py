@@ -1,0 +1,164 @@
+"""Published language models by name, and their authors' checkpoints.
+
+    model = sinuous.create_model("mamba_130m", checkpoint_path="pytorch_model.bin")
+
+Mamba: Gu and Dao (arXiv 2312.00752), weights at huggingface.co/state-spaces. Each name has the width and depth of the
+released `config.json`; 50,277 tokens of the GPT-NeoX tokenizer, padded to a multiple of 8.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.models import generate_default_cfgs
+from torch import Tensor
+
+from sinuous.core.registry import register_model
+from sinuous.core.sequence_model import SequenceModel
+
+__all__ = ["checkpoint_filter_fn"]
+
+NEOX_TOKENS = 50277
+LARGEST_PADDING = 128  # a file whose vocabulary differs by more has other tokens
+
+_MAMBA: dict[str, Any] = {"vocab_size": NEOX_TOKENS, "pattern": "mamba", "pad_vocab_multiple": 8}
+
+SIZES: dict[str, dict[str, Any]] = {
+    "mamba_130m": {**_MAMBA, "dim": 768, "depth": 24},
+    "mamba_370m": {**_MAMBA, "dim": 1024, "depth": 48},
+    "mamba_790m": {**_MAMBA, "dim": 1536, "depth": 48},
+    "mamba_1_4b": {**_MAMBA, "dim": 2048, "depth": 48},
+    "mamba_2_8b": {**_MAMBA, "dim": 2560, "depth": 64},
+}
+
+# Of state-spaces/mamba, of transformers' Mamba and Mamba-2, and of NX-AI's xLSTM with transformers' copy of it.
+_RENAMED = (
+    (r"^(backbone|model)\.", ""),
+    (r"^embeddings\.", "embedding."),
+    (r"^blocks\.", "layers."),
+    (r"^(layers\.\d+)\.norm_mlstm\.", r"\1.norm."),
+    (r"^(layers\.\d+)\.mlstm_layer\.", r"\1.mixer."),
+    (r"^(layers\.\d+)\.norm_ffn\.", r"\1.norm2."),
+    (r"^(layers\.\d+)\.ffn\.proj_up_gate\.", r"\1.mlp.fc1_g."),
+    (r"^(layers\.\d+)\.ffn\.proj_up\.", r"\1.mlp.fc1_x."),
+    (r"^(layers\.\d+)\.ffn\.proj_down\.", r"\1.mlp.fc2."),
+    (r"^out_norm\.", "norm_f."),
+    (r"^lm_head\.", "head."),
+)
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: SequenceModel) -> dict[str, Tensor]:
+    """The authors' names, transformers' or our own, as `model` has them.
+
+    Rows of the vocabulary that only pad it are cut or filled with zeros. A head that repeats the embedding is left out
+    where the model's head is tied.
+
+    Raises:
+        ValueError: if the head differs from the embedding and the model's head is tied.
+    """
+    state = dict(_unfused({_ours(name): tensor for name, tensor in state_dict.items()}, model))
+    for name in ("embedding.weight", "head.weight"):
+        if name in state and state[name].ndim == 2:
+            state[name] = _fit_vocabulary(state[name], model)
+    head = state.get("head.weight")
+    if head is not None and model.tie_head:
+        if not torch.equal(head, state.get("embedding.weight", head)):
+            raise ValueError(
+                "the checkpoint has a head of its own and the model's is tied to its embedding; "
+                "build the model with tie_head=False"
+            )
+        state["embedding.weight"] = state.pop("head.weight")
+    elif head is None and not model.tie_head and "embedding.weight" in state:
+        state["head.weight"] = state["embedding.weight"].clone()
+    return state
+
+
+def _ours(name: str) -> str:
+    for pattern, replacement in _RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _fit_vocabulary(rows: Tensor, model: SequenceModel) -> Tensor:
+    wanted = model.padded_vocab_size
+    if rows.shape[0] == wanted or not 0 <= rows.shape[0] - model.vocab_size < LARGEST_PADDING:
+        return rows
+    return torch.cat([rows[:wanted], rows.new_zeros(max(0, wanted - rows.shape[0]), rows.shape[1])])
+
+
+def _unfused(state: Mapping[str, Tensor], model: SequenceModel) -> dict[str, Tensor]:
+    """Matrices that some files store as one, cut into those of the model."""
+    wanted = model.state_dict()
+    parts: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        block, _, layer = name.partition(".mlp.fc1.")  # state-spaces/mamba: the value above, the gate below
+        if f"{block}.mlp.fc1_g.{layer}" in wanted:
+            parts[f"{block}.mlp.fc1_x.{layer}"], parts[f"{block}.mlp.fc1_g.{layer}"] = tensor.chunk(2)
+        else:
+            parts[name] = tensor
+    return parts
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> SequenceModel:
+    if pretrained:
+        raise ValueError(
+            f"sinuous has no weights for {variant!r}; download the authors' file and give it to "
+            f"sinuous.create_model({variant!r}, checkpoint_path=...)"
+        )
+    return SequenceModel(**{**SIZES[variant], **kwargs})
+
+
+def _cfg(origin: str, paper: str, arxiv: str, license: str = "apache-2.0", context: int = 2048) -> dict[str, Any]:
+    return {
+        "num_classes": NEOX_TOKENS,
+        "input_size": (context,),
+        "classifier": "head",
+        "first_conv": "embedding",
+        "license": license,
+        "paper_name": paper,
+        "paper_ids": f"arXiv:{arxiv}",
+        "origin_url": f"https://huggingface.co/{origin}",
+    }
+
+
+_MAMBA_PAPER = ("Mamba: Linear-Time Sequence Modeling with Selective State Spaces", "2312.00752")
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"{name}.untrained": _cfg(f"state-spaces/{name.replace('_', '-', 1).replace('_', '.')}", *_MAMBA_PAPER)
+        for name in SIZES
+    }
+)
+
+
+@register_model(domain="language")
+def mamba_130m(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
+    """Mamba with 24 blocks of width 768, trained on the Pile."""
+    return _create("mamba_130m", pretrained, **kwargs)
+
+
+@register_model(domain="language")
+def mamba_370m(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
+    """Mamba with 48 blocks of width 1024, trained on the Pile."""
+    return _create("mamba_370m", pretrained, **kwargs)
+
+
+@register_model(domain="language")
+def mamba_790m(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
+    """Mamba with 48 blocks of width 1536, trained on the Pile."""
+    return _create("mamba_790m", pretrained, **kwargs)
+
+
+@register_model(domain="language")
+def mamba_1_4b(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
+    """Mamba with 48 blocks of width 2048, trained on the Pile."""
+    return _create("mamba_1_4b", pretrained, **kwargs)
+
+
+@register_model(domain="language")
+def mamba_2_8b(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
+    """Mamba with 64 blocks of width 2560, trained on the Pile."""
+    return _create("mamba_2_8b", pretrained, **kwargs)
