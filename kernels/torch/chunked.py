@@ -18,6 +18,9 @@ from sinuous.kernels.torch.packing import Segment, flip_sequences, mirror, rows,
 State = tuple[Tensor, ...]
 Tensors = Sequence[Tensor | None]
 
+LOWEST = -1e30
+"""Bound from below of a stabiliser m, so that e^{x - m} is 0 and not NaN where both are -inf."""
+
 
 class Recurrence(NamedTuple):
     """How a family passes one chunk.
