@@ -130,7 +130,9 @@ def backward(
         else:
             state = tuple(rows(t, first, bounds) for t in initial)
         pieces = [None if t is None else _read(t, place, dtype, reverse) for t in inputs]
-        output = torch.zeros_like(pieces[value]) if dy is None else _read(dy, place, dtype, reverse)
+        read = pieces[value]
+        assert read is not None
+        output = torch.zeros_like(read) if dy is None else _read(dy, place, dtype, reverse)
         carry, dpieces, dparts = recurrence.backward(state, pieces, parameters, output, carry)
         for t, piece in zip(dinputs, dpieces, strict=True):
             if t is not None and piece is not None:
@@ -159,23 +161,66 @@ class Decays(NamedTuple):
     until_end: Tensor
 
 
+class _Sums(NamedTuple):
+    """Sums of logarithms of decays up to each step, inclusive, and how many resets there were, both `[…, c]`. A reset,
+    -inf, is left out of the sum; without any the count is None."""
+
+    # In float64, since a difference of two long sums is all that is left of them.
+    sums: Tensor
+    resets: Tensor | None
+
+    @classmethod
+    def of(cls, log_decay: Tensor) -> _Sums:
+        resets = torch.isneginf(log_decay)
+        if not bool(resets.any()):
+            return cls(log_decay.double().cumsum(-1), None)
+        return cls(log_decay.masked_fill(resets, 0).double().cumsum(-1), resets.cumsum(-1))
+
+    def apart(self) -> Tensor:
+        """Whether step j (last axis) does not reach step i: it is later, or there is a reset between them."""
+        length = self.sums.shape[-1]
+        apart = torch.ones(length, length, dtype=torch.bool, device=self.sums.device).triu_(1)
+        if self.resets is None:
+            return apart
+        return apart | (self.resets[..., :, None] != self.resets[..., None, :])
+
+    def products(self, columns: Tensor, rows: Tensor, start: Tensor, apart: Tensor, dtype: torch.dtype) -> Decays:
+        """exp(column_j - row_i), exp(start - row_i) and exp(column_j - row_c), 0 where something lies between."""
+        between = columns[..., None, :] - rows[..., :, None]
+        since_start, until_end = start - rows, columns - rows[..., -1:]
+        if self.resets is not None:
+            since_start = since_start.masked_fill(self.resets > 0, -torch.inf)
+            until_end = until_end.masked_fill(self.resets != self.resets[..., -1:], -torch.inf)
+        between = between.to(dtype).masked_fill_(apart, -torch.inf).exp_()
+        return Decays(between, since_start.to(dtype).exp(), until_end.to(dtype).exp())
+
+
 def decays(log_decay: Tensor) -> Decays:
     """Products of `exp(log_decay)`, `[…, c]`, over the intervals of a chunk; -inf is an exact reset."""
-    length = log_decay.shape[-1]
-    resets = torch.isneginf(log_decay)
-    any_reset = bool(resets.any())
-    # In float64, since a difference of two long sums is all that is left of them.
-    sums = (log_decay.masked_fill(resets, 0) if any_reset else log_decay).double().cumsum(-1)
-    between = sums[..., :, None] - sums[..., None, :]
-    since_start, until_end = sums, sums[..., -1:] - sums
-    apart = torch.ones(length, length, dtype=torch.bool, device=log_decay.device).triu_(1)
-    if any_reset:
-        count = resets.cumsum(-1)
-        apart = apart | (count[..., :, None] != count[..., None, :])
-        since_start = since_start.masked_fill(count > 0, -torch.inf)
-        until_end = until_end.masked_fill(count != count[..., -1:], -torch.inf)
-    between = between.to(log_decay.dtype).masked_fill_(apart, -torch.inf).exp_()
-    return Decays(between, since_start.to(log_decay.dtype).exp(), until_end.to(log_decay.dtype).exp())
+    found = _Sums.of(log_decay)
+    columns = -found.sums
+    return found.products(columns, columns, columns.new_zeros(()), found.apart(), log_decay.dtype)
+
+
+def weighted_decays(log_decay: Tensor, log_weight: Tensor, start: Tensor | None) -> tuple[Decays, Tensor | None]:
+    """Products of decays as above, times what each step j puts in, exp(log_weight_j), where j is summed over.
+
+    With the stabiliser m before the chunk in `start`, `[…]`, all of it is in units of e^m, whose running maximum
+    m_i = max(m_{i-1} + log_decay_i, log_weight_i), `[…, c]`, is the second result: then no product exceeds 1.
+    """
+    found = _Sums.of(log_decay)
+    sums, apart = found.sums, found.apart()
+    columns = log_weight.double() - sums
+    if start is None:
+        return found.products(columns, -sums, sums.new_zeros(()), apart, log_decay.dtype), None
+    start = start.double()[..., None]
+    if found.resets is None:
+        rows = torch.maximum(columns.cummax(-1).values, start)
+    else:
+        among = columns[..., None, :].masked_fill(apart, -torch.inf).amax(-1)
+        rows = torch.maximum(among, start.masked_fill(found.resets > 0, -torch.inf))
+    rows = rows.clamp_min_(LOWEST)
+    return found.products(columns, rows, start, apart, log_decay.dtype), (rows + sums).to(log_decay.dtype)
 
 
 def decay_gradient(log_decay: Tensor, between: Tensor, since_start: Tensor, until_end: Tensor, total: Tensor) -> Tensor:
@@ -186,6 +231,12 @@ def decay_gradient(log_decay: Tensor, between: Tensor, since_start: Tensor, unti
         total: the same of the whole chunk's decay, `[…]`.
     """
     ends = between.sum(-1, dtype=torch.float64) - between.sum(-2, dtype=torch.float64) + since_start - until_end
-    ends[..., -1] += until_end.sum(-1, dtype=torch.float64) + total
+    return gradient_of_sums(log_decay, ends, until_end.sum(-1, dtype=torch.float64) + total)
+
+
+def gradient_of_sums(log_decay: Tensor, ends: Tensor, end: Tensor) -> Tensor:
+    """Gradient of `log_decay`, `[…, c]`, from that of its sum up to each step and, once more, of the whole, `[…]`."""
+    ends = ends.double()
+    ends[..., -1] += end
     gradient = ends.flip(-1).cumsum(-1).flip(-1).to(log_decay.dtype)
     return gradient.masked_fill_(torch.isneginf(log_decay), 0)

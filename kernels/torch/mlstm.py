@@ -1,0 +1,205 @@
+"""mLSTM in chunks of plain torch."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sinuous.kernels.torch import chunked
+from sinuous.kernels.torch.chunked import Decays, Recurrence, State, Tensors, gradient_of_sums, weighted_decays
+
+
+class Options(NamedTuple):
+    """What does not change from chunk to chunk."""
+
+    scale: float
+    eps: float
+    stabilised: bool  # exponential input gate
+    normalize: bool
+
+
+class _Chunk(NamedTuple):
+    """A chunk's inputs, products of its gates, and what the readout is made of; without a normaliser the last three
+    are None."""
+
+    q: Tensor  # [B,H,c,K]
+    k: Tensor  # [B,H,c,K]
+    v: Tensor  # [B,H,c,V]
+    log_f: Tensor  # [B,H,c]
+    decays: Decays
+    m: Tensor | None  # [B,H,c]
+    weights: Tensor  # [B,H,c,c], s (q_i · k_j) times input gate j and the forget gates from j to i
+    numerator: Tensor  # [B,H,c,V]
+    normaliser: Tensor | None  # [B,H,c], s n_i · q_i
+    floor: Tensor | None  # [B,H,c], e^-m
+    denominator: Tensor | None  # [B,H,c,1]
+
+
+def _chunk(state: State, inputs: Tensors, options: Options) -> _Chunk:
+    (C, n, m), (q, k, v, input_gate, forget_gate) = state, inputs
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    assert input_gate is not None
+    assert forget_gate is not None
+    log_f = F.logsigmoid(forget_gate)
+    log_i = input_gate if options.stabilised else F.logsigmoid(input_gate)
+    E, ms = weighted_decays(log_f, log_i, m if options.stabilised else None)
+    weights = (q @ k.mT).mul_(options.scale).mul_(E.between)
+    numerator = (weights @ v).addcmul_(q @ C, E.since_start[..., None], value=options.scale)
+    if not options.normalize:
+        return _Chunk(q, k, v, log_f, E, ms, weights, numerator, None, None, None)
+    through_n = (q @ n[..., None]).squeeze(-1)
+    normaliser = weights.sum(-1).addcmul_(through_n, E.since_start, value=options.scale)
+    floor = torch.ones_like(normaliser) if ms is None else (-ms).exp()
+    denominator = torch.maximum(normaliser.abs(), floor).add_(options.eps)[..., None]
+    return _Chunk(q, k, v, log_f, E, ms, weights, numerator, normaliser, floor, denominator)
+
+
+def _forward(state: State, inputs: Tensors, parameters: Tensors, options: Options) -> tuple[Tensor, State]:
+    (C, n, m), chunk = state, _chunk(state, inputs, options)
+    total, until_end = chunk.decays.since_start[..., -1:], chunk.decays.until_end[..., None]
+    y = chunk.numerator if chunk.denominator is None else chunk.numerator.div_(chunk.denominator)
+    weighted = until_end * chunk.k
+    C = (weighted.mT @ chunk.v).addcmul_(total[..., None], C)
+    n = torch.addcmul(weighted.sum(-2), total, n)
+    return y, (C, n, m if chunk.m is None else chunk.m[..., -1])
+
+
+def _backward(
+    state: State, inputs: Tensors, parameters: Tensors, dy: Tensor, dstate: State, options: Options
+) -> tuple[State, Tensors, Tensors]:
+    (C, n, _), (dC, dn, dm), chunk = state, dstate, _chunk(state, inputs, options)
+    _, _, _, input_gate, forget_gate = inputs
+    assert input_gate is not None
+    assert forget_gate is not None
+    (q, k, v), E, scale = chunk[:3], chunk.decays, options.scale
+    since_start, until_end, total = E.since_start[..., None], E.until_end[..., None], E.since_start[..., -1:]
+    dnumerator, dnormaliser = dy, None
+    if chunk.denominator is not None:
+        dnumerator = dy / chunk.denominator
+        assert chunk.normaliser is not None
+        assert chunk.floor is not None
+        ddenominator = (dnumerator * chunk.numerator.div_(chunk.denominator)).sum(-1).neg_()
+        dnormaliser = ddenominator * chunk.normaliser.sign() * (chunk.normaliser.abs() > chunk.floor)
+    into_start, dweights = dnumerator @ C.mT, dnumerator @ v.mT
+    if dnormaliser is not None:
+        into_start.addcmul_(dnormaliser[..., None], n[..., None, :])
+        dweights.add_(dnormaliser[..., None])
+    through_end = (v @ dC.mT).add_(dn[..., None, :]).mul_(until_end)
+    dv = (chunk.weights.mT @ dnumerator).addcmul_(k @ dC, until_end)
+    dscores = dweights.mul_(E.between)
+    dq = (dscores @ k).addcmul_(into_start, since_start).mul_(scale)
+    dk = torch.add(through_end, dscores.mT @ q, alpha=scale)
+    from_keys = (k * dk).sum(-1)
+    ends = (q * dq).sum(-1) - from_keys
+    # <C, dC> + <n, dn> after the chunk: how the loss changes with e^m, all else being as it is.
+    kept = total.squeeze(-1) * ((C * dC).sum((-2, -1)) + (n * dn).sum(-1))
+    end = (k * through_end).sum((-2, -1), dtype=torch.float64) + kept
+    weighted = q * since_start
+    dC = (weighted.mT @ dnumerator).mul_(scale).addcmul_(total[..., None], dC)
+    dn = total * dn
+    if dnormaliser is not None:
+        dn = dn.add_((dnormaliser[..., None, :] @ weighted).squeeze(-2), alpha=scale)
+    if options.stabilised:
+        # m after the chunk is one input gate, or m before it, plus logarithms of forget gates: the one of weight 1.
+        candidates = torch.cat([total, E.until_end], -1)
+        source = candidates.argmax(-1, keepdim=True)
+        into = torch.zeros_like(candidates).scatter_(-1, source, (dm - end).to(dm.dtype)[..., None])
+        dinput_gate, ends, end = from_keys + into[..., 1:], ends - into[..., 1:], dm
+        dm = into[..., 0] + (C * dC).sum((-2, -1)) + (n * dn).sum(-1)
+    else:
+        dinput_gate = from_keys * torch.sigmoid(-input_gate)
+    dlog_f = gradient_of_sums(chunk.log_f, ends, end)
+    dforget_gate = dlog_f * torch.sigmoid(-forget_gate)
+    return (dC, dn, dm), (dq, dk, dv, dinput_gate, dforget_gate), ()
+
+
+def _recurrence(q: Tensor, scale: float | None, eps: float, input_activation: str, normalize: bool) -> Recurrence:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    options = Options(scale, eps, input_activation == "exp", normalize)
+    return Recurrence(functools.partial(_forward, options=options), functools.partial(_backward, options=options))
+
+
+def _initial(q: Tensor, v: Tensor, given: Tensors, cu_seqlens: Tensor | None) -> State:
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype, heads = chunked.working_dtype(q), v.shape[2]
+    shapes = (sequences, heads, q.shape[3], v.shape[3]), (sequences, heads, q.shape[3]), (sequences, heads)
+    return tuple(
+        torch.zeros(shape, dtype=dtype, device=q.device) if t is None else t.to(dtype)
+        for t, shape in zip(given, shapes, strict=True)
+    )
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    input_gate: Tensor,
+    forget_gate: Tensor,
+    initial_C: Tensor | None,
+    initial_n: Tensor | None,
+    initial_m: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    eps: float,
+    input_activation: str,
+    normalize: bool,
+    reverse: bool,
+    chunk_size: int,
+) -> tuple[Tensor, ...]:
+    """`(y, C, n, m, chunk_C, chunk_n, chunk_m)`; see sinuous.core.ops.mlstm."""
+    y, final, kept = chunked.forward(
+        _recurrence(q, scale, eps, input_activation, normalize),
+        (q, k, v, input_gate, forget_gate),
+        (),
+        _initial(q, v, (initial_C, initial_n, initial_m), cu_seqlens),
+        torch.empty_like(v),
+        cu_seqlens,
+        reverse,
+        chunk_size,
+    )
+    return y, *final, *kept
+
+
+def backward(
+    grads: Tensors,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    input_gate: Tensor,
+    forget_gate: Tensor,
+    initial_C: Tensor | None,
+    initial_n: Tensor | None,
+    initial_m: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    eps: float,
+    input_activation: str,
+    normalize: bool,
+    reverse: bool,
+    chunk_C: Tensor,
+    chunk_n: Tensor,
+    chunk_m: Tensor,
+    chunk_size: int,
+) -> list[Tensor | None]:
+    """Gradients of q, k, v, input_gate, forget_gate, initial_C, initial_n and initial_m."""
+    given = (initial_C, initial_n, initial_m)
+    dinputs, _, dinitial = chunked.backward(
+        _recurrence(q, scale, eps, input_activation, normalize),
+        (q, k, v, input_gate, forget_gate),
+        (),
+        _initial(q, v, given, cu_seqlens),
+        (chunk_C, chunk_n, chunk_m),
+        grads[0],
+        grads[1:],
+        cu_seqlens,
+        reverse,
+        chunk_size,
+        value=2,
+    )
+    return [*dinputs, *(None if t is None else d for t, d in zip(given, dinitial, strict=True))]
