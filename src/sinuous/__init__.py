@@ -1,7 +1,7 @@
 """sinuous: recurrent backbones for sequences that are too long for attention.
 
-Importing the package imports no torch; `create_model`, `list_models`, `load`, `model_info`, `ops` and `backend` load
-what they need on first use.
+Importing the package imports no torch; `create_model`, `list_models`, `load`, `model_info`, `backend`, `nn` and `ops`
+load what they need on first use.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ _LAZY = {
     "load": "sinuous.core.registry",
     "model_info": "sinuous.core.registry",
     "backend": "sinuous.core.ops.dispatch",
-    "ops": "sinuous.core.ops",
+    "nn": "sinuous.nn",
+    "ops": "sinuous.ops",
 }
 
 __all__ = ["__version__", *_LAZY]
 
 if TYPE_CHECKING:
-    from sinuous.core import ops as ops
+    from sinuous import nn as nn
+    from sinuous import ops as ops
     from sinuous.core.ops.dispatch import backend as backend
     from sinuous.core.registry import create_model as create_model
     from sinuous.core.registry import list_models as list_models
@@ -35,7 +37,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'sinuous' has no attribute {name!r}")
     module = importlib.import_module(_LAZY[name])
-    value = module if name == "ops" else getattr(module, name)
+    value = module if name in ("nn", "ops") else getattr(module, name)
     globals()[name] = value
     return value
 
