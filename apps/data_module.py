@@ -69,8 +69,8 @@ class Splits(L.LightningDataModule):
         rank = dist.get_rank() if dist.is_initialized() else 0
         if len(data) < self.batch_size * world:
             raise ValueError(
-                f"{len(data)} training {self.examples} do not fill one batch of {self.batch_size} on {world} process(es); "
-                f"lower data.batch_size"
+                f"{len(data)} training {self.examples} do not fill one batch of {self.batch_size} on {world} "
+                "process(es); lower data.batch_size"
             )
         sampler: Sampler[int]
         if self.repeats > 1:

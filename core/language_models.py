@@ -2,8 +2,9 @@
 
     model = sinuous.create_model("mamba_130m", checkpoint_path="pytorch_model.bin")
 
-Mamba: Gu and Dao (arXiv 2312.00752), weights at huggingface.co/state-spaces. Each name has the width and depth of the
-released `config.json`; 50,277 tokens of the GPT-NeoX tokenizer, padded to a multiple of 8.
+Mamba: Gu and Dao (arXiv 2312.00752); Mamba-2: Dao and Gu (arXiv 2405.21060); weights at huggingface.co/state-spaces.
+Each name has the width and depth of the released `config.json`; 50,277 tokens of the GPT-NeoX tokenizer, padded to a
+multiple of 8 or, for Mamba-2, 16.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ NEOX_TOKENS = 50277
 LARGEST_PADDING = 128  # a file whose vocabulary differs by more has other tokens
 
 _MAMBA: dict[str, Any] = {"vocab_size": NEOX_TOKENS, "pattern": "mamba", "pad_vocab_multiple": 8}
+_MAMBA2: dict[str, Any] = {"vocab_size": NEOX_TOKENS, "pattern": "mamba2", "pad_vocab_multiple": 16}
 
 SIZES: dict[str, dict[str, Any]] = {
     "mamba_130m": {**_MAMBA, "dim": 768, "depth": 24},
@@ -32,6 +34,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "mamba_790m": {**_MAMBA, "dim": 1536, "depth": 48},
     "mamba_1_4b": {**_MAMBA, "dim": 2048, "depth": 48},
     "mamba_2_8b": {**_MAMBA, "dim": 2560, "depth": 64},
+    "mamba2_130m": {**_MAMBA2, "dim": 768, "depth": 24},
+    "mamba2_370m": {**_MAMBA2, "dim": 1024, "depth": 48},
+    "mamba2_780m": {**_MAMBA2, "dim": 1536, "depth": 48},
+    "mamba2_1_3b": {**_MAMBA2, "dim": 2048, "depth": 48},
+    "mamba2_2_7b": {**_MAMBA2, "dim": 2560, "depth": 64},
+    "bytes_5m": {"vocab_size": 256, "dim": 256, "depth": 6, "pattern": "mamba2", "mlp": "swiglu", "mlp_ratio": 2.0},
 }
 
 # Of state-spaces/mamba, of transformers' Mamba and Mamba-2, and of NX-AI's xLSTM with transformers' copy of it.
@@ -124,12 +132,34 @@ def _cfg(origin: str, paper: str, arxiv: str, license: str = "apache-2.0", conte
     }
 
 
-_MAMBA_PAPER = ("Mamba: Linear-Time Sequence Modeling with Selective State Spaces", "2312.00752")
+_MAMBA_PAPERS = {
+    "mamba": ("Mamba: Linear-Time Sequence Modeling with Selective State Spaces", "2312.00752"),
+    "mamba2": (
+        "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space Duality",
+        "2405.21060",
+    ),
+}
+
+
+def _mamba_cfgs() -> dict[str, Any]:
+    cfgs = {}
+    for name in SIZES:
+        family, _, size = name.partition("_")
+        if family in _MAMBA_PAPERS:
+            origin = f"state-spaces/{family}-{size.replace('_', '.')}"
+            cfgs[f"{name}.untrained"] = _cfg(origin, *_MAMBA_PAPERS[family])
+    return cfgs
+
 
 default_cfgs = generate_default_cfgs(
     {
-        f"{name}.untrained": _cfg(f"state-spaces/{name.replace('_', '-', 1).replace('_', '.')}", *_MAMBA_PAPER)
-        for name in SIZES
+        **_mamba_cfgs(),
+        "bytes_5m.untrained": {
+            "num_classes": 256,
+            "input_size": (256,),
+            "classifier": "head",
+            "license": "apache-2.0",
+        },
     }
 )
 
@@ -162,3 +192,39 @@ def mamba_1_4b(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
 def mamba_2_8b(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
     """Mamba with 64 blocks of width 2560, trained on the Pile."""
     return _create("mamba_2_8b", pretrained, **kwargs)
+
+
+@register_model(domain="language")
+def mamba2_130m(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
+    """Mamba-2 with 24 blocks of width 768, trained on the Pile."""
+    return _create("mamba2_130m", pretrained, **kwargs)
+
+
+@register_model(domain="language")
+def mamba2_370m(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
+    """Mamba-2 with 48 blocks of width 1024, trained on the Pile."""
+    return _create("mamba2_370m", pretrained, **kwargs)
+
+
+@register_model(domain="language")
+def mamba2_780m(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
+    """Mamba-2 with 48 blocks of width 1536, trained on the Pile."""
+    return _create("mamba2_780m", pretrained, **kwargs)
+
+
+@register_model(domain="language")
+def mamba2_1_3b(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
+    """Mamba-2 with 48 blocks of width 2048, trained on the Pile."""
+    return _create("mamba2_1_3b", pretrained, **kwargs)
+
+
+@register_model(domain="language")
+def mamba2_2_7b(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
+    """Mamba-2 with 64 blocks of width 2560, trained on the Pile."""
+    return _create("mamba2_2_7b", pretrained, **kwargs)
+
+
+@register_model(domain="language")
+def bytes_5m(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
+    """Six blocks of width 256 over bytes, each with an MLP; the mixer is `pattern`."""
+    return _create("bytes_5m", pretrained, **kwargs)
