@@ -30,6 +30,11 @@ DERIVED = {
     "mamba_790m": 793_204_224,
     "mamba_1_4b": 1_372_178_432,
     "mamba_2_8b": 2_768_345_600,
+    "mamba2_130m": 128_989_632,
+    "mamba2_370m": 368_346_624,
+    "mamba2_780m": 780_161_280,
+    "mamba2_1_3b": 1_343_757_312,
+    "mamba2_2_7b": 2_702_599_680,
 }
 
 
@@ -60,8 +65,8 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 def near(ours: Tensor, theirs: Tensor) -> None:
-    """transformers computes parts of its models in fp32 whatever it is given."""
-    torch.testing.assert_close(ours.float(), theirs.float(), atol=1e-5, rtol=1e-5)
+    """transformers computes parts of its models in fp32 whatever it is given, so that fp32 is compared."""
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 6, 13])
@@ -326,31 +331,37 @@ def as_the_authors_name_them(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.replace("embeddings", "embedding"): tensor for name, tensor in state.items()}
 
 
-def mamba_of_transformers() -> Any:
+def of_transformers(family: str) -> Any:
+    """A small model of another implementation, with no two parameters alike."""
     transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 16, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 8, "time_step_rank": 2}
-    theirs = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)).double().eval()
+    sizes = {"vocab_size": 16, "hidden_size": 32, "num_hidden_layers": 3, "tie_word_embeddings": True}
+    more = {"Mamba": {"state_size": 8, "time_step_rank": 2}, "Mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2}}
+    config = getattr(transformers, f"{family}Config")(**sizes, **more[family])
+    theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return theirs
 
 
-MAMBA = {"vocab_size": 13, "pad_vocab_multiple": 8, "dim": 32, "depth": 3, "mixer_options": {"mamba": {"d_state": 8}}}
+SMALL = {"vocab_size": 13, "pad_vocab_multiple": 8, "dim": 32, "depth": 3}
+MAMBA = {**SMALL, "mixer_options": {"mamba": {"d_state": 8}}}
+MAMBA2 = {**SMALL, "mixer_options": {"mamba2": {"headdim": 8, "ngroups": 2}}}
 
 
 @pytest.mark.parametrize("layout", ["transformers", "authors", "model."])
-def test_mamba_checkpoints_give_their_logits(tmp_path: Path, layout: str) -> None:
-    theirs, x = mamba_of_transformers(), tokens()
+@pytest.mark.parametrize(
+    ("family", "name", "options"), [("Mamba", "mamba_130m", MAMBA), ("Mamba2", "mamba2_130m", MAMBA2)]
+)
+def test_checkpoints_give_their_logits(tmp_path: Path, family: str, name: str, options: Any, layout: str) -> None:
+    theirs, x, file = of_transformers(family), tokens(), tmp_path / "pytorch_model.bin"
     state = theirs.state_dict()
     if layout != "transformers":
         state = as_the_authors_name_them(state)
     if layout == "model.":
         state = {name.replace("backbone.", "model."): tensor for name, tensor in state.items()}
-    torch.save({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "pytorch_model.bin")
-    ours = sinuous.create_model(
-        "mamba_130m", checkpoint_path=tmp_path / "pytorch_model.bin", dtype=torch.float64, **MAMBA
-    ).eval()
+    torch.save({name: tensor.clone() for name, tensor in state.items()}, file)
+    ours = sinuous.create_model(name, checkpoint_path=file, **options).eval()
     with torch.no_grad():
         near(ours(x), theirs(x).logits)
 
