@@ -133,6 +133,8 @@ def define(family: Family) -> None:
         family.check(**args)
         first = values[0]
         name = dispatch.choose(family.name, family.forms, requested, first.device, first.dtype)
+        if name == "torch" and first.shape[1] == 1:
+            name = "recurrent"  # which is cheaper than a chunk of one step, and keeps the same for the backward pass
         function = family.recurrent if name == "recurrent" else dispatch.kernel(family.name, name).forward
         with _full_precision(first.device):
             found = function(**args, **family.options)
