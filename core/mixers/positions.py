@@ -1,0 +1,62 @@
+"""Where each step lies in its sequence, for mixers whose arithmetic depends on it.
+
+The functions are leaves for FX, which cannot build tensors from the shape of a traced value; `torch.fx.wrap` patches
+this module's own namespace, so callers write `positions.steps(x)`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.fx.wrap
+def steps(x: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """How many steps lie before each one in its sequence, int64 `[B, T]`, or `[1, T]` where all rows agree.
+
+    Args:
+        x: `[B, T, …]`, for its length and device.
+        start: steps before the first one, `[B]`; 0 if absent.
+        cu_seqlens: boundaries of packed sequences; they begin at 0 anew.
+    """
+    index = torch.arange(x.shape[1], device=x.device)
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.long()
+        return (index - bounds[segments(x, cu_seqlens)[0]]).unsqueeze(0)
+    if start is not None:
+        return start.unsqueeze(1) + index
+    return index.unsqueeze(0)
+
+
+@torch.fx.wrap
+def segments(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The packed sequence that each step belongs to, int64 `[1, T]`; zeros without packing."""
+    index = torch.arange(x.shape[1], device=x.device)
+    if cu_seqlens is None:
+        return torch.zeros_like(index).unsqueeze(0)
+    return torch.bucketize(index, cu_seqlens[1:].long(), right=True).unsqueeze(0)
+
+
+@torch.fx.wrap
+def rotate(x: Tensor, steps: Tensor, theta: float) -> Tensor:
+    r"""Rotary positions: pairs of channels turned by an angle proportional to the step.
+
+        (x_j, x_{j+K/2})  ←  (x_j cos φ - x_{j+K/2} sin φ,  x_{j+K/2} cos φ + x_j sin φ),    φ = step · θ^{-2j/K}
+
+    The two halves of a head are paired, as in GPT-NeoX and Llama, not neighbours, as in the paper; the two differ by a
+    fixed order of channels. Angles are fp32, or fp64 where x is.
+
+    Args:
+        x: `[B, T, H, K]`, K even.
+        steps: int64 `[B, T]` or `[1, T]`.
+        theta: θ, 10,000 in the paper.
+
+    Source: Su et al. (arXiv 2104.09864), section 3.2.2.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    half = x.shape[3] // 2
+    frequency = torch.pow(theta, -torch.arange(half, device=x.device, dtype=dtype) / half)
+    angle = (steps.to(dtype).unsqueeze(-1) * frequency).unsqueeze(2)
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x.to(dtype).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
