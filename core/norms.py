@@ -48,3 +48,65 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), bias, self.eps).to(self.weight.dtype)
+
+
+class GatedRMSNorm(nn.Module):
+    """RMS norm with a gate: `norm(x) ⊙ silu(z)`, or `norm(x ⊙ silu(z))`.
+
+    The arithmetic is at least fp32; the output has the dtype of x.
+
+    Args:
+        dim: width of the last axis.
+        eps: added to the mean square.
+        group_size: width of the parts that are normed by themselves; the whole axis if absent.
+        norm_before_gate: the first of the two forms.
+
+    Raises:
+        ValueError: if `dim` is no multiple of `group_size`.
+
+    Source: the second form is Mamba-2's (arXiv 2405.21060, section 7.1), the first RetNet's and GLA's with an RMS norm
+    (arXiv 2307.08621, section 2.3; arXiv 2312.06635, section 4.4).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        group_size = dim if group_size is None else group_size
+        if dim % group_size:
+            raise ValueError(f"group_size must divide the width {dim} (got {group_size})")
+        self.dim = dim
+        self.eps = eps
+        self.group_size = group_size
+        self.norm_before_gate = norm_before_gate
+        self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        gate, wide = F.silu(at_least_fp32(z)), at_least_fp32(x)
+        if not self.norm_before_gate:
+            wide = wide * gate
+        groups = wide.unflatten(-1, [self.dim // self.group_size, self.group_size])
+        y = F.rms_norm(groups, [self.group_size], None, self.eps).flatten(-2) * self.weight
+        if self.norm_before_gate:
+            y = y * gate
+        return y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}, group_size={self.group_size}, norm_before_gate={self.norm_before_gate}"
+
+
+class HeadRMSNorm(RMSNorm):
+    """`RMSNorm` of each head by itself, with arithmetic in at least fp32 and the output in the dtype of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_fp32(x)
+        return F.rms_norm(wide, (self.dim,), self.weight.to(wide.dtype), self.eps).to(x.dtype)

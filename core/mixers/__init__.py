@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sinuous.core.mixers.attention import AttentionState, SlidingWindowAttention, SoftmaxAttention, WindowState
 from sinuous.core.mixers.bidirectional import Bidirectional
 from sinuous.core.mixers.contract import (
     Mixer,
@@ -12,15 +13,28 @@ from sinuous.core.mixers.contract import (
     register_mixer,
     register_state,
 )
+from sinuous.core.mixers.linear_attention import LinearAttention, Retention, RetentionState, SimpleGLA
 from sinuous.core.mixers.mamba import Mamba, MambaState
+from sinuous.core.mixers.mamba2 import Mamba2
+from sinuous.core.mixers.matrix_mixer import MatrixState
 from sinuous.core.mixers.vim_pair import VimPair
 
 __all__ = [
+    "AttentionState",
     "Bidirectional",
+    "LinearAttention",
     "Mamba",
+    "Mamba2",
     "MambaState",
+    "MatrixState",
     "Mixer",
+    "Retention",
+    "RetentionState",
+    "SimpleGLA",
+    "SlidingWindowAttention",
+    "SoftmaxAttention",
     "VimPair",
+    "WindowState",
     "build_mixer",
     "list_mixers",
     "mixer_class",

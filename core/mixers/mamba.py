@@ -59,14 +59,19 @@ def s6(
     return y, final
 
 
-def init_dt(projection: nn.Linear, dt_min: float = 1e-3, dt_max: float = 0.1, floor: float = 1e-4) -> None:
-    """Step sizes log-uniform in [dt_min, dt_max] at the start, spread by a projection that preserves variance."""
+def init_dt(projection: nn.Linear) -> None:
+    """Step sizes as `init_dt_bias` has them at the start, spread by a projection that preserves variance."""
     bound = projection.in_features**-0.5
     nn.init.uniform_(projection.weight, -bound, bound)
+    init_dt_bias(projection.bias)
+
+
+def init_dt_bias(bias: Tensor, dt_min: float = 1e-3, dt_max: float = 0.1, floor: float = 1e-4) -> None:
+    """Step sizes log-uniform in [dt_min, dt_max] where nothing is added to the bias."""
     with torch.no_grad():
-        span = torch.rand_like(projection.bias, dtype=torch.float32) * math.log(dt_max / dt_min)
+        span = torch.rand_like(bias, dtype=torch.float32) * math.log(dt_max / dt_min)
         dt = torch.exp(span + math.log(dt_min)).clamp(min=floor)
-        projection.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
 
 def init_A_log(A_log: Tensor) -> None:

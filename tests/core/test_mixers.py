@@ -125,10 +125,13 @@ def test_an_exported_step_can_be_saved_with_its_state(name: str) -> None:
     assert type(new) is type(expected_state)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", CAUSAL)
-def test_initial_state_follows_the_parameters_unless_told(name: str) -> None:
-    mixer = mixers.build_mixer(name, DIM, dtype=torch.bfloat16)
-    assert mixer.initial_state(2)[0].dtype == torch.bfloat16
+def test_initial_state_follows_the_parameters_unless_told(name: str, dtype: torch.dtype) -> None:
+    mixer = mixers.build_mixer(name, DIM, dtype=dtype)
+    wanted = [t.dtype for t in mixer.prefill(sequence(2).to(dtype))[1]]
+    assert [t.dtype for t in mixer.initial_state(2)] == wanted
+    assert [t.dtype for t in mixers.build_mixer(name, DIM).initial_state(2, dtype=dtype)] == wanted
     assert {t.device.type for t in mixer.initial_state(2, device=torch.device("meta"))} == {"meta"}
 
 

@@ -1,0 +1,267 @@
+"""What mixers with a matrix state share: heads, short convolutions, the state, and the way in and out.
+
+    q, k, v = q_proj(x), k_proj(x), v_proj(x)        each behind a short convolution and silu, if there is one
+    o = recurrence(q, k, v)                          per head, with a state of K × V
+    y = o_proj(norm(o))
+
+A mixer of this shape says what its recurrence and its norm are. Names of parameters as in the layers of
+fla-org/flash-linear-attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sinuous.core import norms
+from sinuous.core.mixers.contract import Mixer, register_state
+from sinuous.core.ops import causal_conv1d  # noqa: F401  (registers torch.ops.sinuous)
+
+
+@register_state
+class MatrixState(NamedTuple):
+    """conv: the last W-1 inputs of the convolution, `[B, W-1, C]`, W = 1 without one; memory: the matrices,
+    `[B, H, K, V]`, fp32 or fp64."""
+
+    conv: Tensor
+    memory: Tensor
+
+
+class ShortConvolution(nn.Conv1d):
+    """Weights of a depthwise causal convolution, `[channels, 1, taps]`; `causal_conv1d` applies them."""
+
+    def __init__(self, channels: int, taps: int, bias: bool = False, **dd: Any) -> None:
+        super().__init__(channels, channels, taps, padding=taps - 1, groups=channels, bias=bias, **dd)
+
+
+def short_convolutions(
+    widths: tuple[int, int, int], taps: int | None, bias: bool, dd: dict[str, Any]
+) -> tuple[ShortConvolution | None, ShortConvolution | None, ShortConvolution | None]:
+    """One for each width, or None for each where there are no taps."""
+    if taps is None:
+        return None, None, None
+    q, k, v = (ShortConvolution(width, taps, bias, **dd) for width in widths)
+    return q, k, v
+
+
+def convolve_together(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Three short convolutions in one call: q, k, v after it, and the last W-1 inputs side by side."""
+    given: list[Tensor] = []
+    for one in biases:
+        if one is not None:
+            given.append(one)
+    bias = torch.cat(given) if len(given) > 0 else None
+    y, state = torch.ops.sinuous.causal_conv1d(
+        torch.cat([q, k, v], -1), torch.cat(weights).squeeze(1), bias, state, cu_seqlens, silu, False, ""
+    )
+    q, k, v = y.split([q.shape[-1], k.shape[-1], v.shape[-1]], -1)
+    return q, k, v, state
+
+
+def per_head(width: int, heads: int, what: str) -> int:
+    """`width / heads`.
+
+    Raises:
+        ValueError: if that is no whole number of at least 1.
+    """
+    if heads < 1 or width < 1 or width % heads:
+        raise ValueError(f"{what} must be a positive multiple of the number of heads (got {width} and {heads} heads)")
+    return width // heads
+
+
+def heads_of(width: int, size: int) -> int:
+    """How many heads of `size` or a little more, so that `width` is a multiple of their number."""
+    return next(n for n in range(max(width // size, 1), 0, -1) if width % n == 0)
+
+
+def zero_states(
+    like: Tensor,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+    conv: tuple[int, ...],
+    *memories: tuple[int, ...],
+) -> tuple[Tensor, ...]:
+    """Zeros: what convolutions keep in `dtype`, what recurrences keep in fp32 or fp64; both `like` a parameter if not
+    told otherwise."""
+    device = like.device if device is None else device
+    dtype = like.dtype if dtype is None else dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    first = torch.zeros(conv, device=device, dtype=dtype)
+    return (first, *(torch.zeros(shape, device=device, dtype=wide) for shape in memories))
+
+
+class MatrixMixer(Mixer):
+    """State, and the way in and out. A subclass gives `_streams`, `_recur` and `_normed`.
+
+    Args:
+        dim: width of the model.
+        memory_shape: H, K and V of the state.
+        value_dim: width of what `o_proj` reads.
+        conv_width: channels of the short convolutions together.
+        conv_size: taps of the short convolutions; `None` for none.
+    """
+
+    causal: ClassVar[bool] = True
+    constant_state: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        dim: int,
+        memory_shape: tuple[int, int, int],
+        value_dim: int,
+        conv_width: int,
+        conv_size: int | None,
+        dd: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        if conv_size is not None and conv_size < 1:
+            raise ValueError(f"conv_size must be at least 1 (got {conv_size}); use_short_conv=False leaves it out")
+        self.memory_shape = memory_shape
+        self.conv_shape = (0, 0) if conv_size is None else (conv_size - 1, conv_width)
+        self.o_proj = nn.Linear(value_dim, dim, bias=False, **dd)
+
+    def init_weights(self) -> None:
+        """Layers by torch's rule, without biases; norms at one."""
+        for module in self.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+        return self._mix(x, None, None, cu_seqlens)[0]
+
+    def _mix(
+        self, x: Tensor, conv: Tensor | None, memory: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, conv = self._streams(x, conv, cu_seqlens)
+        o, memory = self._recur(x, q, k, v, memory, cu_seqlens)
+        return self.o_proj(self._normed(x, o)), conv, memory
+
+    def _streams(
+        self, x: Tensor, conv: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v as they go into the recurrence, `[B, T, width]`, and the state of the convolutions."""
+        raise NotImplementedError
+
+    def _recur(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`[B, T, H, V]` and the state after the last step."""
+        raise NotImplementedError
+
+    def _normed(self, x: Tensor, o: Tensor) -> Tensor:
+        """What o_proj reads, `[B, T, value_dim]`."""
+        raise NotImplementedError
+
+    def prefill(self, x: Tensor, state: MatrixState | None = None) -> tuple[Tensor, MatrixState]:
+        conv, memory = (None, None) if state is None else state
+        y, conv, memory = self._mix(x, conv, memory, None)
+        return y, MatrixState(conv, memory)
+
+    def initial_state(
+        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> MatrixState:
+        memory = (batch_size, *self.memory_shape)
+        return MatrixState(*zero_states(self.o_proj.weight, device, dtype, (batch_size, *self.conv_shape), memory))
+
+
+class QueryKeyValueMixer(MatrixMixer):
+    """A matrix mixer with `q_proj`, `k_proj`, `v_proj`, and `q_conv1d`, `k_conv1d`, `v_conv1d` or None behind them.
+
+    Args:
+        key_dim: width of the queries of all heads; value_dim: that of the values.
+        num_heads: H.
+        num_kv_heads: heads of keys and values, each shared by H / num_kv_heads queries; `None` is H.
+        conv_bias: biases in the short convolutions.
+        conv_silu: an activation after them.
+        memory_shape: `None` is H, key_dim / H, value_dim / H.
+
+    Raises:
+        ValueError: if a width is no multiple of the number of its heads.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        key_dim: int,
+        value_dim: int,
+        num_heads: int,
+        num_kv_heads: int | None,
+        conv_size: int | None,
+        conv_bias: bool,
+        dd: dict[str, Any],
+        conv_silu: bool = True,
+        memory_shape: tuple[int, int, int] | None = None,
+    ) -> None:
+        head_k_dim = per_head(key_dim, num_heads, "the width of the keys")
+        head_v_dim = per_head(value_dim, num_heads, "the width of the values")
+        groups = 1 if num_kv_heads is None else per_head(num_heads, num_kv_heads, "num_heads")
+        widths = (key_dim, key_dim // groups, value_dim // groups)
+        memory_shape = (num_heads, head_k_dim, head_v_dim) if memory_shape is None else memory_shape
+        super().__init__(dim, memory_shape, value_dim, sum(widths), conv_size, dd)
+        self.num_heads = num_heads
+        self.head_k_dim = head_k_dim
+        self.head_v_dim = head_v_dim
+        self.kv_groups = groups
+        self.conv_silu = conv_silu
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, width, bias=False, **dd) for width in widths)
+        self.q_conv1d, self.k_conv1d, self.v_conv1d = short_convolutions(widths, conv_size, conv_bias, dd)
+
+    def _streams(
+        self, x: Tensor, conv: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.q_conv1d is None or self.k_conv1d is None or self.v_conv1d is None:
+            return q, k, v, q.new_zeros([q.shape[0], 0, 0])
+        else:
+            weights = [self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]
+            biases = [self.q_conv1d.bias, self.k_conv1d.bias, self.v_conv1d.bias]
+            return convolve_together(q, k, v, weights, biases, conv, cu_seqlens, self.conv_silu)
+
+    def _shared(self, t: Tensor, size: int) -> Tensor:
+        """Keys or values `[B, T, heads · size]` as `[B, T, H, size]`, each head repeated for the queries it serves."""
+        heads: Tensor = t.unflatten(-1, [-1, size])
+        return heads if self.kv_groups == 1 else heads.repeat_interleave(self.kv_groups, 2)
+
+
+class SwishGatedMixer(QueryKeyValueMixer):
+    """Each head normed, and gated by `silu(g_proj(x))` unless `use_output_gate` is off."""
+
+    def __init__(
+        self,
+        dim: int,
+        key_dim: int,
+        value_dim: int,
+        num_heads: int,
+        num_kv_heads: int | None,
+        conv_size: int | None,
+        conv_bias: bool,
+        use_output_gate: bool,
+        norm_eps: float,
+        dd: dict[str, Any],
+    ) -> None:
+        super().__init__(dim, key_dim, value_dim, num_heads, num_kv_heads, conv_size, conv_bias, dd)
+        size = self.head_v_dim
+        self.g_proj = nn.Linear(dim, value_dim, bias=False, **dd) if use_output_gate else None
+        self.g_norm_swish_gate = norms.GatedRMSNorm(size, norm_eps, **dd) if use_output_gate else None
+        self.g_norm = None if use_output_gate else norms.HeadRMSNorm(size, norm_eps, **dd)
+
+    def _normed(self, x: Tensor, o: Tensor) -> Tensor:
+        if self.g_proj is not None and self.g_norm_swish_gate is not None:
+            o = self.g_norm_swish_gate(o, self.g_proj(x).unflatten(-1, [-1, self.head_v_dim]))
+        elif self.g_norm is not None:
+            o = self.g_norm(o)
+        return o.flatten(-2)
