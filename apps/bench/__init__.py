@@ -1,4 +1,4 @@
-"""`sinuous bench`: measurements that anyone can repeat, of the ops and of the backbones."""
+"""`sinuous bench`: measurements that anyone can repeat, of ops, backbones, what layers learn and how models write."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 
 def _parser() -> argparse.ArgumentParser:
-    from sinuous.apps.bench import backbones, ops
+    from sinuous.apps.bench import backbones, generation, ops, recall
 
     parser = argparse.ArgumentParser(prog="sinuous bench", description=__doc__)
     commands = parser.add_subparsers(dest="what", required=True)
-    for name, module in (("ops", ops), ("backbones", backbones)):
+    for name, module in (("ops", ops), ("backbones", backbones), ("recall", recall), ("generation", generation)):
         command = commands.add_parser(
             name, help=(module.__doc__ or "").split(": ", 1)[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sinuous.apps.bench import measure
-from sinuous.apps.bench.op_cases import CASES, Case, Inputs, Peer, Prepared, Shape, backends, ours
+from sinuous.apps.bench.op_cases import CASES, FASTEST, Case, Inputs, Peer, Prepared, Shape, backends, ours
 from sinuous.apps.bench.report import Row, command, show, write_csv, write_markdown
 
 PROBE_LENGTH = 256
@@ -157,7 +157,7 @@ def bench_case(case: Case, shapes: list[Shape], options: argparse.Namespace, say
         else:
             say(f"{case.family.name}: {peer.name} left out: {reason}")
     versus = options.versus or case.versus
-    if versus not in usable and not options.no_peers:
+    if versus not in usable and versus != FASTEST and not options.no_peers:
         say(f"{case.family.name}: no ratios, since {versus} is not among {', '.join(usable)}")
     budget = Budget(options.max_seconds)
     differences = _probe(case, usable, shapes[0], device, budget)
@@ -181,6 +181,8 @@ def bench_case(case: Case, shapes: list[Shape], options: argparse.Namespace, say
                 calls[name] = _call(prepared[name], which)
             samples = measure.round_robin(calls, device, repeats=options.repeats, clock=options.clock)
             medians = {name: measure.median(values) for name, values in samples.items()}
+            rivals = [n for n in medians if (peer := usable[n]) is not None and peer.same_function]
+            against = min(rivals, key=medians.__getitem__, default="") if versus == FASTEST else versus
             for name, seconds in medians.items():
                 budget.note(name, which, shape.length, seconds)
                 if not options.no_memory and name not in peaks:
@@ -205,8 +207,8 @@ def bench_case(case: Case, shapes: list[Shape], options: argparse.Namespace, say
                     "ours": usable[name] is None,
                     "median_ms": seconds * 1e3,
                     "fastest_ms": min(samples[name]) * 1e3,
-                    "versus": versus if versus in medians else None,
-                    "ratio": medians[versus] / seconds if versus in medians else None,
+                    "versus": against if against in medians else None,
+                    "ratio": medians[against] / seconds if against in medians else None,
                     "peak_mb": None if peak is None else peak / 1e6,
                     "us_per_token": seconds * 1e6 / (shape.batch * shape.length),
                     "difference": differences[name],

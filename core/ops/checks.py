@@ -7,10 +7,15 @@ import itertools
 import torch
 from torch import Tensor
 
+_DOUBLE = {torch.float64, torch.complex128}
+
 
 def state_dtype(x: Tensor) -> torch.dtype:
-    """dtype of states and of the arithmetic inside an op: fp64 for fp64 input, fp32 for all else."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    """dtype of states and of the arithmetic inside an op: double for double input, single for all else; real or complex
+    as the input."""
+    if x.is_complex():
+        return torch.complex128 if x.dtype in _DOUBLE else torch.complex64
+    return torch.float64 if x.dtype in _DOUBLE else torch.float32
 
 
 def check_floating(**tensors: Tensor | None) -> None:

@@ -1,0 +1,108 @@
+"""What a comparison of an op is made of.
+
+A peer gets its inputs in its own layout, made before the clock starts, and computes the same function, which
+`sinuous bench ops` checks on a short sequence; a reference (`nn.LSTM`) computes another one of the same width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sinuous.core.ops import dispatch
+from sinuous.core.ops.family import Family
+
+FASTEST = "the fastest peer"
+"""As `Case.versus`: ratios refer to the fastest peer that computes the same function, per length and pass."""
+
+
+class Shape(NamedTuple):
+    batch: int
+    length: int
+    dim: int
+    state: int
+
+
+class Prepared(NamedTuple):
+    """A call without arguments, the leaves of its backward pass, and whether its output is `[B, D, T]`."""
+
+    call: Callable[[], Tensor]
+    leaves: Sequence[Tensor]
+    channels_first: bool = False
+
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An implementation from elsewhere.
+
+    Attributes:
+        name: what it is called in tables.
+        package: the package that must be installed.
+        prepare: inputs of the case -> `Prepared`.
+        cuda_only: it has no other device.
+        quadratic: its time grows with the square of the length, in the backward pass if not in both.
+        same_function: it computes what the op computes; a reference does not.
+    """
+
+    name: str
+    package: str
+    prepare: Callable[[Inputs], Prepared]
+    cuda_only: bool = False
+    quadratic: bool = False
+    same_function: bool = True
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why the peer cannot run on `device`, or None if it can."""
+        if importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        if self.cuda_only and device.type != "cuda":
+            return f"{self.package} runs on CUDA only"
+        return None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op: `make(shape, device, dtype)` gives its inputs, `run(backend, **inputs)` calls our op; `versus` names the
+    peer that ratios refer to."""
+
+    family: Family
+    make: Callable[[Shape, torch.device, torch.dtype], Inputs]
+    run: Callable[..., Tensor]
+    peers: tuple[Peer, ...]
+    versus: str
+
+
+def leaves(inputs: Inputs) -> Inputs:
+    return {name: t.requires_grad_() for name, t in inputs.items()}
+
+
+def ours(case: Case, backend: str, inputs: Inputs) -> Prepared:
+    return Prepared(lambda: case.run(backend, **inputs), list(inputs.values()))
+
+
+def channels_first(inputs: Inputs, names: Sequence[str]) -> Inputs:
+    """The same leaves with time last and contiguous, the layout of the authors' CUDA packages."""
+    moved = {n: t.detach().transpose(1, 2).contiguous() if n in names else t.detach() for n, t in inputs.items()}
+    return leaves(moved)
+
+
+def lstm(inputs: Inputs) -> Prepared:
+    """torch's LSTM on the first input, at its width: what people use today, and another function."""
+    x = next(iter(inputs.values()))
+    x = x.flatten(2).detach().requires_grad_()
+    layer = nn.LSTM(x.shape[2], x.shape[2], batch_first=True).to(x.device, x.dtype)
+    return Prepared(lambda: layer(x)[0], [x, *layer.parameters()])
+
+
+def backends(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """Our backends of the case's op, each with the reason why it cannot run here, or None."""
+    family = case.family
+    return {name: dispatch.unavailable(family.name, family.forms, name, device, dtype) for name in family.forms}

@@ -1,0 +1,188 @@
+r"""Delta rule: a matrix state that is corrected towards v where it is read at k, with or without decay.
+
+    S ← exp(g_t) S_{t-1}
+    S ← S + β_j k_j (v_j - Sᵀ k_j)ᵀ        for the factors j = 1, …, n of step t
+    S_t = S,    y_t = scale · S_tᵀ q_t      S ∈ R^{K×V}
+
+One factor is DeltaNet, with a decay Gated DeltaNet; several are DeltaProduct and Gated DeltaProduct. The decay comes
+before the reading. For keys of length one the transition has the eigenvalue 1 - β along k: β = 1 replaces what is
+stored, and β up to 2 makes it negative, which state tracking needs. The op does not normalise keys.
+
+Sources: Yang et al. (arXiv 2406.06484), section 3; with decay (arXiv 2412.06464), section 3; products, Siems et al.
+(arXiv 2502.10297), section 4; negative eigenvalues, Grazzi et al. (arXiv 2411.12537).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sinuous.core.ops.checks import (
+    check_device,
+    check_floating,
+    check_log_decay,
+    check_packing,
+    check_shape,
+    sequence_count,
+    state_dtype,
+)
+from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.stepwise import State, run_steps
+
+CHUNK_SIZE = 64
+"""Time steps between two states that the forward pass keeps for the backward pass."""
+
+
+def recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    reverse: bool,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition, step by step; plain autograd differentiates it to any order."""
+    dtype = state_dtype(q)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k, v, beta = with_factors(k, v, beta)
+    shape = (sequence_count(q, cu_seqlens), q.shape[2], q.shape[3], v.shape[4])
+    initial = q.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+
+    def step(
+        state: State, q_t: Tensor, k_t: Tensor, v_t: Tensor, beta_t: Tensor, a_t: Tensor | None
+    ) -> tuple[Tensor, State]:
+        S = state[0] if a_t is None else a_t[..., None, None] * state[0]
+        for k_j, v_j, beta_j in zip(k_t.unbind(1), v_t.unbind(1), beta_t.unbind(1), strict=True):
+            error = v_j - (k_j[..., None, :] @ S).squeeze(-2)
+            S = S + (beta_j[..., None] * k_j)[..., :, None] * error[..., None, :]
+        return (q_t[..., None, :] @ S).squeeze(-2) * scale, (S,)
+
+    decay = None if log_decay is None else log_decay.to(dtype).exp()
+    inputs = (q.to(dtype), k.to(dtype), v.to(dtype), beta.to(dtype), decay)
+    nothing = inputs[2][:, :0].sum(2)
+    y, (final,), (kept,) = run_steps(step, inputs, (initial,), nothing, cu_seqlens, reverse, chunk_size)
+    return y.to(v.dtype), final, kept
+
+
+def with_factors(k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with an axis of factors after time."""
+    return (k, v, beta) if k.ndim == 5 else (k[:, :, None], v[:, :, None], beta[:, :, None])
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    reverse: bool,
+) -> None:
+    check_floating(q=q, k=k, v=v, beta=beta, log_decay=log_decay, initial_state=initial_state)
+    check_device(q=q, k=k, v=v, beta=beta, log_decay=log_decay, initial_state=initial_state)
+    if q.ndim != 4:
+        raise ValueError(f"q must have shape [B, T, H, K] (got {list(q.shape)}); time is axis 1, heads are axis 2")
+    batch, length, heads, keys = q.shape
+    factors: tuple[int, ...] = ()
+    if k.ndim == 5:
+        factors = (k.shape[2],)
+        if k.shape[2] < 1:
+            raise ValueError("k has no factor; its axis 2 must be at least 1 long")
+    many = ", n" if factors else ""
+    check_shape("k", k, (batch, length, *factors, heads, keys), f"keys, [B, T{many}, H, K]")
+    if v.ndim != k.ndim or v.shape[:-1] != k.shape[:-1]:
+        wanted = ", ".join(map(str, (*k.shape[:-1], "V")))
+        raise ValueError(f"v must have shape [{wanted}] (got {list(v.shape)}): values, one for each key")
+    check_shape("beta", beta, tuple(k.shape[:-1]), f"one per key, [B, T{many}, H]")
+    check_shape("log_decay", log_decay, (batch, length, heads), "one per step and head, [B, T, H]")
+    check_log_decay(log_decay)
+    if beta.device.type == "cpu" and beta.numel():  # on a GPU the look would wait for the device
+        lowest, highest = beta.min().item(), beta.max().item()
+        if lowest < 0 or highest > 2:
+            raise ValueError(
+                f"beta must lie in [0, 2] (got {lowest:.3g} to {highest:.3g}); pass sigmoid(x) or 2 * sigmoid(x)"
+            )
+    check_packing(cu_seqlens, batch, length)
+    state = (sequence_count(q, cu_seqlens), heads, keys, v.shape[-1])
+    check_shape("initial_state", initial_state, state, "[sequences, H, K, V]")
+
+
+def _fake(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, Tensor]:
+    state = (sequence_count(q, cu_seqlens), q.shape[2], q.shape[3], v.shape[-1])
+    return (
+        torch.empty((*q.shape[:3], v.shape[-1]), dtype=v.dtype, device=v.device),
+        torch.empty(state, dtype=state_dtype(q), device=q.device),
+    )
+
+
+def _chunk_states(q: Tensor, v: Tensor, chunk_size: int, **_: object) -> tuple[int, ...]:
+    return q.shape[0], (q.shape[1] + chunk_size - 1) // chunk_size, q.shape[2], q.shape[3], v.shape[-1]
+
+
+FAMILY = Family(
+    name="delta_rule",
+    schema=(
+        "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens, "
+        "float? scale, bool reverse, str backend"
+    ),
+    outputs=("y", "final_state"),
+    saved={"chunk_states": _chunk_states},
+    integers=("cu_seqlens",),
+    forms=("recurrent",),
+    fake=_fake,
+    check=_check,
+    recurrent=recurrent,
+    options={"chunk_size": CHUNK_SIZE},
+)
+define(FAMILY)
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Delta rule: `S ← exp(g_t) S`, then `S ← S + β k (v - Sᵀ k)ᵀ` for each factor, `y_t = scale · Sᵀ q_t`.
+
+    Args:
+        q: queries `[B, T, H, K]`; packed sequences are `[1, ΣT, H, K]` with `cu_seqlens`.
+        k: keys `[B, T, H, K]`, or `[B, T, n, H, K]` for n factors per step; of length one for a stable state.
+        v: values `[B, T, H, V]` or `[B, T, n, H, V]`.
+        beta: strength of the correction in [0, 2], `[B, T, H]` or `[B, T, n, H]`.
+        log_decay: g, ≤ 0, `[B, T, H]`; -inf forgets all that came before. None is no decay.
+        scale: factor of the queries; K^-1/2 if absent.
+        initial_state: state before the first step, `[B, H, K, V]` (`[sequences, …]` when packed); zeros if absent.
+        return_state: return `(y, state)`, the state after the last step in fp32 (fp64 for fp64 input).
+        reverse: run from the last step to the first; the factors of a step keep their order. The state is then the one
+            after step 0.
+        cu_seqlens: int32 or int64 `[sequences + 1]`, the boundaries of packed sequences, starting at 0, ending at ΣT.
+        backend: `recurrent`, `torch` or `triton`; the fastest that can run if absent.
+
+    Returns:
+        y `[B, T, H, V]` in the dtype of v, or `(y, state)`. Both are differentiable in every tensor argument.
+
+    Raises:
+        ValueError: for a wrong shape, dtype, device or range, naming the argument, and for a backend that cannot run.
+
+    Source: DeltaNet (arXiv 2406.06484), section 3; Gated DeltaNet (arXiv 2412.06464), section 3; DeltaProduct (arXiv
+    2502.10297), section 4.
+    """
+    y, state, _ = torch.ops.sinuous.delta_rule(
+        q, k, v, beta, log_decay, initial_state, cu_seqlens, scale, reverse, backend or ""
+    )
+    return (y, state) if return_state else y

@@ -1,0 +1,139 @@
+r"""Linear scan: a recurrence of single channels, real or complex.
+
+    h_t = a_t ⊙ h_{t-1} + x_t,    y_t = h_t
+
+What LRU (arXiv 2303.06349), S5 (2208.04933), HGRN (2311.04823), RG-LRU (2402.19427), GateLoop (2311.01927), minGRU and
+minLSTM (2410.01201), QRNN (1611.01576) and SRU (1709.02755) have in common once their gates are computed. The factor is
+given itself and not as its logarithm, since it may be negative or complex.
+
+Source: Martin and Cundy, "Parallelizing Linear Recurrent Neural Nets Over Sequence Length" (arXiv 1709.04057), section
+2. Beyond the public kernels: gradients through the initial and the final state, packed sequences, reversal, resets.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sinuous.core.ops.checks import check_device, check_packing, check_shape, sequence_count, state_dtype
+from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.stepwise import State, run_steps
+
+CHUNK_SIZE = 64
+"""Time steps between two states that the forward pass keeps for the backward pass."""
+
+
+def recurrent(
+    x: Tensor,
+    a: Tensor,
+    reset: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition, step by step; plain autograd differentiates it to any order."""
+    dtype = state_dtype(x)
+    factor = a.to(dtype).expand(x.shape)
+    factor = factor if reset is None else factor.masked_fill(reset[..., None], 0)
+    shape = (sequence_count(x, cu_seqlens), x.shape[2])
+    initial = x.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+
+    def step(state: State, x_t: Tensor, a_t: Tensor) -> tuple[Tensor, State]:
+        h = a_t * state[0] + x_t
+        return h, (h,)
+
+    inputs = (x.to(dtype), factor)
+    y, (final,), (kept,) = run_steps(step, inputs, (initial,), inputs[0][:, :0], cu_seqlens, reverse, chunk_size)
+    return y.to(x.dtype), final, kept
+
+
+def _check(
+    x: Tensor,
+    a: Tensor,
+    reset: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+) -> None:
+    for name, t in (("x", x), ("a", a), ("initial_state", initial_state)):
+        if t is not None and not (t.is_floating_point() or t.is_complex()):
+            raise ValueError(f"{name} must be real or complex (got {t.dtype}); convert it with .float()")
+        if t is not None and t.is_complex() != x.is_complex():
+            remedy = f"{name}.to(torch.complex64)" if x.is_complex() else "x.to(torch.complex64)"
+            raise ValueError(
+                f"x is {x.dtype} and {name} is {t.dtype}: both must be real or both complex; pass {remedy}"
+            )
+    check_device(x=x, a=a, reset=reset, initial_state=initial_state)
+    if x.ndim != 3:
+        raise ValueError(f"x must have shape [B, T, D] (got {list(x.shape)}); time is axis 1 and channels are last")
+    batch, length, width = x.shape
+    wanted = (width,) if a.ndim == 1 else (batch, length, width)
+    check_shape("a", a, wanted, "one factor per step and channel, [B, T, D], or per channel, [D]")
+    if reset is not None and reset.dtype != torch.bool:
+        raise ValueError(f"reset must be bool (got {reset.dtype}); pass reset.bool()")
+    check_shape("reset", reset, (batch, length), "whether the state is dropped before a step, [B, T]")
+    check_packing(cu_seqlens, batch, length)
+    check_shape("initial_state", initial_state, (sequence_count(x, cu_seqlens), width), "[sequences, D]")
+
+
+def _fake(x: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, Tensor]:
+    state = (sequence_count(x, cu_seqlens), x.shape[2])
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        torch.empty(state, dtype=state_dtype(x), device=x.device),
+    )
+
+
+def _chunk_states(x: Tensor, chunk_size: int, **_: object) -> tuple[int, ...]:
+    return x.shape[0], (x.shape[1] + chunk_size - 1) // chunk_size, x.shape[2]
+
+
+FAMILY = Family(
+    name="linear_scan",
+    schema=("Tensor x, Tensor a, Tensor? reset, Tensor? initial_state, Tensor? cu_seqlens, bool reverse, str backend"),
+    outputs=("y", "final_state"),
+    saved={"chunk_states": _chunk_states},
+    integers=("reset", "cu_seqlens"),
+    forms=("recurrent",),
+    fake=_fake,
+    check=_check,
+    recurrent=recurrent,
+    options={"chunk_size": CHUNK_SIZE},
+)
+define(FAMILY)
+
+
+def linear_scan(
+    x: Tensor,
+    a: Tensor,
+    *,
+    reset: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Linear recurrence of single channels: `h_t = a_t ⊙ h_{t-1} + x_t`, and y = h.
+
+    Args:
+        x: input `[B, T, D]`, real or complex; packed sequences are `[1, ΣT, D]` with `cu_seqlens`.
+        a: factors `[B, T, D]`, or constant `[D]`; complex where x is. They may be negative or larger than 1.
+        reset: bool `[B, T]`; where true, the state is dropped before the step, as if a were 0.
+        initial_state: state before the first step, `[B, D]` (`[sequences, D]` when packed); zeros if absent.
+        return_state: return `(y, state)`, the state after the last step in fp32 or complex64 (double for double input).
+        reverse: run from the last step to the first; the state is then the one after step 0.
+        cu_seqlens: int32 or int64 `[sequences + 1]`, the boundaries of packed sequences, starting at 0, ending at ΣT.
+        backend: `recurrent`, `torch`, `cpu` or `triton`; the fastest that can run if absent.
+
+    Returns:
+        y `[B, T, D]` in the dtype of x, or `(y, state)`. Both are differentiable in x, a and initial_state.
+
+    Raises:
+        ValueError: for a wrong shape, dtype or device, naming the argument, and for a backend that cannot run.
+
+    Source: Martin and Cundy (arXiv 1709.04057), section 2.
+    """
+    y, state, _ = torch.ops.sinuous.linear_scan(x, a, reset, initial_state, cu_seqlens, reverse, backend or "")
+    return (y, state) if return_state else y
