@@ -110,3 +110,53 @@ class HeadRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_fp32(x)
         return F.rms_norm(wide, (self.dim,), self.weight.to(wide.dtype), self.eps).to(x.dtype)
+
+
+class MultiHeadLayerNorm(nn.Module):
+    """Layer norm of each head by itself, with a weight for every channel: `[…, H, V]` to `[…, H · V]`.
+
+    The arithmetic is at least fp32; the output has the dtype of x.
+
+    Args:
+        num_heads: H.
+        head_dim: V.
+        eps: added to the variance.
+        bias: a bias for every channel.
+        weight_from_one: the weight is kept as its difference from one, so that weight decay pulls it there.
+
+    Source: the group norm of RetNet (arXiv 2307.08621, section 2.3) and xLSTM (arXiv 2405.04517, figure 11).
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        eps: float = 1e-5,
+        bias: bool = False,
+        weight_from_one: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        width = num_heads * head_dim
+        self.head_dim = head_dim
+        self.eps = eps
+        self.offset = 1.0 if weight_from_one else 0.0
+        self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(width, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 1.0 - self.offset)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(at_least_fp32(x), [self.head_dim], None, None, self.eps).flatten(-2)
+        y = y * (self.weight + self.offset)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"head_dim={self.head_dim}, eps={self.eps}, weight_from_one={self.offset == 1}"

@@ -17,12 +17,16 @@ from sinuous.core.mixers.linear_attention import LinearAttention, Retention, Ret
 from sinuous.core.mixers.mamba import Mamba, MambaState
 from sinuous.core.mixers.mamba2 import Mamba2
 from sinuous.core.mixers.matrix_mixer import MatrixState
+from sinuous.core.mixers.mlstm import MLSTM, MLSTMLarge, MLSTMState
 from sinuous.core.mixers.vim_pair import VimPair
 
 __all__ = [
+    "MLSTM",
     "AttentionState",
     "Bidirectional",
     "LinearAttention",
+    "MLSTMLarge",
+    "MLSTMState",
     "Mamba",
     "Mamba2",
     "MambaState",

@@ -19,7 +19,7 @@ from sinuous.core import norms
 from sinuous.core.mixers import positions
 from sinuous.core.mixers.contract import register_mixer, register_state
 from sinuous.core.mixers.feature_maps import ELEMENTWISE, NEVER_NEGATIVE, Hedgehog, build_feature_map, features
-from sinuous.core.mixers.matrix_mixer import QueryKeyValueMixer, SwishGatedMixer, per_head
+from sinuous.core.mixers.matrix_mixer import QueryKeyValueMixer, SwishGatedMixer, gate_of, per_head
 from sinuous.core.ops import ssd  # noqa: F401  (registers torch.ops.sinuous)
 
 
@@ -276,6 +276,6 @@ class SimpleGLA(SwishGatedMixer):
     ) -> tuple[Tensor, Tensor]:
         q = self.feature_map(q.unflatten(-1, [-1, self.head_k_dim]))
         k, v = self.feature_map(self._shared(k, self.head_k_dim)), self._shared(v, self.head_v_dim)
-        log_decay = F.logsigmoid(norms.at_least_fp32(self.gk_proj(x))) / self.gate_logit_normalizer
+        log_decay = F.logsigmoid(gate_of(x, self.gk_proj.weight, self.gk_proj.bias)) / self.gate_logit_normalizer
         o, memory, _ = torch.ops.sinuous.ssd(q, k, v, log_decay, memory, cu_seqlens, None, False, "")
         return o, memory

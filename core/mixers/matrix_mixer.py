@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core import norms
@@ -78,6 +79,11 @@ def per_head(width: int, heads: int, what: str) -> int:
     if heads < 1 or width < 1 or width % heads:
         raise ValueError(f"{what} must be a positive multiple of the number of heads (got {width} and {heads} heads)")
     return width // heads
+
+
+def gate_of(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`W x + b`, summed in at least fp32: in half precision, autocast's included, a logarithm around -10 is off by 3 %."""
+    return norms.at_least_fp32(F.linear(x, weight)) + norms.at_least_fp32(bias)
 
 
 def heads_of(width: int, size: int) -> int:

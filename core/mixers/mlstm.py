@@ -1,0 +1,307 @@
+"""xLSTM's matrix memory in its two layers.
+
+    mlstm          [x, z] = proj_up(u);   x' = silu(causal_conv1d(x))
+                   q, k = q_proj(x'), k_proj(x');   v = v_proj(x)                 block-diagonal, 4 × 4
+                   i, f = igate([q, k, v]), fgate([q, k, v])                      before their activations, per head
+                   out = proj_down((norm(mlstm(q, k, v, i, f)) + skip ⊙ x') ⊙ silu(z))
+    mlstm_large    q, k, v, i, f of u, the gates held in (-c, c) by c tanh(· / c)
+                   out = out_proj(σ(ogate_preact(u)) ⊙ norm(mlstm(q, k, v, i, f)))
+
+Sources: Beck et al., "xLSTM" (arXiv 2405.04517), section 2.4 and figure 11; Beck et al., "xLSTM 7B" (arXiv 2503.13427),
+section 3. Names of parameters as in NX-AI/xlstm's `mLSTMLayer` and in the `mLSTMLayer` of its `xlstm_large`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
+from sinuous.core.mixers.matrix_mixer import ShortConvolution, gate_of, per_head, zero_states
+from sinuous.core.norms import MultiHeadLayerNorm
+from sinuous.core.ops import causal_conv1d, mlstm  # noqa: F401  (registers torch.ops.sinuous)
+
+CELL_EPS = 1e-6
+INPUT_ACTIVATIONS = ("exp", "sigmoid")
+
+
+@register_state
+class MLSTMState(NamedTuple):
+    """conv: the last W-1 inputs of the convolution, `[B, W-1, E]` (`[B, 0, 0]` without one); C `[B, H, K, V]`,
+    n `[B, H, K]`, m `[B, H]`: the memory, its normaliser and the scale of both, fp32 or fp64."""
+
+    conv: Tensor
+    C: Tensor
+    n: Tensor
+    m: Tensor
+
+
+class HeadwiseLinear(nn.Module):
+    """A linear layer with a block-diagonal matrix, kept as its blocks `[blocks, size, size]`."""
+
+    def __init__(self, features: int, blocks: int, bias: bool, **dd: Any) -> None:
+        super().__init__()
+        size = per_head(features, blocks, "the width of a block-diagonal layer")
+        self.size = size
+        self.weight = nn.Parameter(torch.empty(blocks, size, size, **dd))
+        self.bias = nn.Parameter(torch.empty(features, **dd)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.einsum("...hd,hod->...ho", x.unflatten(-1, [-1, self.size]), self.weight).flatten(-2)
+        return y if self.bias is None else y + self.bias
+
+
+class PaddedConvolution(nn.Module):
+    """The depthwise convolution one level down, where NX-AI/xlstm has it."""
+
+    def __init__(self, channels: int, taps: int, **dd: Any) -> None:
+        super().__init__()
+        self.conv = ShortConvolution(channels, taps, True, **dd)
+
+
+class MLSTMCell(nn.Module):
+    """The gates and the norm; the recurrence is the mixer's."""
+
+    def __init__(self, width: int, num_heads: int, **dd: Any) -> None:
+        super().__init__()
+        self.igate = nn.Linear(3 * width, num_heads, **dd)
+        self.fgate = nn.Linear(3 * width, num_heads, **dd)
+        self.outnorm = MultiHeadLayerNorm(num_heads, width // num_heads, weight_from_one=True, **dd)
+
+
+class MemoryMixer(Mixer):
+    """State and calls of both layers. A subclass gives `_mix`."""
+
+    causal: ClassVar[bool] = True
+    constant_state: ClassVar[bool] = True
+
+    def __init__(self, conv_shape: tuple[int, int], memory_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.conv_shape = conv_shape
+        self.memory_shape = memory_shape
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+        return self._mix(x, None, None, None, None, cu_seqlens)[0]
+
+    def _mix(
+        self,
+        x: Tensor,
+        conv: Tensor | None,
+        C: Tensor | None,
+        n: Tensor | None,
+        m: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        raise NotImplementedError
+
+    def prefill(self, x: Tensor, state: MLSTMState | None = None) -> tuple[Tensor, MLSTMState]:
+        conv, C, n, m = (None, None, None, None) if state is None else state
+        y, conv, C, n, m = self._mix(x, conv, C, n, m, None)
+        return y, MLSTMState(conv, C, n, m)
+
+    def initial_state(
+        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> MLSTMState:
+        heads, keys, _ = self.memory_shape
+        shapes = ((batch_size, *self.memory_shape), (batch_size, heads, keys), (batch_size, heads))
+        like = next(self.parameters())
+        return MLSTMState(*zero_states(like, device, dtype, (batch_size, *self.conv_shape), *shapes))
+
+
+@register_mixer("mlstm")
+class MLSTM(MemoryMixer):
+    """The layer of xLSTM's mLSTM block, between its norm and its residual.
+
+    Args:
+        dim: width of the model.
+        num_heads: H.
+        proj_factor: E / dim, E rounded up to a multiple of `round_up_to`.
+        conv_size: taps of the convolution.
+        qkv_block_size: width of the blocks of q_proj, k_proj and v_proj.
+        input_activation: of the input gate, `exp` or `sigmoid`.
+        bias: in the projections.
+        num_blocks: of the model; the last projection starts with a deviation of 2 / (num_blocks · √dim).
+
+    Raises:
+        ValueError: if a width is no multiple of what it must be, or the activation is unknown.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 4,
+        proj_factor: float = 2.0,
+        round_up_to: int = 64,
+        conv_size: int = 4,
+        qkv_block_size: int = 4,
+        input_activation: str = "exp",
+        bias: bool = False,
+        num_blocks: int = 1,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        check_activation(input_activation)
+        if conv_size < 1:
+            raise ValueError(f"conv_size must be at least 1 (got {conv_size})")
+        inner = math.ceil(proj_factor * dim / round_up_to) * round_up_to
+        size = per_head(inner, num_heads, "the inner width")
+        blocks = inner // qkv_block_size
+        super().__init__((conv_size - 1, inner), (num_heads, size, size))
+        self.dim, self.num_blocks = dim, num_blocks
+        self.inner = inner
+        self.input_activation = input_activation
+        self.eps = CELL_EPS
+        self.proj_up = nn.Linear(dim, 2 * inner, bias=bias, **dd)
+        self.q_proj, self.k_proj, self.v_proj = (HeadwiseLinear(inner, blocks, bias, **dd) for _ in range(3))
+        self.conv1d = PaddedConvolution(inner, conv_size, **dd)
+        self.mlstm_cell = MLSTMCell(inner, num_heads, **dd)
+        self.learnable_skip = nn.Parameter(torch.empty(inner, **dd))
+        self.proj_down = nn.Linear(inner, dim, bias=bias, **dd)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        deviation = math.sqrt(2 / (5 * self.dim))
+        for layer in (self.proj_up, self.q_proj, self.k_proj, self.v_proj):
+            nn.init.normal_(layer.weight, std=deviation)
+        nn.init.normal_(self.proj_down.weight, std=2 / (self.num_blocks * math.sqrt(self.dim)))
+        for biased in (self.proj_up, self.q_proj, self.k_proj, self.v_proj, self.proj_down):
+            if biased.bias is not None:
+                nn.init.zeros_(biased.bias)
+        self.conv1d.conv.reset_parameters()
+        self.mlstm_cell.outnorm.reset_parameters()
+        nn.init.ones_(self.learnable_skip)
+        nn.init.zeros_(self.mlstm_cell.igate.weight)
+        nn.init.normal_(self.mlstm_cell.igate.bias, std=0.1)
+        init_forget_gate(self.mlstm_cell.fgate)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"learnable_skip"}
+
+    def _mix(
+        self,
+        x: Tensor,
+        conv: Tensor | None,
+        C: Tensor | None,
+        n: Tensor | None,
+        m: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        igate, fgate, weights = self.mlstm_cell.igate, self.mlstm_cell.fgate, self.conv1d.conv
+        u, z = self.proj_up(x).split([self.inner, self.inner], -1)
+        convolved, conv = torch.ops.sinuous.causal_conv1d(
+            u, weights.weight.squeeze(1), weights.bias, conv, cu_seqlens, True, False, ""
+        )
+        q, k, v = self.q_proj(convolved), self.k_proj(convolved), self.v_proj(u)
+        qkv, heads = torch.cat([q, k, v], -1), [self.memory_shape[0], self.memory_shape[1]]
+        found = torch.ops.sinuous.mlstm(
+            q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads), 
+            gate_of(qkv, igate.weight, igate.bias), gate_of(qkv, fgate.weight, fgate.bias),
+            C, n, m, cu_seqlens, None, self.eps, self.input_activation, True, False, "",
+        )  # fmt: skip
+        y = (self.mlstm_cell.outnorm(found[0]) + self.learnable_skip * convolved) * F.silu(z)
+        return self.proj_down(y), conv, found[1], found[2], found[3]
+
+
+@register_mixer("mlstm_large")
+class MLSTMLarge(MemoryMixer):
+    """The layer of xLSTM 7B: no convolution, no widening, dense projections, capped gates, a sigmoid at the output.
+
+    Args:
+        dim: width of the model.
+        num_heads: H; 8 in the 7B model.
+        qk_dim_factor: width of q and k over `dim`; v_dim_factor: that of v.
+        gate_soft_cap: c; `None` leaves the gates as they are.
+        input_activation: of the input gate, `exp` or `sigmoid`.
+        norm_eps: added to the variance in the norm.
+        bias: in the projections and the norm; the gates always have one.
+        num_blocks: of the model; the last projection starts with a deviation of 2 / (num_blocks · √dim).
+        input_gate_bias: at the start; -10 in the 7B model, which begins by writing next to nothing.
+
+    Raises:
+        ValueError: if a width is no multiple of the heads, or the activation is unknown.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 4,
+        qk_dim_factor: float = 0.5,
+        v_dim_factor: float = 1.0,
+        gate_soft_cap: float | None = 15.0,
+        input_activation: str = "exp",
+        norm_eps: float = 1e-6,
+        bias: bool = False,
+        num_blocks: int = 1,
+        input_gate_bias: float = -10.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        check_activation(input_activation)
+        keys, values = int(dim * qk_dim_factor), int(dim * v_dim_factor)
+        head_k_dim = per_head(keys, num_heads, "the width of the keys")
+        head_v_dim = per_head(values, num_heads, "the width of the values")
+        super().__init__((0, 0), (num_heads, head_k_dim, head_v_dim))
+        self.dim, self.num_blocks, self.input_gate_bias = dim, num_blocks, input_gate_bias
+        self.gate_soft_cap = gate_soft_cap
+        self.input_activation = input_activation
+        self.eps = CELL_EPS
+        self.q, self.k = (nn.Linear(dim, keys, bias=bias, **dd) for _ in range(2))
+        self.v, self.ogate_preact = (nn.Linear(dim, values, bias=bias, **dd) for _ in range(2))
+        self.igate_preact, self.fgate_preact = (nn.Linear(dim, num_heads, **dd) for _ in range(2))
+        self.multihead_norm = MultiHeadLayerNorm(num_heads, head_v_dim, norm_eps, bias, **dd)
+        self.out_proj = nn.Linear(values, dim, bias=bias, **dd)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        for layer in (self.q, self.k, self.v, self.ogate_preact):
+            nn.init.normal_(layer.weight, std=math.sqrt(2 / (5 * self.dim)))
+        nn.init.normal_(self.out_proj.weight, std=2 / (self.num_blocks * math.sqrt(self.dim)))
+        for biased in (self.q, self.k, self.v, self.ogate_preact, self.out_proj):
+            if biased.bias is not None:
+                nn.init.zeros_(biased.bias)
+        self.multihead_norm.reset_parameters()
+        nn.init.zeros_(self.igate_preact.weight)
+        nn.init.constant_(self.igate_preact.bias, self.input_gate_bias)
+        init_forget_gate(self.fgate_preact)
+
+    def _mix(
+        self,
+        x: Tensor,
+        conv: Tensor | None,
+        C: Tensor | None,
+        n: Tensor | None,
+        m: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        keys, values = [-1, self.memory_shape[1]], [-1, self.memory_shape[2]]
+        found = torch.ops.sinuous.mlstm(
+            self.q(x).unflatten(-1, keys), self.k(x).unflatten(-1, keys), self.v(x).unflatten(-1, values),
+            soft_cap(gate_of(x, self.igate_preact.weight, self.igate_preact.bias), self.gate_soft_cap),
+            soft_cap(gate_of(x, self.fgate_preact.weight, self.fgate_preact.bias), self.gate_soft_cap),
+            C, n, m, cu_seqlens, None, self.eps, self.input_activation, True, False, "",
+        )  # fmt: skip
+        y = self.multihead_norm(found[0]) * torch.sigmoid(self.ogate_preact(x))
+        return self.out_proj(y), x.new_zeros([x.shape[0], 0, 0]), found[1], found[2], found[3]
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """`c tanh(x / c)`."""
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def init_forget_gate(layer: nn.Linear) -> None:
+    """A memory of 20 steps in the first head to 400 in the last, whatever the input."""
+    nn.init.zeros_(layer.weight)
+    with torch.no_grad():
+        layer.bias.copy_(torch.linspace(3, 6, layer.out_features))
+
+
+def check_activation(name: str) -> None:
+    if name not in INPUT_ACTIVATIONS:
+        raise ValueError(f"input_activation must be 'exp' or 'sigmoid' (got {name!r})")
