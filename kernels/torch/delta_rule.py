@@ -1,0 +1,203 @@
+"""Delta rule in chunks of plain torch.
+
+What a chunk writes, ΔS = Kᵀ U, solves a triangular system (the WY or UT form): with E the products of decays, factors
+counted as steps of their own,
+
+    (I + A) U = diag(β) (V - e^G K S_0),        A = stril(diag(β) (K Kᵀ ⊙ E))
+    Y = scale · (e^G Q S_0 + (Q Kᵀ ⊙ E) U),     S_1 = e^{G_c} S_0 + (e^{G_c - G} K)ᵀ U
+
+Source: Yang et al. (arXiv 2406.06484), section 3, and (arXiv 2412.06464), section 3.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sinuous.kernels.torch import chunked
+from sinuous.kernels.torch.chunked import Decays, Recurrence, State, Tensors, decay_gradient, decays
+
+
+class _Chunk(NamedTuple):
+    """A chunk of c steps with n factors each, m = c n rows in the order of time."""
+
+    q: Tensor  # [B,H,c,K]
+    k: Tensor  # [B,H,m,K]
+    v: Tensor  # [B,H,m,V]
+    beta: Tensor  # [B,H,m,1]
+    factors: int
+    decays: Decays  # of steps
+    since_start: Tensor  # [B,H,m,1]
+    until_end: Tensor  # [B,H,m,1]
+    between: Tensor  # [B,H,m,m], E
+    similarity: Tensor  # [B,H,m,m], K Kᵀ ⊙ E below the diagonal
+    system: Tensor  # [B,H,m,m], A
+    error: Tensor  # [B,H,m,V], V - e^G K S_0
+    written: Tensor  # [B,H,m,V], U
+    weights: Tensor  # [B,H,c,m], scale · Q Kᵀ ⊙ E
+
+
+def _chunk(state: State, inputs: Tensors, scale: float) -> _Chunk:
+    q, k, v, beta, log_decay = inputs
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    assert beta is not None
+    n = k.shape[3]
+    k, v, beta = k.flatten(2, 3), v.flatten(2, 3), beta.flatten(2, 3).unsqueeze(-1)
+    found = decays(q.new_zeros(1, 1, q.shape[2]) if log_decay is None else log_decay)
+    since_start, until_end = (_per_factor(t, n).unsqueeze(-1) for t in (found.since_start, found.until_end))
+    between = _per_factor(_per_factor(found.between, n).mT, n).mT
+    # Factors of one step have no decay between them; the triangle below takes the earlier ones only.
+    between = between if n == 1 else torch.maximum(between, _same_step(q.shape[2], n, q))
+    similarity = (k @ k.mT).mul_(between).tril_(-1)
+    system = similarity * beta
+    error = torch.addcmul(v, k @ state[0], since_start, value=-1)
+    written = torch.linalg.solve_triangular(system, error * beta, upper=False, unitriangular=True)
+    weights = (q @ k.mT).mul_(_per_factor(found.between, n)).mul_(scale)
+    return _Chunk(q, k, v, beta, n, found, since_start, until_end, between, similarity, system, error, written, weights)
+
+
+def _per_factor(t: Tensor, n: int) -> Tensor:
+    return t if n == 1 else t.repeat_interleave(n, -1)
+
+
+def _same_step(length: int, n: int, like: Tensor) -> Tensor:
+    step = torch.arange(length, device=like.device).repeat_interleave(n)
+    return (step[:, None] == step).to(like.dtype)
+
+
+def _forward(state: State, inputs: Tensors, parameters: Tensors, scale: float) -> tuple[Tensor, State]:
+    chunk, (S,) = _chunk(state, inputs, scale), state
+    E = chunk.decays
+    y = chunk.weights @ chunk.written
+    y.addcmul_(chunk.q @ S, E.since_start[..., None], value=scale)
+    S = E.since_start[..., -1:, None] * S + chunk.k.mT @ (chunk.until_end * chunk.written)
+    return y, (S,)
+
+
+def _backward(
+    state: State, inputs: Tensors, parameters: Tensors, dy: Tensor, dstate: State, scale: float
+) -> tuple[State, Tensors, Tensors]:
+    chunk, (S,), (dS,) = _chunk(state, inputs, scale), state, dstate
+    q, k, n, E = chunk.q, chunk.k, chunk.factors, chunk.decays
+    per_step, total = (q.shape[2], n), E.since_start[..., -1:]
+    dwritten = torch.addcmul(chunk.weights.mT @ dy, k @ dS, chunk.until_end)
+    dright = torch.linalg.solve_triangular(chunk.system.mT, dwritten, upper=True, unitriangular=True)
+    derror = chunk.beta * dright
+
+    # Through the system: its matrix, then the similarities of keys.
+    dsystem = -(dright @ chunk.written.mT).tril_(-1)
+    dbeta = (dright * chunk.error).sum(-1) + (dsystem * chunk.similarity).sum(-1)
+    dkeys = dsystem * chunk.between * chunk.beta
+    dk = dkeys @ k + dkeys.mT @ k
+
+    # Through what is read of the state at the start, by queries and by keys.
+    through_start = (dy @ S.mT).mul_(E.since_start[..., None]).mul_(scale)
+    errors_start = (derror @ S.mT).mul_(chunk.since_start).neg_()
+    dk += errors_start
+
+    # Through the readout and the state at the end.
+    dweights = dy @ chunk.written.mT
+    through_end = (chunk.written @ dS.mT).mul_(chunk.until_end)
+    dk += through_end
+    dlog_decay = None
+    if inputs[4] is not None:
+        inside = (dsystem * chunk.system).unflatten(-1, per_step).sum(-1).unflatten(-2, per_step).sum(-2)
+        dlog_decay = decay_gradient(
+            inputs[4],
+            inside + (dweights * chunk.weights).unflatten(-1, per_step).sum(-1),
+            (through_start * q).sum(-1) + (errors_start * k).sum(-1).unflatten(-1, per_step).sum(-1),
+            (through_end * k).sum(-1).unflatten(-1, per_step).sum(-1),
+            total.squeeze(-1) * (S * dS).sum((-2, -1)),
+        )
+    dscores = dweights.mul_(_per_factor(E.between, n)).mul_(scale)
+    dq = (dscores @ k).add_(through_start)
+    dk += dscores.mT @ q
+    dS = total[..., None] * dS + q.mT @ (E.since_start[..., None] * dy).mul_(scale)
+    dS -= k.mT @ (chunk.since_start * derror)
+    dpieces = (dq, *(t.unflatten(2, per_step) for t in (dk, derror, dbeta)), dlog_decay)
+    return (dS,), dpieces, ()
+
+
+def _recurrence(scale: float) -> Recurrence:
+    return Recurrence(functools.partial(_forward, scale=scale), functools.partial(_backward, scale=scale))
+
+
+def _factors_last(k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with an axis of factors after the heads, `[B, T, H, n, …]`."""
+    if k.ndim == 5:
+        return k.transpose(2, 3), v.transpose(2, 3), beta.transpose(2, 3)
+    return k.unsqueeze(3), v.unsqueeze(3), beta.unsqueeze(3)
+
+
+def _initial(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> State:
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = chunked.working_dtype(q)
+    if initial_state is not None:
+        return (initial_state.to(dtype),)
+    return (torch.zeros(sequences, q.shape[2], q.shape[3], v.shape[-1], dtype=dtype, device=q.device),)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    reverse: bool,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(y, final_state, chunk_states)`; see sinuous.core.ops.delta_rule."""
+    y, (final,), (kept,) = chunked.forward(
+        _recurrence(q.shape[-1] ** -0.5 if scale is None else scale),
+        (q, *_factors_last(k, v, beta), log_decay),
+        (),
+        _initial(q, v, initial_state, cu_seqlens),
+        torch.empty((*q.shape[:3], v.shape[-1]), dtype=v.dtype, device=v.device),
+        cu_seqlens,
+        reverse,
+        chunk_size,
+    )
+    return y, final, kept
+
+
+def backward(
+    grads: tuple[Tensor | None, Tensor | None],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_states: Tensor,
+    scale: float | None,
+    reverse: bool,
+    chunk_size: int,
+) -> list[Tensor | None]:
+    """Gradients of q, k, v, beta, log_decay and initial_state."""
+    dy, dfinal = grads
+    if dy is None:
+        dy = torch.zeros((*q.shape[:3], v.shape[-1]), dtype=v.dtype, device=v.device)
+    (dq, *dfactors, dlog_decay), _, (dinitial,) = chunked.backward(
+        _recurrence(q.shape[-1] ** -0.5 if scale is None else scale),
+        (q, *_factors_last(k, v, beta), log_decay),
+        (),
+        _initial(q, v, initial_state, cu_seqlens),
+        (chunk_states,),
+        dy,
+        (dfinal,),
+        cu_seqlens,
+        reverse,
+        chunk_size,
+        value=0,
+    )
+    dk, dv, dbeta = (t if t is None else t.transpose(2, 3) if k.ndim == 5 else t.squeeze(3) for t in dfactors)
+    return [dq, dk, dv, dbeta, dlog_decay, None if initial_state is None else dinitial]
