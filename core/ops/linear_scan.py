@@ -1,10 +1,11 @@
 r"""Linear scan: a recurrence of single channels, real or complex.
 
-    h_t = a_t ⊙ h_{t-1} + x_t,    y_t = h_t
+    h_t = a_t ⊙ h_{t-1} + x_t,    y_t = h_t,    and h_t = x_t where a reset is set
 
 What LRU (arXiv 2303.06349), S5 (2208.04933), HGRN (2311.04823), RG-LRU (2402.19427), GateLoop (2311.01927), minGRU and
 minLSTM (2410.01201), QRNN (1611.01576) and SRU (1709.02755) have in common once their gates are computed. The factor is
-given itself and not as its logarithm, since it may be negative or complex.
+given itself and not as its logarithm, since it may be negative or complex. A reset is exact: what came before it, not
+even a NaN, is seen after it, and neither its gradient before it.
 
 Source: Martin and Cundy, "Parallelizing Linear Recurrent Neural Nets Over Sequence Length" (arXiv 1709.04057), section
 2. Beyond the public kernels: gradients through the initial and the final state, packed sequences, reversal, resets.
@@ -34,16 +35,17 @@ def recurrent(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, step by step; plain autograd differentiates it to any order."""
     dtype = state_dtype(x)
-    factor = a.to(dtype).expand(x.shape)
-    factor = factor if reset is None else factor.masked_fill(reset[..., None], 0)
     shape = (sequence_count(x, cu_seqlens), x.shape[2])
     initial = x.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
 
-    def step(state: State, x_t: Tensor, a_t: Tensor) -> tuple[Tensor, State]:
-        h = a_t * state[0] + x_t
+    def step(state: State, x_t: Tensor, a_t: Tensor, reset_t: Tensor | None) -> tuple[Tensor, State]:
+        h = state[0]
+        if reset_t is not None:  # both, since 0 times NaN is NaN
+            a_t, h = a_t.masked_fill(reset_t[:, None], 0), h.masked_fill(reset_t[:, None], 0)
+        h = a_t * h + x_t
         return h, (h,)
 
-    inputs = (x.to(dtype), factor)
+    inputs = (x.to(dtype), a.to(dtype).expand(x.shape), reset)
     y, (final,), (kept,) = run_steps(step, inputs, (initial,), inputs[0][:, :0], cu_seqlens, reverse, chunk_size)
     return y.to(x.dtype), final, kept
 
@@ -59,8 +61,10 @@ def _check(
     for name, t in (("x", x), ("a", a), ("initial_state", initial_state)):
         if t is not None and not (t.is_floating_point() or t.is_complex()):
             raise ValueError(f"{name} must be real or complex (got {t.dtype}); convert it with .float()")
+        if t is not None and t.dtype == torch.complex32:
+            raise ValueError(f"{name} must not be complex32; convert it with .to(torch.complex64)")
         if t is not None and t.is_complex() != x.is_complex():
-            remedy = f"{name}.to(torch.complex64)" if x.is_complex() else "x.to(torch.complex64)"
+            remedy = f"{name}.to({x.dtype})" if x.is_complex() else f"x.to({t.dtype})"
             raise ValueError(
                 f"x is {x.dtype} and {name} is {t.dtype}: both must be real or both complex; pass {remedy}"
             )
@@ -95,7 +99,7 @@ FAMILY = Family(
     outputs=("y", "final_state"),
     saved={"chunk_states": _chunk_states},
     integers=("reset", "cu_seqlens"),
-    forms=("recurrent",),
+    forms=("torch", "recurrent"),
     fake=_fake,
     check=_check,
     recurrent=recurrent,
@@ -120,7 +124,7 @@ def linear_scan(
     Args:
         x: input `[B, T, D]`, real or complex; packed sequences are `[1, ΣT, D]` with `cu_seqlens`.
         a: factors `[B, T, D]`, or constant `[D]`; complex where x is. They may be negative or larger than 1.
-        reset: bool `[B, T]`; where true, the state is dropped before the step, as if a were 0.
+        reset: bool `[B, T]`; where true, the state is dropped before the step, so that h_t = x_t whatever a_t is.
         initial_state: state before the first step, `[B, D]` (`[sequences, D]` when packed); zeros if absent.
         return_state: return `(y, state)`, the state after the last step in fp32 or complex64 (double for double input).
         reverse: run from the last step to the first; the state is then the one after step 0.

@@ -1,0 +1,127 @@
+"""Linear scan in chunks of plain torch.
+
+Only the states at chunk starts are kept; those of a chunk are computed again for the gradients. With λ_t the gradient
+of h_t, by torch's convention for complex tensors:
+
+    λ_t = dy_t + conj(a_{t+1}) λ_{t+1}      dx_t = λ_t      da_t = λ_t conj(h_{t-1})      dh_0 = conj(a_1) λ_1
+
+At a reset nothing passes in either direction: da_t is 0, and λ_t does not reach h_{t-1}.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sinuous.kernels.torch import chunked
+from sinuous.kernels.torch.chunked import Recurrence, State, Tensors
+
+
+def _plus_carried(x: Tensor, a: Tensor, h: Tensor, reset: Tensor | None, out: Tensor) -> Tensor:
+    """x + a h, and x where a reset is set: the product is masked, since 0 times NaN is NaN."""
+    if reset is None:
+        return torch.addcmul(x, a, h, out=out)
+    return torch.add(x, (a * h).masked_fill_(reset, 0), out=out)
+
+
+def _steps(t: Tensor | None, length: int) -> tuple[Tensor | None, ...]:
+    """The steps of `[B, 1, c, D]`, or as many times what is the same at all steps."""
+    return t.unbind(2) if t is not None and t.ndim == 4 else (t,) * length
+
+
+def _unpacked(inputs: Tensors, parameters: Tensors) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, a, reset = inputs
+    a = parameters[0] if a is None else a
+    assert x is not None
+    assert a is not None
+    return x, a, None if reset is None else reset != 0
+
+
+def _states(state: Tensor, x: Tensor, a: Tensor, reset: Tensor | None) -> Tensor:
+    """The states after each step, `[B, 1, c, D]`."""
+    states, length = torch.empty_like(x), x.shape[2]
+    h = state
+    for x_t, a_t, reset_t, h_t in zip(
+        x.unbind(2), _steps(a, length), _steps(reset, length), states.unbind(2), strict=True
+    ):
+        h = _plus_carried(x_t, a_t, h, reset_t, out=h_t)
+    return states
+
+
+def _forward(state: State, inputs: Tensors, parameters: Tensors) -> tuple[Tensor, State]:
+    states = _states(state[0], *_unpacked(inputs, parameters))
+    return states, (states[:, :, -1].clone(),)
+
+
+def _backward(
+    state: State, inputs: Tensors, parameters: Tensors, dy: Tensor, dstate: State
+) -> tuple[State, Tensors, Tensors]:
+    x, a, reset = _unpacked(inputs, parameters)
+    length = x.shape[2]
+    before = torch.cat([state[0].unsqueeze(2), _states(state[0], x, a, reset)[:, :, :-1]], 2)
+    adjoint = torch.cat([dy[:, :, :-1], dy[:, :, -1:] + dstate[0].unsqueeze(2)], 2)
+    passed = torch.zeros_like(dstate[0])
+    into = [passed, *adjoint.unbind(2)]
+    backwards = list(
+        zip(into[:-1], into[1:], _steps(a.conj().resolve_conj(), length), _steps(reset, length), strict=True)
+    )
+    for earlier, later, a_t, reset_t in reversed(backwards):
+        _plus_carried(earlier, a_t, later, reset_t, out=earlier)
+    da = adjoint * before.conj()
+    da = da if reset is None else da.masked_fill_(reset, 0)
+    return (passed,), (adjoint, None if a.ndim == 1 else da, None), (da.sum((0, 1, 2)) if a.ndim == 1 else None,)
+
+
+_RECURRENCE = Recurrence(_forward, _backward)
+
+
+def _arguments(
+    x: Tensor, a: Tensor, reset: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[list[Tensor | None], list[Tensor | None], State]:
+    """Inputs `[B, T, 1, …]`, parameters and initial states `[sequences, 1, D]` as the loop over chunks takes them."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    initial = x.new_zeros(sequences, x.shape[2]) if initial_state is None else initial_state
+    resets = None if reset is None else reset[..., None, None]
+    constant = a.ndim == 1
+    inputs = [x.unsqueeze(2), None if constant else a.unsqueeze(2), resets]
+    return inputs, [a.to(dtype) if constant else None], (initial.to(dtype).unsqueeze(1),)
+
+
+def forward(
+    x: Tensor,
+    a: Tensor,
+    reset: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(y, final_state, chunk_states)`; see sinuous.core.ops.linear_scan."""
+    inputs, parameters, initial = _arguments(x, a, reset, initial_state, cu_seqlens)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device).unsqueeze(2)
+    y, (final,), (kept,) = chunked.forward(_RECURRENCE, inputs, parameters, initial, y, cu_seqlens, reverse, chunk_size)
+    return y.squeeze(2), final.squeeze(1), kept.squeeze(2)
+
+
+def backward(
+    grads: tuple[Tensor | None, Tensor | None],
+    x: Tensor,
+    a: Tensor,
+    reset: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_states: Tensor,
+    reverse: bool,
+    chunk_size: int,
+) -> list[Tensor | None]:
+    """Gradients of x, a and initial_state."""
+    inputs, parameters, initial = _arguments(x, a, reset, initial_state, cu_seqlens)
+    dy, dfinal = (None if t is None else t.unsqueeze(axis) for t, axis in zip(grads, (2, 1), strict=True))
+    kept = (chunk_states.unsqueeze(2),)
+    (dx, da, _), (da_constant,), (dinitial,) = chunked.backward(
+        _RECURRENCE, inputs, parameters, initial, kept, dy, (dfinal,), cu_seqlens, reverse, chunk_size, value=0
+    )
+    assert dx is not None
+    da = da_constant if da is None else da.squeeze(2)
+    return [dx.squeeze(2), da, None if initial_state is None else dinitial.squeeze(1)]
