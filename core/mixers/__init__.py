@@ -13,17 +13,30 @@ from sinuous.core.mixers.contract import (
     register_mixer,
     register_state,
 )
+from sinuous.core.mixers.elementwise import ElementwiseState
+from sinuous.core.mixers.gate_loop import GateLoop
+from sinuous.core.mixers.hgrn import HGRN
 from sinuous.core.mixers.linear_attention import LinearAttention, Retention, RetentionState, SimpleGLA
+from sinuous.core.mixers.lru import LRU
 from sinuous.core.mixers.mamba import Mamba, MambaState
 from sinuous.core.mixers.mamba2 import Mamba2
 from sinuous.core.mixers.matrix_mixer import MatrixState
+from sinuous.core.mixers.min_rnn import MinGRU, MinLSTM
 from sinuous.core.mixers.mlstm import MLSTM, MLSTMLarge, MLSTMState
+from sinuous.core.mixers.rg_lru import RGLRU, RGLRUState
+from sinuous.core.mixers.s5 import S5
 from sinuous.core.mixers.vim_pair import VimPair
 
 __all__ = [
+    "HGRN",
+    "LRU",
     "MLSTM",
+    "RGLRU",
+    "S5",
     "AttentionState",
     "Bidirectional",
+    "ElementwiseState",
+    "GateLoop",
     "LinearAttention",
     "MLSTMLarge",
     "MLSTMState",
@@ -31,7 +44,10 @@ __all__ = [
     "Mamba2",
     "MambaState",
     "MatrixState",
+    "MinGRU",
+    "MinLSTM",
     "Mixer",
+    "RGLRUState",
     "Retention",
     "RetentionState",
     "SimpleGLA",
