@@ -4,7 +4,7 @@
 
 Mamba: Gu and Dao (arXiv 2312.00752); Mamba-2: Dao and Gu (arXiv 2405.21060); weights at huggingface.co/state-spaces.
 Each name has the width and depth of the released `config.json`; 50,277 tokens of the GPT-NeoX tokenizer, padded to a
-multiple of 8 or, for Mamba-2, 16.
+multiple of 8 or, for Mamba-2, 16. xLSTM 7B: Beck et al. (arXiv 2503.13427); weights at huggingface.co/NX-AI.
 """
 
 from __future__ import annotations
@@ -39,6 +39,19 @@ SIZES: dict[str, dict[str, Any]] = {
     "mamba2_780m": {**_MAMBA2, "dim": 1536, "depth": 48},
     "mamba2_1_3b": {**_MAMBA2, "dim": 2048, "depth": 48},
     "mamba2_2_7b": {**_MAMBA2, "dim": 2560, "depth": 64},
+    "xlstm_7b": {
+        "vocab_size": 50304,
+        "dim": 4096,
+        "depth": 32,
+        "pattern": "mlstm_large",
+        "mixer_options": {"mlstm_large": {"num_heads": 8}},
+        "mlp": "swiglu",
+        "mlp_ratio": 8 / 3,
+        "mlp_multiple_of": 64,
+        "norm_eps": 1e-6,
+        "tie_head": False,
+        "logit_cap": 30.0,
+    },
     "bytes_5m": {"vocab_size": 256, "dim": 256, "depth": 6, "pattern": "mamba2", "mlp": "swiglu", "mlp_ratio": 2.0},
 }
 
@@ -50,12 +63,22 @@ _RENAMED = (
     (r"^(layers\.\d+)\.norm_mlstm\.", r"\1.norm."),
     (r"^(layers\.\d+)\.mlstm_layer\.", r"\1.mixer."),
     (r"^(layers\.\d+)\.norm_ffn\.", r"\1.norm2."),
-    (r"^(layers\.\d+)\.ffn\.proj_up_gate\.", r"\1.mlp.fc1_g."),
-    (r"^(layers\.\d+)\.ffn\.proj_up\.", r"\1.mlp.fc1_x."),
-    (r"^(layers\.\d+)\.ffn\.proj_down\.", r"\1.mlp.fc2."),
+    (r"^(layers\.\d+)\.ffn\.", r"\1.mlp."),
+    (r"\.mlp\.proj_up_gate\.", r".mlp.fc1_g."),
+    (r"\.mlp\.proj_up\.", r".mlp.fc1_x."),
+    (r"\.mlp\.proj_down\.", r".mlp.fc2."),
     (r"^out_norm\.", "norm_f."),
     (r"^lm_head\.", "head."),
 )
+
+# Matrices that some files store as one, from above to below: state-spaces/mamba's gated MLP, and the fused mode of
+# NX-AI's xLSTM.
+_FUSED = {
+    "mlp.fc1": ("mlp.fc1_x", "mlp.fc1_g"),
+    "mlp.proj_up_gate_z": ("mlp.fc1_g", "mlp.fc1_x"),
+    "mixer.qkv_opreact": ("mixer.q", "mixer.k", "mixer.v", "mixer.ogate_preact"),
+    "mixer.ifgate_preact": ("mixer.igate_preact", "mixer.fgate_preact"),
+}
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: SequenceModel) -> dict[str, Tensor]:
@@ -98,16 +121,18 @@ def _fit_vocabulary(rows: Tensor, model: SequenceModel) -> Tensor:
 
 
 def _unfused(state: Mapping[str, Tensor], model: SequenceModel) -> dict[str, Tensor]:
-    """Matrices that some files store as one, cut into those of the model."""
     wanted = model.state_dict()
-    parts: dict[str, Tensor] = {}
+    cut: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        block, _, layer = name.partition(".mlp.fc1.")  # state-spaces/mamba: the value above, the gate below
-        if f"{block}.mlp.fc1_g.{layer}" in wanted:
-            parts[f"{block}.mlp.fc1_x.{layer}"], parts[f"{block}.mlp.fc1_g.{layer}"] = tensor.chunk(2)
+        block, number, rest = (*name.split(".", 2), "", "")[:3]
+        layer, _, kind = rest.rpartition(".")
+        parts = [f"{block}.{number}.{part}.{kind}" for part in _FUSED.get(layer, ())]
+        rows = [wanted[part].shape[0] for part in parts if part in wanted]
+        if parts and len(rows) == len(parts) and sum(rows) == tensor.shape[0]:
+            cut.update(zip(parts, tensor.split(rows), strict=True))
         else:
-            parts[name] = tensor
-    return parts
+            cut[name] = tensor
+    return cut
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> SequenceModel:
@@ -154,6 +179,13 @@ def _mamba_cfgs() -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {
         **_mamba_cfgs(),
+        "xlstm_7b.untrained": _cfg(
+            "NX-AI/xLSTM-7b",
+            "xLSTM 7B: A Recurrent LLM for Fast and Efficient Inference",
+            "2503.13427",
+            license="nxai-community",
+            context=8192,
+        ),
         "bytes_5m.untrained": {
             "num_classes": 256,
             "input_size": (256,),
@@ -222,6 +254,12 @@ def mamba2_1_3b(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
 def mamba2_2_7b(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
     """Mamba-2 with 64 blocks of width 2560, trained on the Pile."""
     return _create("mamba2_2_7b", pretrained, **kwargs)
+
+
+@register_model(domain="language")
+def xlstm_7b(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
+    """xLSTM 7B: 32 blocks of width 4096 with 8 heads."""
+    return _create("xlstm_7b", pretrained, **kwargs)
 
 
 @register_model(domain="language")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from sinuous.core import norms
 from sinuous.core.mixers import Bidirectional, Mixer, build_mixer, list_mixers, mixer_class
+from sinuous.core.mixers import mixer_options as options_of
 
 MLPS: dict[str, Callable[..., nn.Module]] = {
     "gelu": Mlp,
@@ -127,7 +128,8 @@ class SequenceModel(nn.Module):
         dim: width of the residual stream.
         depth: number of blocks.
         pattern: names of mixers, taken in turn and over again; one name stands for itself.
-        mixer_options: for each name of the pattern that needs any, keyword arguments of its constructor.
+        mixer_options: for each name of the pattern that needs any, keyword arguments of its constructor. Mixers that
+            have `num_blocks` or `block_index` are told `depth` and their place.
         mlp: `"none"`, `"gelu"`, `"geglu"` or `"swiglu"`, after every mixer.
         mlp_ratio: width of the MLP between its layers, over `dim`.
         mlp_multiple_of: that width is rounded up to a multiple of this.
@@ -207,14 +209,14 @@ class SequenceModel(nn.Module):
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.layers = nn.ModuleList(
             ResidualBlock(
-                _mixer(names[i % len(names)], dim, {**options.get(names[i % len(names)], {}), **dd}, causal),
+                _mixer(name, dim, {**_of_depth(name, i, depth), **options.get(name, {}), **dd}, causal),
                 make_mlp(),
                 make_norm,
                 norm_placement,
                 rate,
                 residual_in_fp32,
             )
-            for i, rate in enumerate(rates)
+            for i, (name, rate) in enumerate(zip(self._names(), rates, strict=True))
         )
         self.norm_f = make_norm() if final_norm else nn.Identity()
         self.head = None if tie_head else nn.Linear(dim, self.padded_vocab_size, bias=False, **dd)
@@ -222,19 +224,26 @@ class SequenceModel(nn.Module):
 
     def init_weights(self) -> None:
         """Fill every parameter and buffer anew: embedding and head N(0, 0.02²), the mixers by their own rules, and
-        what writes to the residual stream divided by the root of the number of its summands (GPT-2's rule)."""
+        what writes to the residual stream divided by the root of the number of its summands (GPT-2's rule), except in
+        mixers that are told `num_blocks` and have a rule of their own."""
         for block in self._blocks():
             block.init_weights()
         if not isinstance(self.norm_f, nn.Identity):
             cast("norms.RMSNorm", self.norm_f).reset_parameters()
         summands = sum(1 + block.mixes_channels for block in self._blocks())
         with torch.no_grad():
-            for name, parameter in self.layers.named_parameters():
-                if name.endswith(WRITE_TO_THE_STREAM):
-                    parameter.div_(math.sqrt(summands))
+            for name, block in zip(self._names(), self._blocks(), strict=True):
+                for part in (block.mlp,) if _of_depth(name, 0, 1) else (block.mlp, block.mixer):
+                    for key, parameter in part.named_parameters():
+                        if key.endswith(WRITE_TO_THE_STREAM):
+                            parameter.div_(math.sqrt(summands))
         nn.init.normal_(self.embedding.weight, std=0.02)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=0.02)
+
+    def _names(self) -> list[str]:
+        """Of the mixers, block by block."""
+        return [self.pattern[i % len(self.pattern)] for i in range(self.depth)]
 
     def _blocks(self) -> list[ResidualBlock]:
         return [cast("ResidualBlock", block) for block in self.layers]
@@ -345,6 +354,12 @@ def _mixer(name: str, dim: int, options: dict[str, Any], causal: bool) -> Mixer:
     if causal or not mixer_class(name).causal:
         return build_mixer(name, dim, **options)
     return Bidirectional(name, dim, **options)
+
+
+def _of_depth(name: str, block_index: int, num_blocks: int) -> dict[str, int]:
+    """Where a mixer stands, for those that start differently for it."""
+    known = {"block_index": block_index, "num_blocks": num_blocks}
+    return {option: value for option, value in known.items() if option in options_of(name)}
 
 
 def _mlp(kind: str, dim: int, hidden: int, **kwargs: Any) -> nn.Module | None:

@@ -35,6 +35,7 @@ DERIVED = {
     "mamba2_780m": 780_161_280,
     "mamba2_1_3b": 1_343_757_312,
     "mamba2_2_7b": 2_702_599_680,
+    "xlstm_7b": 6_865_424_896,
 }
 
 
@@ -236,6 +237,13 @@ def test_what_writes_to_the_stream_starts_smaller() -> None:
     assert abs(deep.embedding.weight.std() - 0.02) < 2e-3
 
 
+def test_mixers_with_a_rule_for_the_depth_are_told_it() -> None:
+    torch.manual_seed(0)
+    model = SequenceModel(VOCAB, 64, 8, ["mlstm_large", "mamba"], mlp="gelu")
+    assert [block.mixer.num_blocks for block in model.layers[::2]] == [8] * 4
+    assert abs(model.layers[0].mixer.out_proj.weight.std() - 2 / (8 * 64**0.5)) < 2e-3
+
+
 def test_init_weights_fills_everything_after_to_empty() -> None:
     for name in CAUSAL:
         with torch.device("meta"):
@@ -335,8 +343,12 @@ def of_transformers(family: str) -> Any:
     """A small model of another implementation, with no two parameters alike."""
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 16, "hidden_size": 32, "num_hidden_layers": 3, "tie_word_embeddings": True}
-    more = {"Mamba": {"state_size": 8, "time_step_rank": 2}, "Mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2}}
-    config = getattr(transformers, f"{family}Config")(**sizes, **more[family])
+    more = {
+        "Mamba": {"state_size": 8, "time_step_rank": 2},
+        "Mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
+        "xLSTM": {"num_blocks": 3, "embedding_dim": 32, "num_heads": 2, "tie_word_embeddings": False},
+    }
+    config = getattr(transformers, f"{family}Config")(**{**sizes, **more[family]})
     theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -347,11 +359,13 @@ def of_transformers(family: str) -> Any:
 SMALL = {"vocab_size": 13, "pad_vocab_multiple": 8, "dim": 32, "depth": 3}
 MAMBA = {**SMALL, "mixer_options": {"mamba": {"d_state": 8}}}
 MAMBA2 = {**SMALL, "mixer_options": {"mamba2": {"headdim": 8, "ngroups": 2}}}
+XLSTM = {**SMALL, "mixer_options": {"mlstm_large": {"num_heads": 2}}}
 
 
 @pytest.mark.parametrize("layout", ["transformers", "authors", "model."])
 @pytest.mark.parametrize(
-    ("family", "name", "options"), [("Mamba", "mamba_130m", MAMBA), ("Mamba2", "mamba2_130m", MAMBA2)]
+    ("family", "name", "options"),
+    [("Mamba", "mamba_130m", MAMBA), ("Mamba2", "mamba2_130m", MAMBA2), ("xLSTM", "xlstm_7b", XLSTM)],
 )
 def test_checkpoints_give_their_logits(tmp_path: Path, family: str, name: str, options: Any, layout: str) -> None:
     theirs, x, file = of_transformers(family), tokens(), tmp_path / "pytorch_model.bin"
@@ -363,7 +377,7 @@ def test_checkpoints_give_their_logits(tmp_path: Path, family: str, name: str, o
     torch.save({name: tensor.clone() for name, tensor in state.items()}, file)
     ours = sinuous.create_model(name, checkpoint_path=file, **options).eval()
     with torch.no_grad():
-        near(ours(x), theirs(x).logits)
+        near(ours(x), theirs(x, use_cache=False).logits)
 
 
 def test_our_own_checkpoints_load(tmp_path: Path) -> None:
@@ -393,12 +407,28 @@ def test_heads_are_tied_and_untied() -> None:
         checkpoint_filter_fn(free.state_dict(), tied)
 
 
-def test_a_gated_mlp_stored_as_one_matrix_is_cut() -> None:
-    model = build(mlp="swiglu", depth=1)
+@pytest.mark.parametrize(
+    ("layer", "parts"),
+    [
+        ("mlp.fc1", ("mlp.fc1_x", "mlp.fc1_g")),
+        ("mlp.proj_up_gate_z", ("mlp.fc1_g", "mlp.fc1_x")),
+        ("mixer.qkv_opreact", ("mixer.q", "mixer.k", "mixer.v", "mixer.ogate_preact")),
+        ("mixer.ifgate_preact", ("mixer.igate_preact", "mixer.fgate_preact")),
+    ],
+)
+def test_matrices_stored_as_one_are_cut(layer: str, parts: tuple[str, ...]) -> None:
+    model = build("mlstm_large", 1, mlp="swiglu")
     state = dict(model.state_dict())
-    both = [state.pop(f"layers.0.mlp.fc1_{half}.weight") for half in "xg"]
-    state["layers.0.mlp.fc1.weight"] = torch.cat(both)
-    assert all(torch.equal(t, model.state_dict()[n]) for n, t in checkpoint_filter_fn(state, model).items())
+    for kind in ("weight", "bias"):
+        pieces = [state.pop(name) for part in parts if (name := f"layers.0.{part}.{kind}") in state]
+        if pieces:
+            state[f"layers.0.{layer}.{kind}"] = torch.cat(pieces)
+    found = checkpoint_filter_fn(state, model)
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in found.items())
+
+
+def test_layers_that_a_model_has_as_one_stay_one() -> None:
     plain = build(mlp="gelu", depth=1)
     assert checkpoint_filter_fn(plain.state_dict(), plain).keys() == plain.state_dict().keys()
 
