@@ -14,7 +14,7 @@ import torch
 
 from sinuous.kernels.cpu import build
 
-FAMILIES = ("causal_conv1d", "selective_scan")
+FAMILIES = ("causal_conv1d", "linear_scan", "selective_scan")
 
 
 @functools.cache
@@ -41,4 +41,4 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot run on `device` with `dtype`, or None if it can."""
     if device.type != "cpu":
         return f"C kernels take tensors on the cpu, not on {device}"
-    return _problem(torch.float64 if dtype == torch.float64 else torch.float32)
+    return _problem(torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32)

@@ -24,26 +24,24 @@ def _plus_carried(x: Tensor, a: Tensor, h: Tensor, reset: Tensor | None, out: Te
     return torch.add(x, (a * h).masked_fill_(reset, 0), out=out)
 
 
-def _steps(t: Tensor | None, length: int) -> tuple[Tensor | None, ...]:
-    """The steps of `[B, 1, c, D]`, or as many times what is the same at all steps."""
-    return t.unbind(2) if t is not None and t.ndim == 4 else (t,) * length
-
-
 def _unpacked(inputs: Tensors, parameters: Tensors) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x and a `[B, 1, c, D]`, and where the resets are, `[B, 1, c, 1]`."""
     x, a, reset = inputs
     a = parameters[0] if a is None else a
     assert x is not None
     assert a is not None
-    return x, a, None if reset is None else reset != 0
+    return x, a.expand_as(x), None if reset is None else reset != 0
 
 
-def _states(state: Tensor, x: Tensor, a: Tensor, reset: Tensor | None) -> Tensor:
+def _each_step(reset: Tensor | None, length: int) -> tuple[Tensor | None, ...]:
+    return (None,) * length if reset is None else reset.unbind(2)
+
+
+def _states(h: Tensor, x: Tensor, a: Tensor, reset: Tensor | None) -> Tensor:
     """The states after each step, `[B, 1, c, D]`."""
-    states, length = torch.empty_like(x), x.shape[2]
-    h = state
-    for x_t, a_t, reset_t, h_t in zip(
-        x.unbind(2), _steps(a, length), _steps(reset, length), states.unbind(2), strict=True
-    ):
+    states = torch.empty_like(x)
+    steps = zip(x.unbind(2), a.unbind(2), _each_step(reset, x.shape[2]), states.unbind(2), strict=True)
+    for x_t, a_t, reset_t, h_t in steps:
         h = _plus_carried(x_t, a_t, h, reset_t, out=h_t)
     return states
 
@@ -57,19 +55,17 @@ def _backward(
     state: State, inputs: Tensors, parameters: Tensors, dy: Tensor, dstate: State
 ) -> tuple[State, Tensors, Tensors]:
     x, a, reset = _unpacked(inputs, parameters)
-    length = x.shape[2]
     before = torch.cat([state[0].unsqueeze(2), _states(state[0], x, a, reset)[:, :, :-1]], 2)
     adjoint = torch.cat([dy[:, :, :-1], dy[:, :, -1:] + dstate[0].unsqueeze(2)], 2)
     passed = torch.zeros_like(dstate[0])
     into = [passed, *adjoint.unbind(2)]
-    backwards = list(
-        zip(into[:-1], into[1:], _steps(a.conj().resolve_conj(), length), _steps(reset, length), strict=True)
-    )
-    for earlier, later, a_t, reset_t in reversed(backwards):
+    factors = a.conj().resolve_conj().unbind(2)
+    steps = zip(into[:-1], factors, into[1:], _each_step(reset, x.shape[2]), strict=True)
+    for earlier, a_t, later, reset_t in reversed(list(steps)):
         _plus_carried(earlier, a_t, later, reset_t, out=earlier)
     da = adjoint * before.conj()
     da = da if reset is None else da.masked_fill_(reset, 0)
-    return (passed,), (adjoint, None if a.ndim == 1 else da, None), (da.sum((0, 1, 2)) if a.ndim == 1 else None,)
+    return (passed,), (adjoint, da, None), (None if parameters[0] is None else da.sum((0, 1, 2)),)
 
 
 _RECURRENCE = Recurrence(_forward, _backward)
