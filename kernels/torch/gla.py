@@ -1,0 +1,253 @@
+"""Linear recurrence with a decay per channel (GLA) in chunks of plain torch.
+
+With G the sum of the logarithms of the decays, weights between steps are Σ_d q_id k_jd exp(G_id - G_jd), a product of
+two matrices only after the exponential is taken apart, exp(G_i - r) exp(r - G_j). With r in the middle of a chunk both
+parts stay within exp(±30) as long as no channel decays by more than exp(-60) in it; a chunk that does is passed in two
+halves, and so on down to single steps, which need no exponential. Every product is then exact to rounding, and a reset
+(-inf) is nothing special.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sinuous.kernels.torch import chunked
+from sinuous.kernels.torch.chunked import Recurrence, State, Tensors
+
+LARGEST_RANGE = 60.0
+"""Of G within one piece. The parts of a weight reach exp(30), and what is masked exp(60): both far from overflow."""
+
+
+class _Piece(NamedTuple):
+    """Steps that are passed at once, with the decays that they need; D is K, or V where values decay."""
+
+    q: Tensor  # [B,H,c,K]
+    k: Tensor  # [B,H,c,K]
+    v: Tensor  # [B,H,c,V]
+    bonus: Tensor | None  # [H,1,K]
+    since_start: Tensor  # [B,H,c,D], up to the readout of each step
+    after_middle: Tensor  # [B,H,c,D], exp(G - r) at the readout
+    before_middle: Tensor  # [B,H,c,D], exp(r - G)
+    until_end: Tensor  # [B,H,c,D]
+    total: Tensor  # [B,H,D]
+
+
+def _halves(inputs: Tensors) -> tuple[Tensors, Tensors] | None:
+    """The inputs cut in two where they decay too much to be passed at once."""
+    log_decay = inputs[3]
+    assert log_decay is not None
+    length = log_decay.shape[2]
+    # A NaN compares false: a row that has one does not change how the others are computed.
+    if length == 1 or not bool((log_decay.sum(2) < -LARGEST_RANGE).any()):
+        return None
+    cut = length // 2
+    first, second = zip(*((t[:, :, :cut], t[:, :, cut:]) for t in inputs if t is not None), strict=True)
+    return first, second
+
+
+def _piece(inputs: Tensors, parameters: Tensors) -> _Piece:
+    q, k, v, log_decay = inputs
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    assert log_decay is not None
+    (bonus,) = parameters
+    dtype = log_decay.dtype
+    # In float64, since differences of long sums are all that is used of them.
+    step = log_decay.double()
+    sums = step.cumsum(2)
+    readout = sums if bonus is None else sums - step
+    total = sums[:, :, -1:]
+    if log_decay.shape[2] == 1:  # where G may be -inf, and no decay lies between two readouts
+        one = torch.ones_like(log_decay)
+        since_start = one if bonus is not None else log_decay.exp()
+        after, before, until_end = one, one, one
+    else:
+        middle = total / 2
+        after, before = (readout - middle).to(dtype).exp(), (middle - sums).to(dtype).exp()
+        since_start, until_end = readout.to(dtype).exp(), (total - sums).to(dtype).exp()
+    own = None if bonus is None else bonus.to(dtype).unsqueeze(1)
+    return _Piece(q, k, v, own, since_start, after, before, until_end, total.squeeze(2).to(dtype).exp())
+
+
+def _mask(weights: Tensor, bonus: Tensor | None) -> Tensor:
+    return weights.tril_(0 if bonus is None else -1)
+
+
+def _log_decay_gradient(p: _Piece, at_readout: Tensor, at_step: Tensor, at_end: Tensor) -> Tensor:
+    """From the gradient of G at each readout, of G at each step, `[B, H, c, D]`, and of G at the end, `[B, H, D]`."""
+    ends = at_readout.double() + at_step
+    ends[:, :, -1] += at_end
+    gradient = ends.flip(2).cumsum(2).flip(2)
+    # A readout ahead of its step's decay does not see it.
+    return gradient if p.bonus is None else gradient - at_readout
+
+
+def _own(p: _Piece, scale: float) -> Tensor:
+    """What a step's own pair adds to its readout where there is a bonus, `[B, H, c, 1]`, to be multiplied by v."""
+    return (p.q * p.bonus * p.k).sum(-1, keepdim=True) * scale
+
+
+def _forward_of_keys(S: Tensor, p: _Piece, scale: float) -> tuple[Tensor, Tensor]:
+    weights = _mask((p.q * p.after_middle) @ (p.k * p.before_middle).mT, p.bonus)
+    y = (weights @ p.v + (p.q * p.since_start) @ S).mul_(scale)
+    if p.bonus is not None:
+        y.addcmul_(_own(p, scale), p.v)
+    return y, p.total[..., None] * S + (p.k * p.until_end).mT @ p.v
+
+
+def _backward_of_keys(
+    S: Tensor, p: _Piece, dy: Tensor, dS: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    queries, keys, dy_scaled = p.q * p.after_middle, p.k * p.before_middle, dy * scale
+    dweights = _mask(dy_scaled @ p.v.mT, p.bonus)
+    dq = (dweights @ keys) * p.after_middle + (dy_scaled @ S.mT) * p.since_start
+    dk_inside = (dweights.mT @ queries) * p.before_middle
+    dk_end = (p.v @ dS.mT) * p.until_end
+    at_end = (p.k * dk_end).sum(2) + p.total * (S * dS).sum(-1)
+    dk = dk_inside + dk_end
+    dlog_decay = _log_decay_gradient(p, p.q * dq, -(p.k * dk), at_end)
+    dv = _mask(queries @ keys.mT, p.bonus).mT @ dy_scaled + (p.k * p.until_end) @ dS
+    dbonus = None
+    if p.bonus is not None:
+        own = (dy_scaled * p.v).sum(-1, keepdim=True)
+        dv.addcmul_(_own(p, scale), dy)
+        dq, dk = dq + own * p.bonus * p.k, dk + own * p.bonus * p.q
+        dbonus = (own * p.q * p.k).sum((0, 2))
+    dS = p.total[..., None] * dS + (p.q * p.since_start).mT @ dy_scaled
+    return dq, dk, dv, dlog_decay, dS, dbonus
+
+
+def _forward_of_values(S: Tensor, p: _Piece, scale: float) -> tuple[Tensor, Tensor]:
+    weights = _mask(p.q @ p.k.mT, None)
+    y = (weights @ (p.v * p.before_middle)) * p.after_middle + (p.q @ S) * p.since_start
+    return y.mul_(scale), p.total[..., None, :] * S + p.k.mT @ (p.v * p.until_end)
+
+
+def _backward_of_values(
+    S: Tensor, p: _Piece, dy: Tensor, dS: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    dy = dy * scale
+    values, dinside, dstart = p.v * p.before_middle, dy * p.after_middle, dy * p.since_start
+    weights = _mask(p.q @ p.k.mT, None)
+    y = (weights @ values) * p.after_middle + (p.q @ S) * p.since_start
+    dv_inside = (weights.mT @ dinside) * p.before_middle
+    dv_end = (p.k @ dS) * p.until_end
+    dv = dv_inside + dv_end
+    at_end = (p.v * dv_end).sum(2) + p.total * (S * dS).sum(-2)
+    dlog_decay = _log_decay_gradient(p, dy * y, -(p.v * dv), at_end)
+    dweights = _mask(dinside @ values.mT, None)
+    dq = dweights @ p.k + dstart @ S.mT
+    dk = dweights.mT @ p.q + (p.v * p.until_end) @ dS.mT
+    return dq, dk, dv, dlog_decay, p.total[..., None, :] * dS + p.q.mT @ dstart, None
+
+
+def _forward(state: State, inputs: Tensors, parameters: Tensors, scale: float, on_values: bool) -> tuple[Tensor, State]:
+    halves = _halves(inputs)
+    if halves is not None:
+        first, state = _forward(state, halves[0], parameters, scale, on_values)
+        second, state = _forward(state, halves[1], parameters, scale, on_values)
+        return torch.cat([first, second], 2), state
+    pass_ = _forward_of_values if on_values else _forward_of_keys
+    y, S = pass_(state[0], _piece(inputs, parameters), scale)
+    return y, (S,)
+
+
+def _backward(
+    state: State,
+    inputs: Tensors,
+    parameters: Tensors,
+    dy: Tensor,
+    dstate: State,
+    scale: float,
+    on_values: bool,
+) -> tuple[State, Tensors, Tensors]:
+    halves = _halves(inputs)
+    if halves is not None:
+        cut = halves[0][0].shape[2]  # type: ignore[union-attr]
+        _, between = _forward(state, halves[0], parameters, scale, on_values)
+        dstate, later, more = _backward(between, halves[1], parameters, dy[:, :, cut:], dstate, scale, on_values)
+        dstate, earlier, most = _backward(state, halves[0], parameters, dy[:, :, :cut], dstate, scale, on_values)
+        dpieces = [torch.cat(pair, 2) for pair in zip(earlier, later, strict=True)]  # type: ignore[arg-type]
+        dbonus = None if most[0] is None or more[0] is None else most[0] + more[0]
+        return dstate, dpieces, (dbonus,)
+    pass_ = _backward_of_values if on_values else _backward_of_keys
+    dq, dk, dv, dlog_decay, dS, dbonus = pass_(state[0], _piece(inputs, parameters), dy, dstate[0], scale)
+    return (dS,), (dq, dk, dv, dlog_decay), (dbonus,)
+
+
+def _recurrence(q: Tensor, scale: float | None, on_values: bool) -> Recurrence:
+    options = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "on_values": on_values}
+    return Recurrence(functools.partial(_forward, **options), functools.partial(_backward, **options))
+
+
+def _initial(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> State:
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = chunked.working_dtype(q)
+    if initial_state is not None:
+        return (initial_state.to(dtype),)
+    return (torch.zeros(sequences, v.shape[2], q.shape[3], v.shape[3], dtype=dtype, device=q.device),)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    bonus: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    on_values: bool,
+    reverse: bool,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(y, final_state, chunk_states)`; see sinuous.core.ops.gla."""
+    y, (final,), (kept,) = chunked.forward(
+        _recurrence(q, scale, on_values),
+        (q, k, v, log_decay),
+        (bonus,),
+        _initial(q, v, initial_state, cu_seqlens),
+        torch.empty_like(v),
+        cu_seqlens,
+        reverse,
+        chunk_size,
+    )
+    return y, final, kept
+
+
+def backward(
+    grads: tuple[Tensor | None, Tensor | None],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    bonus: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_states: Tensor,
+    scale: float | None,
+    on_values: bool,
+    reverse: bool,
+    chunk_size: int,
+) -> list[Tensor | None]:
+    """Gradients of q, k, v, log_decay, bonus and initial_state."""
+    dy, dfinal = grads
+    inputs, (dbonus,), (dinitial,) = chunked.backward(
+        _recurrence(q, scale, on_values),
+        (q, k, v, log_decay),
+        (bonus,),
+        _initial(q, v, initial_state, cu_seqlens),
+        (chunk_states,),
+        dy,
+        (dfinal,),
+        cu_seqlens,
+        reverse,
+        chunk_size,
+        value=2,
+    )
+    return [*inputs, dbonus, None if initial_state is None else dinitial]
