@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from sinuous.core.generation import Sampling, Token, generate, stream
-from sinuous.core.mixers import Mixer, contract
-from sinuous.core.mixers.contract import register_mixer, register_state
 from sinuous.core.ragged import run_ragged
 from sinuous.core.sequence_model import SequenceModel
 
@@ -21,51 +18,15 @@ VOCAB = 13
 PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11], [12, 1, 5], [3, 3, 3, 3, 3, 3, 3, 3, 3, 3]]
 
 
-def build(pattern: Any = "mamba", **options: Any) -> SequenceModel:
+def build(pattern: Any = "mamba", depth: int = 2, **options: Any) -> SequenceModel:
     """In float64 and with large weights, so that its choices are not all alike."""
-    model = SequenceModel(VOCAB, 24, 2, pattern, dtype=torch.float64, **options).eval()
+    sizes = {"sliding_window_attention": {"window_size": 4}, "mamba2": {"d_state": 8}}
+    sizes = {name: given for name, given in sizes.items() if name in pattern}
+    model = SequenceModel(VOCAB, 24, depth, pattern, sizes, dtype=torch.float64, **options).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.4 * torch.randn_like(parameter))
     return model
-
-
-class Past(NamedTuple):
-    inputs: Tensor
-
-
-@pytest.fixture
-def attention(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A mixer whose state grows with its past, for the time of a test."""
-    monkeypatch.setattr(contract, "_MIXERS", dict(contract._MIXERS))
-
-    @register_mixer("growing")
-    class Growing(Mixer):
-        causal: ClassVar[bool] = True
-        constant_state: ClassVar[bool] = False
-
-        def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
-            super().__init__()
-            self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
-
-        def init_weights(self) -> None:
-            self.qkv.reset_parameters()
-
-        def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: Any = None) -> Tensor:
-            return self.prefill(x)[0]
-
-        def prefill(self, x: Tensor, state: Past | None = None) -> tuple[Tensor, Past]:
-            past = x if state is None else torch.cat([state.inputs, x], 1)
-            q, k, v = self.qkv(past).chunk(3, -1)
-            y: Tensor = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            return y[:, -x.shape[1] :], Past(past)
-
-        def initial_state(self, batch_size: int, device: Any = None, dtype: Any = None) -> Past:
-            weight = self.qkv.weight
-            return Past(torch.zeros(batch_size, 0, weight.shape[1], device=device or weight.device, dtype=weight.dtype))
-
-    register_state(Past) if Past not in pytree.SUPPORTED_NODES else None
-    return "growing"
 
 
 def greedy_by_forward(model: SequenceModel, prompt: list[int], steps: int) -> list[int]:
@@ -87,11 +48,13 @@ def test_greedy_is_the_argmax_of_the_whole_forward_pass(chunk: int) -> None:
     assert result.stop_reasons == ["length"] * 5
 
 
-def test_a_growing_state_is_carried_too(attention: str) -> None:
-    model = build(["mamba", attention])
+@pytest.mark.parametrize("chunk", [2, 2048])
+def test_states_that_grow_or_count_positions_are_carried_too(chunk: int) -> None:
+    model = build(["mamba2", "sliding_window_attention", "softmax_attention"], 3)
     expected = [greedy_by_forward(model, prompt, 9) for prompt in PROMPTS]
-    result = generate(model, PROMPTS, Sampling(max_new_tokens=9), prefill_chunk=2)
+    result = generate(model, PROMPTS, Sampling(max_new_tokens=9), prefill_chunk=chunk)
     assert [row.tolist() for row in result.tokens] == expected
+    assert len({tuple(row) for row in expected}) == len(PROMPTS)
 
 
 SAMPLED = Sampling(temperature=1.3, top_k=9, top_p=0.95, min_p=0.01, repetition_penalty=1.2, max_new_tokens=15)

@@ -207,6 +207,9 @@ def test_bad_calls_are_refused() -> None:
         both(torch.zeros(2, 3, 7).double(), layer.initial_state(3))
     with pytest.raises(NotImplementedError, match="reads from the end and cannot step"):
         both.step(torch.zeros(3, 7), both.initial_state(3))
+    rows = pack_sequence([torch.zeros(3, 7).double(), torch.zeros(2, 7).double()])
+    with pytest.raises(ValueError, match=r"grow with the sequence .* one tensor for sequences of 2 lengths"):
+        build("softmax_attention")(rows)
     with pytest.raises(TypeError, match="'mamba' has no option head"):
         sinuous.nn.Recurrent("mamba", 4, 4, heads=2)
 
