@@ -13,8 +13,11 @@ from sinuous.core.mixers.contract import (
     register_mixer,
     register_state,
 )
+from sinuous.core.mixers.delta_net import DeltaNet, DeltaProduct, GatedDeltaNet, GatedDeltaProduct
 from sinuous.core.mixers.elementwise import ElementwiseState
 from sinuous.core.mixers.gate_loop import GateLoop
+from sinuous.core.mixers.gla import GLA, HGRN2
+from sinuous.core.mixers.gsa import GSA, GSAState
 from sinuous.core.mixers.hgrn import HGRN
 from sinuous.core.mixers.linear_attention import LinearAttention, Retention, RetentionState, SimpleGLA
 from sinuous.core.mixers.lru import LRU
@@ -24,19 +27,29 @@ from sinuous.core.mixers.matrix_mixer import MatrixState
 from sinuous.core.mixers.min_rnn import MinGRU, MinLSTM
 from sinuous.core.mixers.mlstm import MLSTM, MLSTMLarge, MLSTMState
 from sinuous.core.mixers.rg_lru import RGLRU, RGLRUState
+from sinuous.core.mixers.rwkv6 import RWKV6
 from sinuous.core.mixers.s5 import S5
 from sinuous.core.mixers.vim_pair import VimPair
 
 __all__ = [
+    "GLA",
+    "GSA",
     "HGRN",
+    "HGRN2",
     "LRU",
     "MLSTM",
     "RGLRU",
+    "RWKV6",
     "S5",
     "AttentionState",
     "Bidirectional",
+    "DeltaNet",
+    "DeltaProduct",
     "ElementwiseState",
+    "GSAState",
     "GateLoop",
+    "GatedDeltaNet",
+    "GatedDeltaProduct",
     "LinearAttention",
     "MLSTMLarge",
     "MLSTMState",

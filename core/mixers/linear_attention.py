@@ -19,12 +19,12 @@ from sinuous.core import norms
 from sinuous.core.mixers import positions
 from sinuous.core.mixers.contract import register_mixer, register_state
 from sinuous.core.mixers.feature_maps import ELEMENTWISE, NEVER_NEGATIVE, Hedgehog, build_feature_map, features
-from sinuous.core.mixers.matrix_mixer import QueryKeyValueMixer, SwishGatedMixer, gate_of, per_head
+from sinuous.core.mixers.matrix_mixer import GroupedMixer, SwishGatedMixer, gate_of, per_head
 from sinuous.core.ops import ssd  # noqa: F401  (registers torch.ops.sinuous)
 
 
 @register_mixer("linear_attention")
-class LinearAttention(QueryKeyValueMixer):
+class LinearAttention(GroupedMixer):
     """Linear attention (Katharopoulos et al., arXiv 2006.16236, section 3). Names of parameters as in
     fla-org/flash-linear-attention's `LinearAttention`, whose defaults are `feature_map="elementwise_product"`,
     `normalize=False`, `output_norm="rms"`.
@@ -71,7 +71,7 @@ class LinearAttention(QueryKeyValueMixer):
         head_k_dim = per_head(key_dim, num_heads, "the width of the keys")
         head_v_dim = per_head(value_dim, num_heads, "the width of the values")
         shape = (num_heads, features(feature_map, head_k_dim), head_v_dim + normalize)
-        super().__init__(dim, key_dim, value_dim, num_heads, num_kv_heads, None, False, dd, memory_shape=shape)
+        super().__init__(dim, key_dim, value_dim, num_heads, num_kv_heads, None, False, dd, shape)
         self.feature_map_q = build_feature_map(feature_map, head_k_dim, dd)
         self.feature_map_k = (
             self.feature_map_q if tie_feature_map_qk else build_feature_map(feature_map, head_k_dim, dd)

@@ -82,7 +82,7 @@ def per_head(width: int, heads: int, what: str) -> int:
 
 
 def gate_of(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`W x + b`, summed in at least fp32: in half precision, autocast's included, a logarithm around -10 is off by 3 %."""
+    """`W x + b`, summed in at least fp32: in half precision, autocast's included, a logarithm of -10 is off by 3 %."""
     return norms.at_least_fp32(F.linear(x, weight)) + norms.at_least_fp32(bias)
 
 
@@ -188,11 +188,46 @@ class QueryKeyValueMixer(MatrixMixer):
     """A matrix mixer with `q_proj`, `k_proj`, `v_proj`, and `q_conv1d`, `k_conv1d`, `v_conv1d` or None behind them.
 
     Args:
-        key_dim: width of the queries of all heads; value_dim: that of the values.
-        num_heads: H.
-        num_kv_heads: heads of keys and values, each shared by H / num_kv_heads queries; `None` is H.
+        widths: of q, k and v as they are projected.
         conv_bias: biases in the short convolutions.
         conv_silu: an activation after them.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        memory_shape: tuple[int, int, int],
+        value_dim: int,
+        widths: tuple[int, int, int],
+        conv_size: int | None,
+        conv_bias: bool,
+        dd: dict[str, Any],
+        conv_silu: bool = True,
+    ) -> None:
+        super().__init__(dim, memory_shape, value_dim, sum(widths), conv_size, dd)
+        self.conv_silu = conv_silu
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, width, bias=False, **dd) for width in widths)
+        self.q_conv1d, self.k_conv1d, self.v_conv1d = short_convolutions(widths, conv_size, conv_bias, dd)
+
+    def _streams(
+        self, x: Tensor, conv: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.q_conv1d is None or self.k_conv1d is None or self.v_conv1d is None:
+            return q, k, v, q.new_zeros([q.shape[0], 0, 0])
+        else:
+            weights = [self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]
+            biases = [self.q_conv1d.bias, self.k_conv1d.bias, self.v_conv1d.bias]
+            return convolve_together(q, k, v, weights, biases, conv, cu_seqlens, self.conv_silu)
+
+
+class GroupedMixer(QueryKeyValueMixer):
+    """Queries in H heads; keys and values in as many, or in fewer that several queries share.
+
+    Args:
+        key_dim: width of the queries of all heads; value_dim: that of what `o_proj` reads.
+        num_heads: H.
+        num_kv_heads: heads of keys and values, each shared by H / num_kv_heads queries; `None` is H.
         memory_shape: `None` is H, key_dim / H, value_dim / H.
 
     Raises:
@@ -209,7 +244,6 @@ class QueryKeyValueMixer(MatrixMixer):
         conv_size: int | None,
         conv_bias: bool,
         dd: dict[str, Any],
-        conv_silu: bool = True,
         memory_shape: tuple[int, int, int] | None = None,
     ) -> None:
         head_k_dim = per_head(key_dim, num_heads, "the width of the keys")
@@ -217,25 +251,11 @@ class QueryKeyValueMixer(MatrixMixer):
         groups = 1 if num_kv_heads is None else per_head(num_heads, num_kv_heads, "num_heads")
         widths = (key_dim, key_dim // groups, value_dim // groups)
         memory_shape = (num_heads, head_k_dim, head_v_dim) if memory_shape is None else memory_shape
-        super().__init__(dim, memory_shape, value_dim, sum(widths), conv_size, dd)
+        super().__init__(dim, memory_shape, value_dim, widths, conv_size, conv_bias, dd)
         self.num_heads = num_heads
         self.head_k_dim = head_k_dim
         self.head_v_dim = head_v_dim
         self.kv_groups = groups
-        self.conv_silu = conv_silu
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, width, bias=False, **dd) for width in widths)
-        self.q_conv1d, self.k_conv1d, self.v_conv1d = short_convolutions(widths, conv_size, conv_bias, dd)
-
-    def _streams(
-        self, x: Tensor, conv: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.q_conv1d is None or self.k_conv1d is None or self.v_conv1d is None:
-            return q, k, v, q.new_zeros([q.shape[0], 0, 0])
-        else:
-            weights = [self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]
-            biases = [self.q_conv1d.bias, self.k_conv1d.bias, self.v_conv1d.bias]
-            return convolve_together(q, k, v, weights, biases, conv, cu_seqlens, self.conv_silu)
 
     def _shared(self, t: Tensor, size: int) -> Tensor:
         """Keys or values `[B, T, heads · size]` as `[B, T, H, size]`, each head repeated for the queries it serves."""
@@ -243,7 +263,7 @@ class QueryKeyValueMixer(MatrixMixer):
         return heads if self.kv_groups == 1 else heads.repeat_interleave(self.kv_groups, 2)
 
 
-class SwishGatedMixer(QueryKeyValueMixer):
+class SwishGatedMixer(GroupedMixer):
     """Each head normed, and gated by `silu(g_proj(x))` unless `use_output_gate` is off."""
 
     def __init__(
