@@ -34,7 +34,7 @@ MLPS: dict[str, Callable[..., nn.Module]] = {
 NORMS: dict[str, Callable[..., nn.Module]] = {"rms": norms.RMSNorm, "layer": norms.LayerNorm}
 PLACEMENTS = ("pre", "post", "both")
 
-WRITE_TO_THE_STREAM = ("out_proj.weight", "o_proj.weight", "fc2.weight")
+WRITE_TO_THE_STREAM = ("out_proj.weight", "o_proj.weight", "linear_out.weight", "to_out.weight", "fc2.weight")
 
 State = tuple[Any, ...]
 """The states of all mixers, first block first."""

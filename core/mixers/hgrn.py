@@ -62,7 +62,7 @@ class HGRN(ElementwiseMixer):
         if not 0 <= lower_bound < 1:
             raise ValueError(f"lower_bound must lie in [0, 1) (got {lower_bound}); at 1 the state would never change")
         super().__init__(inner, (conv_size - 1, 2 * inner) if use_short_conv else (0, 0))
-        self.lower_bound = lower_bound
+        self.lower_bound = float(lower_bound)
         self.allow_neg_eigval = allow_neg_eigval
         self.i_proj = nn.Linear(dim, inner, bias=False, **dd)
         self.f_proj = nn.Linear(dim, inner, bias=False, **dd)
