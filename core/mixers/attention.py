@@ -198,7 +198,8 @@ class SoftmaxAttention(Mixer):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
         q, k, v = self._project(x, None, cu_seqlens)
-        return self.o_proj(attend(q, k, v, cu_seqlens).flatten(2))
+        y: Tensor = self.o_proj(attend(q, k, v, cu_seqlens).flatten(2))
+        return y
 
     def prefill(self, x: Tensor, state: AttentionState | None = None) -> tuple[Tensor, AttentionState]:
         past = None if state is None else torch.full((x.shape[0],), state.keys.shape[1], device=x.device)
@@ -256,7 +257,8 @@ class SlidingWindowAttention(SoftmaxAttention):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
         q, k, v = self._project(x, None, cu_seqlens)
-        return self.o_proj(attend_window(q, k, v, self.window_size, None, cu_seqlens).flatten(2))
+        y: Tensor = self.o_proj(attend_window(q, k, v, self.window_size, None, cu_seqlens).flatten(2))
+        return y
 
     def prefill(  # type: ignore[override]
         self, x: Tensor, state: WindowState | None = None

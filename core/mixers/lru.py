@@ -81,7 +81,8 @@ class ConstantFactorMixer(ElementwiseMixer):
         gate = torch.sigmoid(self.out2(g))
         if self.activation == "half_glu2":
             return y * gate
-        return self.out1(g) * gate
+        gated: Tensor = self.out1(g) * gate
+        return gated
 
 
 @register_mixer("lru")
