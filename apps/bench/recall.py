@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import math
 import time
 from collections.abc import Callable
@@ -33,15 +34,16 @@ training. Failing here means failing with this budget; a longer training may do 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mixer", action="append", help="one mixer (default: every causal one; may be repeated)")
     parser.add_argument("--task", action="append", choices=list(TASKS), help="one task (default: all; may be repeated)")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=64, help="sequences per step")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=32, help="sequences per step")
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--tests", type=int, default=256, help="test sequences per length")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--csv", type=Path, help="also write the rows to this file")
+    parser.add_argument("--csv", type=Path, help="also write the rows to this file, each as soon as it is known")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --csv has already, train the others")
     parser.add_argument("--markdown", type=Path, help="also write a page with the table and how it was measured")
     parser.add_argument("--figure", type=Path, help="also draw the scores into this file")
 
@@ -69,7 +71,7 @@ def _learning_rate(step: int, steps: int) -> float:
     return min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def train(task: Task, mixer: str, mixer_options_: dict[str, Any], options: argparse.Namespace) -> Row:
+def train(task: Task, mixer: str, chosen: dict[str, Any], options: argparse.Namespace) -> Row:
     """Train one model on one task and score it; the row's scores are keyed by test length."""
     device = torch.device(options.device)
     torch.manual_seed(options.seed)
@@ -78,7 +80,7 @@ def train(task: Task, mixer: str, mixer_options_: dict[str, Any], options: argpa
         options.dim,
         2,
         (mixer,),
-        mixer_options={mixer: mixer_options_} if mixer_options_ else None,
+        mixer_options={mixer: chosen},
         mlp="swiglu",
         tie_head=False,
     )
@@ -129,22 +131,28 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
         raise ValueError("--device cuda needs a CUDA device, and torch sees none; leave the option out")
     torch.set_num_threads(options.threads)
     models, tasks = contenders(options.mixer), [TASKS[name] for name in options.task or TASKS]
-    rows: list[Row] = []
+    rows = read_rows(options.csv) if options.resume else []
+    known = {(row["mixer"], row["task"]) for row in rows}
+    missing = [(label, task) for label in models for task in tasks if (label, task.name) not in known]
+    stamp = {"steps": options.steps, "seed": options.seed, "torch": torch.__version__}
     with Progress(transient=True) as progress:
-        bar = progress.add_task("training", total=len(models) * len(tasks))
-        for label, (mixer, mixer_options_) in models.items():
-            for task in tasks:
-                progress.update(bar, description=f"{label}, {task.name}")
-                rows.append({"mixer": label} | train(task, mixer, mixer_options_, options))
-                progress.advance(bar)
+        bar = progress.add_task("training", total=len(missing))
+        for label, task in missing:
+            progress.update(bar, description=f"{label}, {task.name}")
+            rows.append({"mixer": label} | train(task, *models[label], options) | stamp)
+            if options.csv:
+                write_csv(rows, options.csv)
+            progress.advance(bar)
+    order = {(label, task.name): i for i, (label, task) in enumerate((m, t) for m in models for t in tasks)}
+    rows = sorted(
+        (row for row in rows if (row["mixer"], row["task"]) in order), key=lambda r: order[r["mixer"], r["task"]]
+    )
     device = torch.device(options.device)
     heading = f"{options.steps} steps, width {options.dim}, {measure.machine(device)}, {options.threads} thread(s)"
     show(
         rows, ("mixer", "task", "accuracy", "longer", "loss", "seconds", "parameters"), title=heading, group=("mixer",)
     )
-    stamped = [row | {"steps": options.steps, "seed": options.seed, "torch": torch.__version__} for row in rows]
     if options.csv:
-        write_csv(stamped, options.csv)
         print(options.csv)
     table = [_summary(label, rows, tasks) for label in models]
     if options.markdown:
@@ -155,6 +163,27 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
     if options.figure:
         draw(table, tasks, options.figure)
         print(options.figure)
+    return rows
+
+
+def read_rows(path: Path | None) -> list[Row]:
+    """The rows that an earlier run wrote; none where it wrote none.
+
+    Raises:
+        ValueError: if no file is named, or it has other columns.
+    """
+    if path is None:
+        raise ValueError("--resume needs --csv FILE, where the rows of the earlier run are")
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        rows: list[Row] = [dict(row) for row in csv.DictReader(file)]
+    try:
+        for row in rows:
+            row |= {key: int(row[key]) for key in ("parameters", "steps", "seed")}
+            row |= {key: float(row[key]) if row[key] else None for key in ("seconds", "loss", "accuracy", "longer")}
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} was not written by sinuous bench recall ({error}); name another --csv") from None
     return rows
 
 

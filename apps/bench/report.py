@@ -66,7 +66,7 @@ def command(verb: str, options: argparse.Namespace) -> str:
     """The command line that `options` came from, without the places it wrote to."""
     words = [f"sinuous bench {verb}"]
     for name, value in vars(options).items():
-        if name in ("run", "what", "csv", "markdown", "figure") or value is None or value is False:
+        if name in ("run", "what", "csv", "markdown", "figure", "resume") or value is None or value is False:
             continue
         flag = "--" + name.replace("_", "-")
         values = value if isinstance(value, list) else [value]
