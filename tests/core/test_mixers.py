@@ -186,6 +186,7 @@ def test_autocast_stays_near_fp32(name: str) -> None:
 def test_compiles_whole_and_traces_and_scripts(name: str) -> None:
     mixer = mixers.Bidirectional("mamba", DIM).double() if name == "two mamba" else build(name)
     x, absent = sequence(), {"cu_seqlens": None, "grid": None}
+    torch.compiler.reset()  # mixers that inherit one forward would together exceed the recompilations it may have
     torch.testing.assert_close(torch.compile(mixer, fullgraph=True, backend="aot_eager")(x), mixer(x))
     torch.testing.assert_close(torch.fx.symbolic_trace(mixer, concrete_args=absent)(x), mixer(x))
     torch.testing.assert_close(torch.jit.script(mixer)(x), mixer(x))
