@@ -15,7 +15,7 @@ def main(argv: list[str]) -> int:
     """`sinuous models [PATTERN] [--domain DOMAIN] [--pretrained]`."""
     parser = argparse.ArgumentParser(prog="sinuous models", description="List the models.")
     parser.add_argument("pattern", nargs="?", default="", help="a glob that the whole name must match, such as 'vim*'")
-    parser.add_argument("--domain", help="only those of this domain: vision, audio, video, genomics")
+    parser.add_argument("--domain", help="only those of this domain: language, vision, audio, video, genomics")
     parser.add_argument("--pretrained", action="store_true", help="only those that come with weights")
     options = parser.parse_args(argv)
     infos = [sinuous.model_info(name) for name in sinuous.list_models(options.pattern, domain=options.domain)]

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from sinuous.apps.bench import backbones, main, measure, op_cases, ops
+from sinuous.apps.bench import backbones, main, measure, op_cases, ops, state_tracking
 
 CPU = torch.device("cpu")
 MEGABYTE = 1_000_000
@@ -209,3 +209,62 @@ def test_wrong_arguments_are_one_sentence(arguments, named, capsys):
     assert named in message
     assert "Traceback" not in message
     assert message.count("\n") == 0
+
+
+def test_recall_is_resumed_and_drawn(tmp_path, capsys):
+    path, picture = tmp_path / "recall.csv", tmp_path / "recall.png"
+    small = ["--steps", "2", "--batch", "2", "--tests", "4", "--dim", "32", "--csv", str(path)]
+    assert main(["recall", *small, "--mixer", "delta_net", "--task", "parity"]) == 0
+    first = _rows(path)
+    assert [row["mixer"] for row in first] == ["delta_net", "delta_net, negative"]
+    more = ["--mixer", "delta_net", "--mixer", "lru", "--task", "parity", "--task", "recall"]
+    page = tmp_path / "recall.md"
+    arguments = [*small, *more, "--resume", "--figure", str(picture), "--markdown", str(page)]
+    assert main(["recall", *arguments]) == 0
+    rows = _rows(path)
+    assert [row for row in rows if row in first] == first
+    assert len(rows) == 6
+    assert all(0 <= float(row["accuracy"]) <= 1 for row in rows)
+    assert picture.stat().st_size > 5000
+    assert "sinuous bench recall" in page.read_text()
+    assert main(["recall", "--mixer", "vim_pair"]) == 2
+    assert "'vim_pair' sees the future" in capsys.readouterr().err
+    path.write_text("a,b\n1,2\n")
+    assert main(["recall", *arguments]) == 2
+    assert "was not written by sinuous bench recall" in capsys.readouterr().err
+
+
+def test_the_groups_of_recall_are_groups():
+    for table in (state_tracking.cyclic(5), state_tracking.alternating(5)[1]):
+        order = len(table)
+        assert order in (5, 60)
+        assert torch.equal(table[0], torch.arange(order))
+        assert all(len(set(row.tolist())) == order for row in table)
+        i, j, k = torch.randint(order, (3, 200), generator=torch.Generator().manual_seed(0))
+        assert torch.equal(table[table[i, j], k], table[i, table[j, k]])
+
+
+def test_the_answers_of_recall_are_right():
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = state_tracking.TASKS["parity"].draw(3, 20, generator)
+    assert torch.equal(targets, inputs.cumsum(1) % 2)
+    inputs, targets = state_tracking.TASKS["count mod 5"].draw(3, 20, generator)
+    assert torch.equal(targets, inputs.cumsum(1) % 5)
+    inputs, targets = state_tracking.TASKS["recall"].draw(3, 48, generator)
+    for row, wanted in zip(inputs.tolist(), targets.tolist(), strict=True):
+        memory = dict(zip(row[:16:2], row[1:16:2], strict=True))
+        assert wanted[:16] == [state_tracking.IGNORED] * 16
+        assert [memory[key] for key in row[16:]] == wanted[16:]
+    reached = state_tracking.TASKS["A5"].draw(50, 40, generator)[1]
+    assert len(set(reached.flatten().tolist())) == 60
+
+
+def test_generation_measures_speed_and_state(tmp_path, capsys):
+    path = tmp_path / "generation.csv"
+    arguments = ["--mixers", "mamba2,softmax_attention", "--contexts", "8,32", "--tokens", "2", "--repeats", "1"]
+    assert main(["generation", *arguments, "--csv", str(path)]) == 0
+    states = {(row["mixer"], row["context"]): float(row["state_mb"]) for row in _rows(path)}
+    assert states["mamba2", "8"] == states["mamba2", "32"]
+    assert states["softmax_attention", "32"] == pytest.approx(4 * states["softmax_attention", "8"], rel=0.05)
+    assert main(["generation", "--contexts", "x"]) == 2
+    assert "--contexts must be positive integers" in capsys.readouterr().err

@@ -275,3 +275,48 @@ def test_two_processes_of_torchrun(tmp_path: Path) -> None:
     assert "× 2 processes" in done.stdout
     assert state_of(folder)["global_step"] == STEPS
     assert (folder / "predictions.png").is_file()
+
+
+BYTES = ["experiment=core/bytes", "debug=fast", "data.length=32", "task.sample_bytes=5"]
+
+
+@pytest.mark.parametrize("pattern", ["mamba2", "[gated_delta_net,sliding_window_attention]"])
+def test_a_language_model_from_end_to_end(
+    sinuous: Sinuous, tmp_path: Path, capsys: pytest.CaptureFixture[str], pattern: str
+) -> None:
+    small = ["+model.dim=16", "+model.depth=2", f"model.pattern={pattern}"]
+    if "window" in pattern:
+        small.append("model.mixer_options={sliding_window_attention: {window_size: 8}}")
+    assert sinuous("train", *BYTES, *small) == 0
+    (folder,) = (tmp_path / "debug").iterdir()
+    lines = capsys.readouterr().out.splitlines()
+    assert "bytes_5m with" in lines[0]
+    bits = [line for line in lines if line.startswith("test bits per byte")]
+    assert len(bits) == 1
+    assert 3 < float(bits[0].split()[4]) < 9
+    assert bits[0].endswith("on 1,280 bytes, after at most 31 others")
+    assert lines[-1] == f"sample: {folder / 'sample.txt'}"
+    assert (folder / "sample.txt").read_bytes().startswith(b"Chapter")
+    assert len((folder / "sample.txt").read_bytes()) == len("Chapter") + 5 + 1
+    (weights,) = folder.glob("checkpoints/*.safetensors")
+    assert weights.name == "best.safetensors"
+
+
+def test_a_language_model_goes_on_exactly(sinuous: Sinuous, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [*BYTES, "test=false", "+model.dim=16", "+model.depth=1", "callbacks.resumable.every_n_steps=3"]
+    assert sinuous("train", *arguments, f"hydra.run.dir={tmp_path / 'whole'}") == 0
+    original = Resumable.on_train_batch_end
+
+    def cut(self: Resumable, trainer: Any, *more: Any) -> None:
+        original(self, trainer, *more)
+        if trainer.global_step == 4:
+            raise Cut
+
+    monkeypatch.setattr(Resumable, "on_train_batch_end", cut)
+    with pytest.raises(Cut):
+        sinuous("train", *arguments)
+    monkeypatch.setattr(Resumable, "on_train_batch_end", original)
+    assert sinuous("train", *arguments, "ckpt_path=last") == 0
+    (folder,) = (tmp_path / "debug").iterdir()
+    assert state_of(folder)["global_step"] == STEPS
+    assert differences(state_of(folder), state_of(tmp_path / "whole")) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -190,7 +191,9 @@ def _nx_ai(module: str, name: str) -> Callable[[Inputs], Prepared]:
         moved = leaves({n: t.detach().transpose(1, 2).contiguous() for n, t in inputs.items()})
         q, k, v, i, f = moved.values()
         return Prepared(
-            lambda: _first(function(q, k, v, i=i, f=f, chunk_size=CHUNK)), [q, k, v, i, f], channels_first=True
+            lambda: _first(function(q, k, v, i=i, f=f, chunk_size=math.gcd(CHUNK, q.shape[2]))),
+            [q, k, v, i, f],
+            channels_first=True,
         )
 
     return prepare
