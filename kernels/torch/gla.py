@@ -87,16 +87,16 @@ def _log_decay_gradient(p: _Piece, at_readout: Tensor, at_step: Tensor, at_end: 
     return gradient if p.bonus is None else gradient - at_readout
 
 
-def _own(p: _Piece, scale: float) -> Tensor:
+def _own(p: _Piece, bonus: Tensor, scale: float) -> Tensor:
     """What a step's own pair adds to its readout where there is a bonus, `[B, H, c, 1]`, to be multiplied by v."""
-    return (p.q * p.bonus * p.k).sum(-1, keepdim=True) * scale
+    return (p.q * bonus * p.k).sum(-1, keepdim=True) * scale
 
 
 def _forward_of_keys(S: Tensor, p: _Piece, scale: float) -> tuple[Tensor, Tensor]:
     weights = _mask((p.q * p.after_middle) @ (p.k * p.before_middle).mT, p.bonus)
     y = (weights @ p.v + (p.q * p.since_start) @ S).mul_(scale)
     if p.bonus is not None:
-        y.addcmul_(_own(p, scale), p.v)
+        y.addcmul_(_own(p, p.bonus, scale), p.v)
     return y, p.total[..., None] * S + (p.k * p.until_end).mT @ p.v
 
 
@@ -115,7 +115,7 @@ def _backward_of_keys(
     dbonus = None
     if p.bonus is not None:
         own = (dy_scaled * p.v).sum(-1, keepdim=True)
-        dv.addcmul_(_own(p, scale), dy)
+        dv.addcmul_(_own(p, p.bonus, scale), dy)
         dq, dk = dq + own * p.bonus * p.k, dk + own * p.bonus * p.q
         dbonus = (own * p.q * p.k).sum((0, 2))
     dS = p.total[..., None] * dS + (p.q * p.since_start).mT @ dy_scaled
@@ -181,8 +181,11 @@ def _backward(
 
 
 def _recurrence(q: Tensor, scale: float | None, on_values: bool) -> Recurrence:
-    options = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "on_values": on_values}
-    return Recurrence(functools.partial(_forward, **options), functools.partial(_backward, **options))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return Recurrence(
+        functools.partial(_forward, scale=scale, on_values=on_values),
+        functools.partial(_backward, scale=scale, on_values=on_values),
+    )
 
 
 def _initial(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> State:
