@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from sinuous.kernels.triton import causal_conv1d, selective_scan, selective_scan_backward
+from sinuous.kernels.triton import causal_conv1d, selective_scan, selective_scan_backward, ssd
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = {
@@ -48,11 +48,14 @@ TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+SIZES = ("BT", "BD", "BN", "BW", "BH", "BK", "BV", "KEYS", "ADJOINT", "GRADIENT")
+"""Compile-time arguments that the table shows."""
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 UNMASKED = re.compile(
     r"tt\.(?:load %[^,]+?|store %[^,]+, %[^,]+?)(?: {[^}]*})? : tensor<\d+x\d+x!tt\.ptr<\w+>, (#\w+)>"
 )
-"""Layout of a matrix loaded or stored without a mask: scratch memory, since all other matrices have ragged edges."""
+"""Layout of a matrix loaded or stored without a mask: of a kernel with scratch memory that is the scratch memory, since
+its other matrices have ragged edges."""
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -115,6 +118,8 @@ def recording() -> Iterator[list[Launch]]:
 
 def cost(launch: Launch, target: GPUTarget) -> Cost:
     """Compile for `target` and read what the code needs."""
+    if target.backend == "hip" and "PRECISION" in launch.arguments:  # what `matrix_states.arithmetic` says there
+        launch = replace(launch, arguments={**launch.arguments, "PRECISION": "ieee"})
     compiled = triton.compile(launch.source(), target=target, options=launch.options)
     shared = int(compiled.metadata.shared)
     layouts = len(set(UNMASKED.findall(compiled.asm["ttgir"])))
@@ -186,6 +191,31 @@ def convolution_launches(
     return launches
 
 
+def attention_arguments(dtype: torch.dtype, keys: int, values: int, heads: int, groups: int) -> dict[str, torch.Tensor]:
+    """Queries, keys and values of a batch of 1 and 4096 steps."""
+    shapes = {"q": (groups, keys), "k": (groups, keys), "v": (heads, values)}
+    return {name: torch.empty(1, 4096, *shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+
+
+def ssd_launches(
+    dtype: torch.dtype, *, keys: int = 64, values: int = 64, groups: int = 16, packed: bool = False
+) -> list[Launch]:
+    """The launches of ssd on 16 heads with every optional argument, forward and backward."""
+    arguments: dict[str, Any] = {
+        **attention_arguments(dtype, keys, values, 16, groups),
+        "log_decay": torch.empty(1, 4096, 16, device="meta"),
+        "initial_state": torch.empty(3 if packed else 1, 16, keys, values, device="meta"),
+        "cu_seqlens": torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
+        "scale": None,
+        "reverse": False,
+        "chunk_size": 64,
+    }
+    with recording() as launches:
+        y, final, chunk_states = ssd.forward(**arguments)
+        ssd.backward((y, final), chunk_states=chunk_states, **arguments)
+    return launches
+
+
 def cases() -> Iterator[tuple[str, list[Launch]]]:
     """The configurations in the table."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -197,6 +227,10 @@ def cases() -> Iterator[tuple[str, list[Launch]]]:
         for taps in (4, 8):
             yield f"causal_conv1d {name} W={taps}", convolution_launches(dtype, taps=taps)
         yield f"causal_conv1d {name} W=4 packed", convolution_launches(dtype, packed=True)
+        for keys, values in ((64, 64), (128, 128), (128, 64)):
+            yield f"ssd {name} K={keys} V={values}", ssd_launches(dtype, keys=keys, values=values)
+        yield f"ssd {name} K=128 V=64 one group", ssd_launches(dtype, keys=128, groups=1)
+        yield f"ssd {name} K=64 V=64 packed", ssd_launches(dtype, packed=True)
 
 
 def table() -> tuple[list[str], list[str]]:
@@ -204,7 +238,11 @@ def table() -> tuple[list[str], list[str]]:
     rows, broken = [], []
     for case, launches in cases():
         for launch in launches:
-            sizes = {k: launch.arguments[k] for k in ("BT", "BD", "BN", "BW") if k in launch.arguments}
+            sizes = {
+                k: launch.arguments[k]
+                for k in ("BT", "BD", "BN", "BW", "BH", "BK", "BV", "KEYS", "ADJOINT")
+                if k in launch.arguments
+            }
             described = ", ".join(f"{k} {v}" for k, v in sizes.items())
             cells = []
             for name, (target, limit) in TARGETS.items():
@@ -213,7 +251,7 @@ def table() -> tuple[list[str], list[str]]:
                 what = f"{case}, {launch.kernel.__name__} on {name}"
                 if found.spilled:
                     broken.append(f"{what}: spills {found.spilled} bytes")
-                if found.layouts != ("scratch" in launch.arguments):
+                if "scratch" in launch.arguments and found.layouts != 1:
                     broken.append(f"{what}: accesses scratch memory in {found.layouts} layouts")
                 if found.shared > limit * 1024:
                     broken.append(f"{what}: needs {found.shared} bytes of shared memory of {limit} KiB")

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sinuous.kernels.triton.packing import ACCUMULATOR, on_device, packed_steps
+from sinuous.kernels.triton.packing import ACCUMULATOR, bounds_of, on_device, packed_steps
 
 STEPS, CHANNELS = 32, 64
 """Steps and channels of a tile."""
@@ -81,16 +81,6 @@ def convolve(
         pre = pre / (1 + tl.exp(-pre))
     row = batch * length + (length - 1 - p if REVERSE else p)
     tl.store(y + row[:, None] * width + d[None, :], pre, mask=there)
-
-
-@triton.jit
-def bounds_of(n, cu_seqlens, length, PACKED: tl.constexpr, REVERSE: tl.constexpr):
-    """First processing step of sequence `n` in its row, its number of steps, and the row."""
-    first, steps, batch = 0, length, n
-    if PACKED:
-        left, right = tl.load(cu_seqlens + n).to(tl.int32), tl.load(cu_seqlens + n + 1).to(tl.int32)
-        first, steps, batch = (length - right if REVERSE else left), right - left, n * 0
-    return first, steps, batch
 
 
 @triton.jit(do_not_specialize=["length"])

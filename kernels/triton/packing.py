@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """What the kernels know of packed sequences: one entry per step, so that no kernel searches for a boundary."""
 
 from __future__ import annotations
@@ -6,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -31,6 +33,16 @@ def packed_steps(cu_seqlens: Tensor, length: int, reverse: bool) -> Steps:
     if reverse:
         return Steps(sequence.flip(0), after.flip(0), before.flip(0))
     return Steps(sequence, before, after)
+
+
+@triton.jit
+def bounds_of(n, cu_seqlens, length, PACKED: tl.constexpr, REVERSE: tl.constexpr):
+    """First processing step of sequence `n` in its row, its number of steps, and the row."""
+    first, steps, batch = 0, length, n
+    if PACKED:
+        left, right = tl.load(cu_seqlens + n).to(tl.int32), tl.load(cu_seqlens + n + 1).to(tl.int32)
+        first, steps, batch = (length - right if REVERSE else left), right - left, n * 0
+    return first, steps, batch
 
 
 def on_device(t: Tensor) -> AbstractContextManager[object]:

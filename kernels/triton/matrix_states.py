@@ -1,0 +1,297 @@
+"""Launches of the kernels in matrix_state_kernels: which blocks, in which order, with which buffers."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sinuous.kernels.triton import INTERPRETED
+from sinuous.kernels.triton.matrix_state_kernels import carry_states, read_states, side_gradients
+from sinuous.kernels.triton.packing import ACCUMULATOR, on_device
+
+DOT = {torch.float16: tl.float16, torch.bfloat16: tl.float32 if INTERPRETED else tl.bfloat16}
+"""dtype of the factors of a matrix product by the dtype of the input. The interpreter holds bfloat16 as integers and
+multiplies those."""
+
+PROGRAMS = 512
+"""Heads that share queries and keys are shared among programs until there are about as many as this. It must not depend
+on the device, since it fixes the order of sums."""
+
+HEADS = 16
+"""Heads that a program of a kernel over gates takes."""
+
+
+def working_dtype(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
+    """How kernels compute with inputs of `dtype`. NVIDIA's tensor cores round float32 to ten bits unless told to take
+    three products; AMD's compute it as it is."""
+    precision = "ieee" if torch.version.hip is not None or dtype == torch.float64 else "tf32x3"
+    accumulator = ACCUMULATOR.get(dtype, tl.float32)
+    return {"ACC": accumulator, "DOT": DOT.get(dtype, accumulator), "PRECISION": precision}
+
+
+def tiles(kernel: object, dtype: torch.dtype, keys: int, values: int, shared: bool) -> dict[str, int]:
+    """Blocks of keys and values, and compile options: the largest that tools/aot_table.py finds to stay in registers.
+    Triton 3.10 no longer fuses multiplications and additions unless asked.
+
+    Args:
+        shared: whether several heads share their queries and keys.
+    """
+    largest, warps, stages = {torch.float32: (32, 8, 2), torch.float64: (16, 8, 2)}.get(dtype, (64, 4, 2))
+    if kernel is side_gradients and dtype == torch.float32:
+        largest, stages = (16, 2) if shared else (32, 1)
+    elif kernel is read_states and keys > 64:
+        warps = 8
+    block_k, block_v = (max(16, min(largest, triton.next_power_of_2(n))) for n in (keys, values))
+    return {"BK": block_k, "BV": block_v, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+def segments(cu_seqlens: Tensor, length: int, chunk_size: int, reverse: bool) -> Tensor:
+    """`[chunks + sequences, 4]` in processing order, without waiting for the device: first step, step after the last,
+    the sequence that begins with it and the one that ends with it, -1 for none. Some are empty."""
+    bounds = cu_seqlens.to(torch.int32)
+    count = bounds.shape[0] - 1
+    if reverse:
+        bounds = length - bounds.flip(0)
+    grid = torch.arange(0, length, chunk_size, dtype=torch.int32, device=bounds.device)
+    cuts = torch.cat([grid, bounds]).sort().values
+    start, stop = cuts[:-1].contiguous(), cuts[1:]
+    sequence = torch.searchsorted(bounds[1:].contiguous(), start, right=True, out_int32=True).clamp(max=count - 1)
+    name = count - 1 - sequence if reverse else sequence
+    first = torch.where((stop > start) & (start == bounds[sequence]), name, -1)
+    last = torch.where((stop > start) & (stop == bounds[sequence + 1]), name, -1)
+    return torch.stack([start, stop, first, last], 1).contiguous()
+
+
+class Call(NamedTuple):
+    """What all launches of a call have in common.
+
+    Attributes:
+        table: the segments of packed input.
+        segments: how many there are.
+        bounds: cu_seqlens.
+        form: compile-time arguments of every kernel.
+        sizes: those of the kernels over states, besides; blocks and compile options are added by `launch`.
+    """
+
+    batch: int
+    length: int
+    sequences: int
+    heads: int
+    groups: int
+    keys: int
+    values: int
+    dtype: torch.dtype
+    table: Tensor | None
+    segments: int
+    bounds: Tensor | None
+    form: dict[str, Any]
+    sizes: dict[str, Any]
+    input_dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float | None, reverse: bool, chunk_size: int
+    ) -> Call:
+        batch, length, heads, values = v.shape
+        groups, keys = q.shape[2:]
+        table = None if cu_seqlens is None else segments(cu_seqlens, length, chunk_size, reverse)
+        count = batch * triton.cdiv(length, chunk_size) if table is None else table.shape[0]
+        form = {"H": heads, "CHUNK": chunk_size, "PACKED": table is not None, "REVERSE": reverse}
+        sizes = {"R": heads // groups, "K": keys, "V": values, "SCALE": keys**-0.5 if scale is None else scale}
+        return cls(
+            batch, length, batch if cu_seqlens is None else cu_seqlens.shape[0] - 1, heads, groups, keys, values,
+            working_dtype(q), table, count, None if cu_seqlens is None else cu_seqlens.contiguous(), form,
+            {**form, **sizes, **arithmetic(q.dtype)}, q.dtype,
+        )  # fmt: skip
+
+    @property
+    def steps(self) -> int:
+        return self.batch * self.length
+
+    def over_states(self, kernel: object) -> tuple[int, int, dict[str, Any]]:
+        """Blocks of keys, blocks of values, and compile-time arguments, of a kernel over states."""
+        block = tiles(kernel, self.input_dtype, self.keys, self.values, self.heads != self.groups)
+        counts = triton.cdiv(self.keys, block["BK"]), triton.cdiv(self.values, block["BV"])
+        return *counts, {**self.sizes, **block}
+
+    def over_gates(self) -> tuple[tuple[int, int], dict[str, Any]]:
+        """Blocks of heads, and compile-time arguments, of a kernel over gates."""
+        block = min(HEADS, triton.next_power_of_2(self.heads))
+        return triton.cdiv(self.heads, block), {**self.form, "BH": block, "num_warps": 4, "enable_fp_fusion": True}
+
+    def empty_states(self, like: Tensor) -> Tensor:
+        """One state per chunk, `[B, chunks, …]`."""
+        chunks = triton.cdiv(self.length, self.form["CHUNK"])
+        return torch.empty(self.batch, chunks, *like.shape[1:], dtype=like.dtype, device=like.device)
+
+
+class Weights(NamedTuple):
+    """What a family makes of its gates, each `[B, T, H]`: μ and u in float64, and since_start and until_end."""
+
+    rows: Tensor
+    columns: Tensor
+    since_start: Tensor
+    until_end: Tensor
+
+
+State = tuple[Tensor, Tensor | None]
+"""S, and n where there is one, per sequence or per chunk."""
+
+
+def carry(call: Call, left: Tensor, right: Tensor, weights: Weights, initial: State) -> tuple[State, State]:
+    """The state after each sequence, and before each chunk."""
+    return _carry(call, left, right, None, weights.until_end, weights.since_start, initial, adjoint=False)
+
+
+def carry_adjoint(
+    call: Call, q: Tensor, dy: Tensor, extra: Tensor | None, weight: Tensor, weights: Weights, final: State
+) -> tuple[State, State]:
+    """The gradient of the state before each sequence, and after each chunk."""
+    return _carry(call, q, dy, extra, weight, weights.since_start, final, adjoint=True)
+
+
+def _carry(
+    call: Call,
+    left: Tensor,
+    right: Tensor,
+    extra: Tensor | None,
+    weight: Tensor,
+    decay: Tensor,
+    edge: State,
+    *,
+    adjoint: bool,
+) -> tuple[State, State]:
+    (state, vector), (key_blocks, value_blocks, sizes) = edge, call.over_states(carry_states)
+    other, kept = torch.empty_like(state), call.empty_states(state)
+    other_vector, kept_vector = (
+        (None, None) if vector is None else (torch.empty_like(vector), call.empty_states(vector))
+    )
+    with on_device(left):
+        carry_states[(call.sequences * call.heads * key_blocks * value_blocks,)](
+            left, right, extra, weight, decay, state, vector, call.bounds, kept, kept_vector, other, other_vector,
+            call.length, VECTOR=vector is not None, ADJOINT=adjoint, **sizes,
+        )  # fmt: skip
+    return (other, other_vector), (kept, kept_vector)
+
+
+class Normaliser(NamedTuple):
+    """The floor of the denominator, `[B, T, H]`, and what is added to it."""
+
+    floor: Tensor
+    eps: float
+
+
+def read(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Weights,
+    initial: State,
+    kept: State,
+    normaliser: Normaliser | None,
+) -> Tensor:
+    """The outputs."""
+    y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    floor, eps = normaliser or (None, 0.0)
+    _, value_blocks, sizes = call.over_states(read_states)
+    with on_device(q):
+        read_states[(value_blocks * call.heads * call.segments,)](
+            q, k, v, weights.rows, weights.columns, weights.since_start, floor, None, *kept, *initial, call.table,
+            y, None, None, None, call.steps, call.length,
+            EPS=eps, KEYS=False, NORMALIZE=floor is not None, GRADIENT=False, **sizes,
+        )  # fmt: skip
+    return y
+
+
+def read_normaliser(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dy: Tensor,
+    weights: Weights,
+    initial: State,
+    kept: State,
+    normaliser: Normaliser,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """scale · n · q, the denominator made of it, and dy · numerator, each `[B, T, H]`."""
+    shape = (call.batch, call.length, call.heads)
+    summed, denominator = (torch.empty(shape, dtype=call.dtype, device=q.device) for _ in range(2))
+    _, value_blocks, sizes = call.over_states(read_states)
+    inner = torch.empty(value_blocks, *shape, dtype=call.dtype, device=q.device)
+    with on_device(q):
+        read_states[(value_blocks * call.heads * call.segments,)](
+            q, k, v, weights.rows, weights.columns, weights.since_start, normaliser.floor, dy, *kept, *initial,
+            call.table, None, summed, denominator, inner, call.steps, call.length,
+            EPS=normaliser.eps, KEYS=False, NORMALIZE=True, GRADIENT=True, **sizes,
+        )  # fmt: skip
+    return summed, denominator, inner.sum(0)
+
+
+class Gradients(NamedTuple):
+    """Gradients, and what those of the gates are made of: see `side_gradients`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    query_dots: Tensor
+    key_dots: Tensor
+    ends: Tensor
+    last_ends: Tensor
+
+
+def gradients(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dy: Tensor,
+    extra: Tensor | None,
+    weight: Tensor,
+    weights: Weights,
+    initial: State,
+    kept: State,
+    final_gradient: State,
+    kept_gradient: State,
+) -> Gradients:
+    """Gradients of q, k and v, given those of the states.
+
+    Args:
+        extra: the gradient of the normaliser, for E ⊙ … as scaled in `weights.rows`.
+        weight: since_start in the scale of `weights.rows`.
+    """
+    _, value_blocks, sizes = call.over_states(read_states)
+    key_blocks, _, side_sizes = call.over_states(side_gradients)
+    parts = max(1, min(call.heads // call.groups, PROGRAMS // (key_blocks * call.groups * call.segments)))
+    per_step = (key_blocks, call.batch, call.length, call.heads)
+    ends = torch.zeros(2, key_blocks, call.segments, call.heads, dtype=call.dtype, device=q.device)
+    dv = torch.empty_like(v)
+    found, dots = [], []
+    with on_device(q):
+        read_states[(value_blocks * call.heads * call.segments,)](
+            k, q, dy, weights.rows, weights.columns, weights.until_end, None, None, *kept_gradient, *final_gradient,
+            call.table, dv, None, None, None, call.steps, call.length,
+            EPS=0.0, KEYS=True, NORMALIZE=False, GRADIENT=False, **sizes,
+        )  # fmt: skip
+        for keys in (False, True):
+            grad = torch.empty(parts, *q.shape, dtype=q.dtype if parts == 1 else call.dtype, device=q.device)
+            dot = torch.empty(per_step, dtype=call.dtype, device=q.device)
+            sides = (k, q, v, dy) if keys else (q, k, dy, v)
+            side_gradients[(key_blocks * call.groups * parts * call.segments,)](
+                *sides, weights.rows, weights.columns, weights.until_end if keys else weight, weights.since_start,
+                extra, *kept, *initial, *kept_gradient, *final_gradient, call.table,
+                grad, dot, *ends, call.segments, call.steps, call.length,
+                PARTS=parts, KEYS=keys, VECTOR=extra is not None, **side_sizes,
+            )  # fmt: skip
+            found.append(grad.view(q.shape) if parts == 1 else grad.sum(0))
+            dots.append(dot)
+    return Gradients(*found, dv, *dots, *ends)

@@ -1,0 +1,156 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""Scalar-decay linear recurrence (SSD): its decays, forward and backward, around the kernels over states.
+
+The equations are in `sinuous.core.ops.ssd` and in `matrix_state_kernels`, here with u = μ = -Σ log_decay.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sinuous.kernels.triton.matrix_state_kernels import gradient_of_sums, row_of, segment_at
+from sinuous.kernels.triton.matrix_states import Call, Weights, carry, carry_adjoint, gradients, read
+from sinuous.kernels.triton.packing import on_device
+
+FORGOTTEN = tl.constexpr(-1e5)
+"""Stands for the logarithm -inf: its exponential is 0 in every precision, and sums with it are still exact to 1e-9."""
+
+
+@triton.jit(do_not_specialize=["length"])
+def decays(
+    log_decay, table, logs, since_start, until_end, length, stride_b, stride_t, stride_h,
+    H: tl.constexpr, BH: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Minus the sum of log_decay since the start of the segment, the decay since then, and until the segment's end."""
+    blocks: tl.constexpr = (H + BH - 1) // BH
+    pid = tl.program_id(0)
+    h, unit = pid % blocks * BH + tl.arange(0, BH), pid // blocks
+    batch, start, stop, _, _ = segment_at(unit, table, length, CHUNK, PACKED)
+    if start == stop:
+        return
+    p = start + tl.arange(0, CHUNK)
+    there = (p < stop)[:, None] & (h < H)[None, :]
+    row = row_of(p, batch, length, REVERSE)
+    place = batch * stride_b + (row - batch * length)[:, None] * stride_t + h[None, :] * stride_h
+    g = tl.maximum(tl.load(log_decay + place, mask=there, other=0).to(tl.float64), FORGOTTEN)
+    sums = tl.cumsum(g, 0)
+    at = row[:, None] * H + h[None, :]
+    tl.store(logs + at, -sums, mask=there)
+    tl.store(since_start + at, tl.exp(sums.to(ACC)), mask=there)
+    tl.store(until_end + at, tl.exp((tl.sum(g, 0)[None, :] - sums).to(ACC)), mask=there)
+
+
+@triton.jit(do_not_specialize=["length"])
+def decay_gradients(
+    log_decay, query_dots, key_dots, ends, table, grad, segments, steps, length, key_blocks,
+    stride_b, stride_t, stride_h,
+    H: tl.constexpr, BH: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Gradient of log_decay at every step."""
+    blocks: tl.constexpr = (H + BH - 1) // BH
+    pid = tl.program_id(0)
+    h, unit = pid % blocks * BH + tl.arange(0, BH), (pid // blocks).to(tl.int64)
+    batch, start, stop, _, _ = segment_at(unit, table, length, CHUNK, PACKED)
+    if start == stop:
+        return
+    p = start + tl.arange(0, CHUNK)
+    there = (p < stop)[:, None] & (h < H)[None, :]
+    row = row_of(p, batch, length, REVERSE)
+    _, into_logs = gradient_of_sums(
+        query_dots, key_dots, ends, row, unit, h, there, h < H, stop, p, segments, steps, key_blocks, H
+    )
+    place = batch * stride_b + (row - batch * length)[:, None] * stride_t + h[None, :] * stride_h
+    reset = tl.load(log_decay + place, mask=there, other=0).to(tl.float32) == float("-inf")
+    tl.store(grad + row[:, None] * H + h[None, :], tl.where(reset, 0.0, into_logs), mask=there)
+
+
+def _weights(call: Call, log_decay: Tensor) -> Weights:
+    """Products of `log_decay`, `[B, T, H]` with any strides."""
+    logs = torch.empty(log_decay.shape, dtype=torch.float64, device=log_decay.device)
+    since_start, until_end = (torch.empty_like(logs, dtype=call.dtype) for _ in range(2))
+    blocks, form = call.over_gates()
+    with on_device(log_decay):
+        decays[(call.segments * blocks,)](
+            log_decay, call.table, logs, since_start, until_end, call.length, *log_decay.stride(),
+            ACC=call.sizes["ACC"], **form,
+        )  # fmt: skip
+    return Weights(logs, logs, since_start, until_end)
+
+
+def _over_time(log_decay: Tensor | None, v: Tensor) -> Tensor:
+    return (v.new_zeros(1) if log_decay is None else log_decay).expand(v.shape[:3])
+
+
+def _initial(call: Call, initial_state: Tensor | None, q: Tensor) -> Tensor:
+    shape = (call.sequences, call.heads, call.keys, call.values)
+    if initial_state is None:
+        return torch.zeros(shape, dtype=call.dtype, device=q.device)
+    return initial_state.to(call.dtype).contiguous()
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    reverse: bool,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(y, final_state, chunk_states)` as `sinuous.core.ops.ssd` defines them."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    call = Call.of(q, v, cu_seqlens, scale, reverse, chunk_size)
+    initial = _initial(call, initial_state, q)
+    if v.numel() == 0:
+        return torch.empty_like(v), initial.clone(), call.empty_states(initial)
+    weights = _weights(call, _over_time(log_decay, v))
+    (final, _), kept = carry(call, k, v, weights, (initial, None))
+    return read(call, q, k, v, weights, (initial, None), kept, None), final, kept[0]
+
+
+def backward(
+    grads: tuple[Tensor | None, Tensor | None],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    reverse: bool,
+    chunk_states: Tensor,
+    chunk_size: int,
+) -> list[Tensor | None]:
+    """Gradients of q, k, v, log_decay and initial_state."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    call = Call.of(q, v, cu_seqlens, scale, reverse, chunk_size)
+    initial = _initial(call, initial_state, q)
+    dy = torch.zeros_like(v) if grads[0] is None else grads[0].contiguous()
+    dfinal = torch.zeros_like(initial) if grads[1] is None else grads[1].to(call.dtype).contiguous()
+    if v.numel() == 0:
+        zeros = [None if t is None else torch.zeros_like(t) for t in (q, k, v, log_decay)]
+        return [*zeros, None if initial_state is None else dfinal]
+    over_time = _over_time(log_decay, v)
+    weights = _weights(call, over_time)
+    before, after = carry_adjoint(call, q, dy, None, weights.since_start, weights, (dfinal, None))
+    found = gradients(
+        call, q, k, v, dy, None, weights.since_start, weights,
+        (initial, None), (chunk_states, None), (dfinal, None), after,
+    )  # fmt: skip
+    dlog_decay = None
+    if log_decay is not None:
+        dlog_decay = torch.empty(over_time.shape, dtype=call.dtype, device=q.device)
+        blocks, form = call.over_gates()
+        with on_device(q):
+            decay_gradients[(call.segments * blocks,)](
+                over_time, found.query_dots, found.key_dots, found.ends, call.table, dlog_decay,
+                call.segments, call.steps, call.length, found.ends.shape[0], *over_time.stride(), **form,
+            )  # fmt: skip
+        dlog_decay = dlog_decay.sum((0, 1)) if log_decay.ndim == 1 else dlog_decay
+    return [found.q, found.k, found.v, dlog_decay, None if initial_state is None else before[0]]
