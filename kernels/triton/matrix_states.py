@@ -294,4 +294,5 @@ def gradients(
             )  # fmt: skip
             found.append(grad.view(q.shape) if parts == 1 else grad.sum(0))
             dots.append(dot)
-    return Gradients(*found, dv, *dots, *ends)
+    (dq, dk), (query_dots, key_dots), (sums, last_sums) = found, dots, ends
+    return Gradients(dq, dk, dv, query_dots, key_dots, sums, last_sums)
