@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from sinuous.kernels.triton import causal_conv1d, selective_scan, selective_scan_backward, ssd
+from sinuous.kernels.triton import causal_conv1d, linear_scan, selective_scan, selective_scan_backward, ssd
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = {
@@ -45,6 +45,7 @@ TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.float64: "fp64",
+    torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -216,6 +217,33 @@ def ssd_launches(
     return launches
 
 
+def linear_scan_launches(
+    dtype: torch.dtype,
+    *,
+    batch: int = 1,
+    length: int = 4096,
+    width: int = 768,
+    constant: bool = False,
+    packed: bool = False,
+) -> list[Launch]:
+    """The launches of a linear scan with every optional argument, forward and backward."""
+    x = torch.empty(batch, length, width, dtype=dtype, device="meta")
+    state = (3 if packed else batch, width)
+    arguments: dict[str, Any] = {
+        "x": x,
+        "a": x.new_empty(width) if constant else x,
+        "reset": x.new_empty(batch, length, dtype=torch.bool),
+        "initial_state": x.new_empty(state, dtype=torch.promote_types(dtype, torch.float32)),
+        "cu_seqlens": x.new_empty(4, dtype=torch.int32) if packed else None,
+        "reverse": False,
+        "chunk_size": 64,
+    }
+    with recording() as launches:
+        y, final, chunk_states = linear_scan.forward(**arguments)
+        linear_scan.backward((y, final), chunk_states=chunk_states, **arguments)
+    return launches
+
+
 def cases() -> Iterator[tuple[str, list[Launch]]]:
     """The configurations in the table."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -227,10 +255,15 @@ def cases() -> Iterator[tuple[str, list[Launch]]]:
         for taps in (4, 8):
             yield f"causal_conv1d {name} W={taps}", convolution_launches(dtype, taps=taps)
         yield f"causal_conv1d {name} W=4 packed", convolution_launches(dtype, packed=True)
+        yield f"linear_scan {name}", linear_scan_launches(dtype)
+        yield f"linear_scan {name} packed, constant a", linear_scan_launches(dtype, packed=True, constant=True)
+        yield f"linear_scan {name} B=256", linear_scan_launches(dtype, batch=256, length=256)
         for keys, values in ((64, 64), (128, 128), (128, 64)):
             yield f"ssd {name} K={keys} V={values}", ssd_launches(dtype, keys=keys, values=values)
         yield f"ssd {name} K=128 V=64 one group", ssd_launches(dtype, keys=128, groups=1)
         yield f"ssd {name} K=64 V=64 packed", ssd_launches(dtype, packed=True)
+    yield "linear_scan complex64", linear_scan_launches(torch.complex64)
+    yield "linear_scan complex64 packed", linear_scan_launches(torch.complex64, packed=True)
 
 
 def table() -> tuple[list[str], list[str]]:
