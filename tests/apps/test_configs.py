@@ -41,8 +41,8 @@ def test_every_experiment_builds(experiment: str) -> None:
         task = make_task(config)
     assert {parameter.device.type for parameter in task.model.parameters()} == {"meta"}
     loaded = make_data(config)
-    image = task.model(torch.zeros(1, loaded.in_chans, loaded.img_size, loaded.img_size, device="meta"))
-    assert image.shape == (1, loaded.num_classes)
+    logits = task.model(loaded.example().to("meta"))
+    assert logits.shape == ((1, loaded.num_classes) if loaded.examples == "images" else (1, loaded.length, 256))
     assert task.make_optimizer(torch.nn.Linear(2, 2)).param_groups[0]["lr"] == config.optimizer.lr
 
 
