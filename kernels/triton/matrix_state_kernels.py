@@ -27,19 +27,23 @@ import triton.language as tl
 
 from sinuous.kernels.triton.packing import bounds_of
 
+FORGOTTEN = tl.constexpr(-1e5)
+"""Stands for the logarithm of a decay of 0: its exponential is 0 in every precision, and sums are exact to 1e-9."""
+
 
 @triton.jit
 def segment_at(i, table, length, CHUNK: tl.constexpr, PACKED: tl.constexpr):
-    """Batch row, first step, step after the last, and the sequences that begin and end with segment `i`."""
+    """Of segment `i`: batch row, first step, step after the last, the sequences that begin and end with it, or -1, and
+    its own sequence."""
     chunks = tl.cdiv(length, CHUNK)
     batch, j = i // chunks, i % chunks
     start = j * CHUNK
     stop = tl.minimum(start + CHUNK, length)
-    first, last = tl.where(j == 0, batch, -1), tl.where(j == chunks - 1, batch, -1)
+    first, last, sequence = tl.where(j == 0, batch, -1), tl.where(j == chunks - 1, batch, -1), batch
     if PACKED:
-        start, stop = tl.load(table + i * 4), tl.load(table + i * 4 + 1)
-        first, last, batch = tl.load(table + i * 4 + 2), tl.load(table + i * 4 + 3), i * 0
-    return batch.to(tl.int64), start, stop, first.to(tl.int64), last.to(tl.int64)
+        start, stop, sequence = tl.load(table + i * 5), tl.load(table + i * 5 + 1), tl.load(table + i * 5 + 4)
+        first, last, batch = tl.load(table + i * 5 + 2), tl.load(table + i * 5 + 3), i * 0
+    return batch.to(tl.int64), start, stop, first.to(tl.int64), last.to(tl.int64), sequence.to(tl.int64)
 
 
 @triton.jit
@@ -97,8 +101,9 @@ def carry_states(
         here = (batch * chunks + j) * H + h
         if whole:
             tl.store(kept + here * K * V + kv, S, mask=there_kv)
-            if VECTOR:
-                tl.store(kept_vector + here * K + k, vector, mask=(k < K) & (v_block == 0))
+            if VECTOR:  # noqa: SIM102 (settled at compile time)
+                if v_block == 0:
+                    tl.store(kept_vector + here * K + k, vector, mask=k < K)
         p = start + i
         there, row = p < stop, row_of(p, batch, length, REVERSE)
         w = tl.load(weight + row * H + h, mask=there, other=0).to(ACC)
@@ -117,8 +122,9 @@ def carry_states(
                 a *= tl.load(extra + row * H + h, mask=there, other=0)[None, :]
             vector = total * vector + tl.sum(a, 1)
     tl.store(final + (n * H + h) * K * V + kv, S, mask=there_kv)
-    if VECTOR:
-        tl.store(final_vector + (n * H + h) * K + k, vector, mask=(k < K) & (v_block == 0))
+    if VECTOR:  # noqa: SIM102
+        if v_block == 0:
+            tl.store(final_vector + (n * H + h) * K + k, vector, mask=k < K)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -138,7 +144,7 @@ def read_states(
     v_blocks: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
     v_block, h, unit = pid % v_blocks, pid // v_blocks % H, pid // (v_blocks * H)
-    batch, start, stop, first, last = segment_at(unit, table, length, CHUNK, PACKED)
+    batch, start, stop, first, last, _ = segment_at(unit, table, length, CHUNK, PACKED)
     if start == stop:
         return
     v, i = v_block * BV + tl.arange(0, BV), tl.arange(0, CHUNK)
@@ -184,8 +190,9 @@ def read_states(
         if GRADIENT:
             g = tl.load(grad + (row * H + h)[:, None] * V + v[None, :], mask=there_v, other=0).to(ACC)
             tl.store(inner + v_block.to(tl.int64) * steps * H + row * H + h, tl.sum(g * result, 1), mask=there)
-            tl.store(normaliser + row * H + h, summed, mask=there & (v_block == 0))
-            tl.store(denominator + row * H + h, divisor, mask=there & (v_block == 0))
+            if v_block == 0:
+                tl.store(normaliser + row * H + h, summed, mask=there)
+                tl.store(denominator + row * H + h, divisor, mask=there)
         else:
             result /= divisor[:, None]
     if not GRADIENT:
@@ -215,7 +222,7 @@ def side_gradients(
     pid = tl.program_id(0)
     k_block, g = pid % k_blocks, pid // k_blocks % G
     part, unit = pid // (k_blocks * G) % PARTS, pid // (k_blocks * G * PARTS)
-    batch, start, stop, first, last = segment_at(unit, table, length, CHUNK, PACKED)
+    batch, start, stop, first, last, _ = segment_at(unit, table, length, CHUNK, PACKED)
     if start == stop:
         return
     k, i = k_block * BK + tl.arange(0, BK), tl.arange(0, CHUNK)

@@ -44,18 +44,23 @@ def tiles(kernel: object, dtype: torch.dtype, keys: int, values: int, shared: bo
     Args:
         shared: whether several heads share their queries and keys.
     """
-    largest, warps, stages = {torch.float32: (32, 8, 2), torch.float64: (16, 8, 2)}.get(dtype, (64, 4, 2))
-    if kernel is side_gradients and dtype == torch.float32:
-        largest, stages = (16, 2) if shared else (32, 1)
-    elif kernel is read_states and keys > 64:
+    block_k, block_v, warps, stages = 64, 64, 4, 2
+    if kernel is read_states and keys > 64:
         warps = 8
-    block_k, block_v = (max(16, min(largest, triton.next_power_of_2(n))) for n in (keys, values))
-    return {"BK": block_k, "BV": block_v, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    if dtype == torch.float64:
+        block_k, block_v, warps, stages = 16, 16, 8, 1
+    elif dtype == torch.float32 and kernel is side_gradients:
+        block_k, block_v, warps, stages = (16, 16, 8, 2) if shared else (32, 32, 8, 1)
+    elif dtype == torch.float32:
+        block_k, block_v, warps = 16 if kernel is read_states else 32, 32, 8
+    block_k, block_v = min(block_k, triton.next_power_of_2(keys)), min(block_v, triton.next_power_of_2(values))
+    blocks = {"BK": max(16, block_k), "BV": max(16, block_v)}
+    return {**blocks, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 def segments(cu_seqlens: Tensor, length: int, chunk_size: int, reverse: bool) -> Tensor:
-    """`[chunks + sequences, 4]` in processing order, without waiting for the device: first step, step after the last,
-    the sequence that begins with it and the one that ends with it, -1 for none. Some are empty."""
+    """`[chunks + sequences, 5]` in processing order, without waiting for the device: first step, step after the last,
+    the sequence that begins with it and the one that ends with it, -1 for none, and its sequence. Some are empty."""
     bounds = cu_seqlens.to(torch.int32)
     count = bounds.shape[0] - 1
     if reverse:
@@ -67,7 +72,7 @@ def segments(cu_seqlens: Tensor, length: int, chunk_size: int, reverse: bool) ->
     name = count - 1 - sequence if reverse else sequence
     first = torch.where((stop > start) & (start == bounds[sequence]), name, -1)
     last = torch.where((stop > start) & (stop == bounds[sequence + 1]), name, -1)
-    return torch.stack([start, stop, first, last], 1).contiguous()
+    return torch.stack([start, stop, first, last, name], 1).contiguous()
 
 
 class Call(NamedTuple):

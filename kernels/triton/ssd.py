@@ -11,12 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sinuous.kernels.triton.matrix_state_kernels import gradient_of_sums, row_of, segment_at
+from sinuous.kernels.triton.matrix_state_kernels import FORGOTTEN, gradient_of_sums, row_of, segment_at
 from sinuous.kernels.triton.matrix_states import Call, Weights, carry, carry_adjoint, gradients, read
 from sinuous.kernels.triton.packing import on_device
-
-FORGOTTEN = tl.constexpr(-1e5)
-"""Stands for the logarithm -inf: its exponential is 0 in every precision, and sums with it are still exact to 1e-9."""
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -29,7 +26,7 @@ def decays(
     blocks: tl.constexpr = (H + BH - 1) // BH
     pid = tl.program_id(0)
     h, unit = pid % blocks * BH + tl.arange(0, BH), pid // blocks
-    batch, start, stop, _, _ = segment_at(unit, table, length, CHUNK, PACKED)
+    batch, start, stop, _, _, _ = segment_at(unit, table, length, CHUNK, PACKED)
     if start == stop:
         return
     p = start + tl.arange(0, CHUNK)
@@ -54,7 +51,7 @@ def decay_gradients(
     blocks: tl.constexpr = (H + BH - 1) // BH
     pid = tl.program_id(0)
     h, unit = pid % blocks * BH + tl.arange(0, BH), (pid // blocks).to(tl.int64)
-    batch, start, stop, _, _ = segment_at(unit, table, length, CHUNK, PACKED)
+    batch, start, stop, _, _, _ = segment_at(unit, table, length, CHUNK, PACKED)
     if start == stop:
         return
     p = start + tl.arange(0, CHUNK)

@@ -1,0 +1,268 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""mLSTM: its gates and its stabiliser, forward and backward, around the kernels over states.
+
+The equations are in `sinuous.core.ops.mlstm` and in `matrix_state_kernels`. With b_t the sum of log f since the start
+of a segment and m the stabiliser before it, here
+
+    u_j = log i_j - b_j      μ_t = max(m, max_{j ≤ t} u_j)      m_t = μ_t + b_t
+
+In the backward pass μ_t + log d_t, with the denominator d_t, takes the place of μ_t, and dy that of dy_t / d_t.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sinuous.kernels.triton.matrix_state_kernels import FORGOTTEN, gradient_of_sums, row_of, segment_at
+from sinuous.kernels.triton.matrix_states import (
+    Call,
+    Normaliser,
+    State,
+    Weights,
+    carry,
+    carry_adjoint,
+    gradients,
+    read,
+    read_normaliser,
+)
+from sinuous.kernels.triton.packing import bounds_of, on_device
+
+LOWEST = tl.constexpr(-1e30)
+NOTHING = tl.constexpr(-2e30)
+"""Stands for the logarithm of an input gate of 0, below the lowest stabiliser."""
+
+
+@triton.jit
+def log_sigmoid(x):
+    return tl.minimum(x, 0.0) - tl.log(1 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit(do_not_specialize=["length"])
+def gates(
+    input_gate, forget_gate, initial_m, cu_seqlens, rows, columns, since_start, until_end, floor,
+    kept_m, final_m, source, length,
+    H: tl.constexpr, BH: tl.constexpr, CHUNK: tl.constexpr, STABILISED: tl.constexpr,
+    PACKED: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The weights of all steps, the floor of the denominator e^-m, and m: before each chunk, after each sequence.
+
+    `source` [sequences, H] is the processing step whose input gate is in the last m, -1 for the initial m.
+    """
+    blocks: tl.constexpr = (H + BH - 1) // BH
+    pid = tl.program_id(0)
+    h, n = pid % blocks * BH + tl.arange(0, BH), (pid // blocks).to(tl.int64)
+    begin, steps, batch = bounds_of(n, cu_seqlens, length, PACKED, REVERSE)
+    end = begin + steps
+    m = tl.load(initial_m + n * H + h, mask=h < H, other=0).to(tl.float64)
+    came_from = tl.full([BH], -1, tl.int32)
+    chunks, first_chunk = tl.cdiv(length, CHUNK), begin // CHUNK
+    past_chunk = tl.where(steps > 0, tl.cdiv(end, CHUNK), first_chunk)
+    for j in range(first_chunk, past_chunk):
+        start, stop = tl.maximum(begin, j * CHUNK), tl.minimum(end, (j + 1) * CHUNK)
+        if start == j * CHUNK:
+            tl.store(kept_m + (batch * chunks + j) * H + h, m, mask=h < H)
+        p = start + tl.arange(0, CHUNK)
+        there = (p < stop)[:, None] & (h < H)[None, :]
+        at = row_of(p, batch, length, REVERSE)[:, None] * H + h[None, :]
+        log_i = tl.load(input_gate + at, mask=there, other=0).to(tl.float64)
+        if not STABILISED:
+            log_i = log_sigmoid(log_i)
+        log_i = tl.where(there, tl.maximum(log_i, NOTHING), NOTHING)
+        log_f = log_sigmoid(tl.load(forget_gate + at, mask=there, other=0).to(tl.float64))
+        log_f = tl.where(there, tl.maximum(log_f, FORGOTTEN), 0.0)
+        b, total = tl.cumsum(log_f, 0), tl.sum(log_f, 0)
+        u = log_i - b
+        if STABILISED:
+            largest = tl.max(u, 0)
+            came_from = tl.where(largest > m, start + tl.argmax(u, 0), came_from)
+            mu = tl.maximum(tl.maximum(tl.associative_scan(u, 0, _larger), m[None, :]), LOWEST)
+            last = tl.maximum(tl.maximum(largest, m), LOWEST)
+            before, m = m, last + total
+        else:
+            mu, before, last = -b, tl.zeros([BH], tl.float64), -total
+        tl.store(rows + at, mu, mask=there)
+        tl.store(columns + at, u, mask=there)
+        tl.store(since_start + at, tl.exp((before[None, :] - mu).to(ACC)), mask=there)
+        tl.store(until_end + at, tl.exp((u - last[None, :]).to(ACC)), mask=there)
+        tl.store(floor + at, tl.exp((-mu - b).to(ACC)), mask=there)
+    tl.store(final_m + n * H + h, m, mask=h < H)
+    tl.store(source + n * H + h, came_from, mask=h < H)
+
+
+@triton.jit(do_not_specialize=["length"])
+def gate_gradients(
+    input_gate, forget_gate, query_dots, key_dots, ends, source, into_m, table, grad_input, grad_forget,
+    segments, steps, length, key_blocks,
+    H: tl.constexpr, BH: tl.constexpr, CHUNK: tl.constexpr, STABILISED: tl.constexpr,
+    PACKED: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the gates before their activations; `into_m` [sequences, H] is that of the last m."""
+    blocks: tl.constexpr = (H + BH - 1) // BH
+    pid = tl.program_id(0)
+    h, unit = pid % blocks * BH + tl.arange(0, BH), (pid // blocks).to(tl.int64)
+    batch, start, stop, _, _, n = segment_at(unit, table, length, CHUNK, PACKED)
+    if start == stop:
+        return
+    p = start + tl.arange(0, CHUNK)
+    there = (p < stop)[:, None] & (h < H)[None, :]
+    row = row_of(p, batch, length, REVERSE)
+    into_input, into_log_f = gradient_of_sums(
+        query_dots, key_dots, ends, row, unit, h, there, h < H, stop, p, segments, steps, key_blocks, H
+    )
+    at = row[:, None] * H + h[None, :]
+    i = tl.load(input_gate + at, mask=there, other=0).to(tl.float64)
+    f = tl.load(forget_gate + at, mask=there, other=0).to(tl.float64)
+    if STABILISED:
+        d = tl.load(into_m + n * H + h, mask=h < H, other=0).to(tl.float64)[None, :]
+        place = tl.load(source + n * H + h, mask=h < H, other=0)[None, :]
+        into_input += tl.where(p[:, None] == place, d, 0.0)
+        into_log_f += tl.where(p[:, None] > place, d, 0.0)
+    else:
+        into_input *= 1 / (1 + tl.exp(i))
+    reset = f == float("-inf")
+    into_forget = into_log_f / (1 + tl.exp(tl.where(reset, 0.0, f)))
+    tl.store(grad_input + at, into_input.to(ACC), mask=there)
+    tl.store(grad_forget + at, tl.where(reset, 0.0, into_forget).to(ACC), mask=there)
+
+
+class _Gates:
+    """The gates of a call and what `gates` makes of them."""
+
+    def __init__(
+        self, call: Call, input_gate: Tensor, forget_gate: Tensor, initial_m: Tensor, eps: float, activation: str
+    ) -> None:
+        self.input_gate, self.forget_gate = input_gate.contiguous(), forget_gate.contiguous()
+        self.stabilised = activation == "exp"
+        logs = [torch.empty(input_gate.shape, dtype=torch.float64, device=input_gate.device) for _ in range(2)]
+        since_start, until_end, floor = (torch.empty_like(logs[0], dtype=call.dtype) for _ in range(3))
+        self.weights = Weights(logs[0], logs[1], since_start, until_end)
+        self.normaliser = Normaliser(floor, eps)
+        self.kept_m, self.m = call.empty_states(initial_m), torch.empty_like(initial_m)
+        self.source = torch.empty(initial_m.shape, dtype=torch.int32, device=initial_m.device)
+        self.blocks, form = call.over_gates()
+        self.form = {**form, "STABILISED": self.stabilised, "ACC": call.sizes["ACC"]}
+        with on_device(input_gate):
+            gates[(call.sequences * self.blocks,)](
+                self.input_gate, self.forget_gate, initial_m, call.bounds, *self.weights, floor,
+                self.kept_m, self.m, self.source, call.length, **self.form,
+            )  # fmt: skip
+
+
+def _initial(call: Call, given: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows = (call.sequences, call.heads)
+    shapes = ((*rows, call.keys, call.values), (*rows, call.keys), rows)
+    C, n, m = (
+        torch.zeros(shape, dtype=call.dtype, device=like.device) if t is None else t.to(call.dtype).contiguous()
+        for t, shape in zip(given, shapes, strict=True)
+    )
+    return C, n, m
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    input_gate: Tensor,
+    forget_gate: Tensor,
+    initial_C: Tensor | None,
+    initial_n: Tensor | None,
+    initial_m: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    eps: float,
+    input_activation: str,
+    normalize: bool,
+    reverse: bool,
+    chunk_size: int,
+) -> tuple[Tensor, ...]:
+    """`(y, C, n, m, chunk_C, chunk_n, chunk_m)` as `sinuous.core.ops.mlstm` defines them."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    call = Call.of(q, v, cu_seqlens, scale, reverse, chunk_size)
+    C, n, m = _initial(call, (initial_C, initial_n, initial_m), q)
+    if v.numel() == 0:
+        return torch.empty_like(v), C.clone(), n.clone(), m.clone(), *(call.empty_states(t) for t in (C, n, m))
+    made = _Gates(call, input_gate, forget_gate, m, eps, input_activation)
+    (final_C, final_n), kept = carry(call, k, v, made.weights, (C, n))
+    y = read(call, q, k, v, made.weights, (C, n), kept, made.normaliser if normalize else None)
+    assert final_n is not None
+    assert kept[1] is not None
+    return y, final_C, final_n, made.m, kept[0], kept[1], made.kept_m
+
+
+def backward(
+    grads: tuple[Tensor | None, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    input_gate: Tensor,
+    forget_gate: Tensor,
+    initial_C: Tensor | None,
+    initial_n: Tensor | None,
+    initial_m: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    eps: float,
+    input_activation: str,
+    normalize: bool,
+    reverse: bool,
+    chunk_C: Tensor,
+    chunk_n: Tensor,
+    chunk_m: Tensor,
+    chunk_size: int,
+) -> list[Tensor | None]:
+    """Gradients of q, k, v, input_gate, forget_gate, initial_C, initial_n and initial_m."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    call = Call.of(q, v, cu_seqlens, scale, reverse, chunk_size)
+    given = (initial_C, initial_n, initial_m)
+    C, n, m = _initial(call, given, q)
+    dy = torch.zeros_like(v) if grads[0] is None else grads[0].contiguous()
+    dC, dn, dm = _initial(call, tuple(grads[1:]), q)
+    if v.numel() == 0:
+        zeros = [torch.zeros_like(t) for t in (q, k, v, input_gate, forget_gate)]
+        return [*zeros, *(None if t is None else d for t, d in zip(given, (dC, dn, dm), strict=True))]
+    made = _Gates(call, input_gate, forget_gate, m, eps, input_activation)
+    initial, kept, dfinal = (C, n), (chunk_C, chunk_n), (dC, dn)
+    weights, weight, extra = made.weights, made.weights.since_start, torch.zeros_like(made.weights.since_start)
+    if normalize:
+        summed, denominator, inner = read_normaliser(call, q, k, v, dy, weights, initial, kept, made.normaliser)
+        # Bounded, since the difference of two infinities is none.
+        weights = weights._replace(rows=weights.rows + denominator.double().log().clamp(max=1e30))
+        weight = weight / denominator
+        extra = torch.where(summed.abs() > made.normaliser.floor, -summed.sign() * inner / denominator, extra)
+    before, after = carry_adjoint(call, q, dy, extra, weight, weights, dfinal)
+    found = gradients(call, q, k, v, dy, extra, weight, weights, initial, kept, dfinal, after)
+    into_m = dm - found.last_ends[:, : call.sequences].sum(0)
+    dinput_gate, dforget_gate = torch.empty_like(made.input_gate), torch.empty_like(made.forget_gate)
+    with on_device(q):
+        gate_gradients[(call.segments * made.blocks,)](
+            made.input_gate, made.forget_gate, found.query_dots, found.key_dots, found.ends, made.source, into_m,
+            call.table, dinput_gate, dforget_gate, call.segments, call.steps, call.length, found.ends.shape[0],
+            **made.form,
+        )  # fmt: skip
+    dinitial = (*before, _initial_m_gradient(made, initial, before, dm, into_m, cu_seqlens))
+    return [
+        found.q, found.k, found.v, dinput_gate, dforget_gate,
+        *(None if t is None else d for t, d in zip(given, dinitial, strict=True)),
+    ]  # fmt: skip
+
+
+def _initial_m_gradient(
+    made: _Gates, initial: State, before: State, dm: Tensor, into_m: Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
+    """What m does to the initial C and n, and to the last m where it is in that; `dm` for sequences without a step."""
+    if not made.stabilised:
+        return dm
+    total = into_m.masked_fill(made.source >= 0, 0)
+    for state, gradient in zip(initial, before, strict=True):
+        assert state is not None
+        assert gradient is not None
+        total = total + (state * gradient).flatten(2).sum(-1)
+    return total if cu_seqlens is None else torch.where((cu_seqlens.diff() == 0)[:, None], dm, total)
