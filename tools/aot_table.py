@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from sinuous.kernels.triton import causal_conv1d, linear_scan, selective_scan, selective_scan_backward, ssd
+from sinuous.kernels.triton import causal_conv1d, linear_scan, mlstm, selective_scan, selective_scan_backward, ssd
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = {
@@ -244,6 +244,32 @@ def linear_scan_launches(
     return launches
 
 
+def mlstm_launches(
+    dtype: torch.dtype, *, keys: int = 64, values: int = 64, activation: str = "exp", packed: bool = False
+) -> list[Launch]:
+    """The launches of mlstm on 16 heads with every optional argument, forward and backward."""
+    sequences = 3 if packed else 1
+    arguments: dict[str, Any] = {
+        **attention_arguments(dtype, keys, values, 16, 16),
+        "input_gate": torch.empty(1, 4096, 16, dtype=dtype, device="meta"),
+        "forget_gate": torch.empty(1, 4096, 16, dtype=dtype, device="meta"),
+        "initial_C": torch.empty(sequences, 16, keys, values, device="meta"),
+        "initial_n": torch.empty(sequences, 16, keys, device="meta"),
+        "initial_m": torch.empty(sequences, 16, device="meta"),
+        "cu_seqlens": torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
+        "scale": None,
+        "eps": 1e-6,
+        "input_activation": activation,
+        "normalize": True,
+        "reverse": False,
+        "chunk_size": 64,
+    }
+    with recording() as launches:
+        y, C, n, m, chunk_C, chunk_n, chunk_m = mlstm.forward(**arguments)
+        mlstm.backward((y, C, n, m), chunk_C=chunk_C, chunk_n=chunk_n, chunk_m=chunk_m, **arguments)
+    return launches
+
+
 def cases() -> Iterator[tuple[str, list[Launch]]]:
     """The configurations in the table."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -262,6 +288,10 @@ def cases() -> Iterator[tuple[str, list[Launch]]]:
             yield f"ssd {name} K={keys} V={values}", ssd_launches(dtype, keys=keys, values=values)
         yield f"ssd {name} K=128 V=64 one group", ssd_launches(dtype, keys=128, groups=1)
         yield f"ssd {name} K=64 V=64 packed", ssd_launches(dtype, packed=True)
+        for keys, values in ((64, 64), (128, 128), (256, 512)):
+            yield f"mlstm {name} K={keys} V={values}", mlstm_launches(dtype, keys=keys, values=values)
+        yield f"mlstm {name} K=64 V=64 packed", mlstm_launches(dtype, packed=True)
+        yield f"mlstm {name} K=64 V=64 sigmoid", mlstm_launches(dtype, activation="sigmoid")
     yield "linear_scan complex64", linear_scan_launches(torch.complex64)
     yield "linear_scan complex64 packed", linear_scan_launches(torch.complex64, packed=True)
 
