@@ -303,7 +303,7 @@ def table() -> tuple[list[str], list[str]]:
         for launch in launches:
             sizes = {
                 k: launch.arguments[k]
-                for k in ("BT", "BD", "BN", "BW", "BH", "BK", "BV", "KEYS", "ADJOINT")
+                for k in ("BT", "BD", "BN", "BW", "BH", "BK", "BV", "KEYS", "ADJOINT", "GRADIENT")
                 if k in launch.arguments
             }
             described = ", ".join(f"{k} {v}" for k, v in sizes.items())
@@ -318,9 +318,10 @@ def table() -> tuple[list[str], list[str]]:
                     broken.append(f"{what}: accesses scratch memory in {found.layouts} layouts")
                 if found.shared > limit * 1024:
                     broken.append(f"{what}: needs {found.shared} bytes of shared memory of {limit} KiB")
-            rows.append(f"| {case} | {launch.kernel.__name__} | {described} | {launch.options['num_warps']} | ")
-            rows[-1] += " | ".join(cells) + " |"
-    return rows, broken
+            row = f"| {case} | {launch.kernel.__name__} | {described} | {launch.options['num_warps']} | "
+            rows.append(row + " | ".join(cells) + " |")
+    # A backward pass may launch what the forward pass did.
+    return list(dict.fromkeys(rows)), broken
 
 
 def main() -> int:
@@ -335,8 +336,8 @@ def main() -> int:
         "# Triton kernels, compiled ahead of time",
         "",
         "Registers of a thread / bytes spilled to its stack / KiB of shared memory of a program. On gfx942 the first",
-        "figure is vector registers. D = 768, T = 4096 (256 where B = 256, which takes the serial form); all optional",
-        "arguments present. Nothing here was timed.",
+        "figure is vector registers. D = 768 or 16 heads, T = 4096 (256 where B = 256, which takes the serial form); all",
+        "optional arguments present. Nothing here was timed.",
         "",
         f"torch {torch.__version__.split('+')[0]}, triton {triton.__version__}: `python tools/aot_table.py`.",
         "",
