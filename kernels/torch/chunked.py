@@ -18,6 +18,9 @@ from sinuous.kernels.torch.packing import Segment, flip_sequences, mirror, rows,
 State = tuple[Tensor, ...]
 Tensors = Sequence[Tensor | None]
 
+NARROW = 80.0
+"""Width of a range of exponents that fp32 passes in two factors: e^±40 each and their product are normal numbers."""
+
 LOWEST = -1e30
 """Bound from below of a stabiliser m, so that e^{x - m} is 0 and not NaN where both are -inf."""
 
@@ -186,13 +189,25 @@ class _Sums(NamedTuple):
 
     def products(self, columns: Tensor, rows: Tensor, start: Tensor, apart: Tensor, dtype: torch.dtype) -> Decays:
         """exp(column_j - row_i), exp(start - row_i) and exp(column_j - row_c), 0 where something lies between."""
-        between = columns[..., None, :] - rows[..., :, None]
         since_start, until_end = start - rows, columns - rows[..., -1:]
         if self.resets is not None:
             since_start = since_start.masked_fill(self.resets > 0, -torch.inf)
             until_end = until_end.masked_fill(self.resets != self.resets[..., -1:], -torch.inf)
-        between = between.to(dtype).masked_fill_(apart, -torch.inf).exp_()
+        between = _exp_of_differences(columns, rows, apart, dtype)
         return Decays(between, since_start.to(dtype).exp(), until_end.to(dtype).exp())
+
+
+def _exp_of_differences(columns: Tensor, rows: Tensor, apart: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(column_j - row_i), `[…, c, c]`, and 0 where `apart`."""
+    lowest = torch.minimum(columns.amin(-1), rows.amin(-1))
+    highest = torch.maximum(columns.amax(-1), rows.amax(-1))
+    if not bool((highest - lowest >= NARROW).any()):  # where one is NaN, so is the row, whichever way it goes
+        # An outer product takes c exponentials in place of c², and loses nothing: both factors are rounded from fp64.
+        middle = ((highest + lowest) / 2)[..., None]
+        left, right = (middle - rows).exp().to(dtype), (columns - middle).exp().to(dtype)
+        return (left[..., :, None] * right[..., None, :]).mul_(~apart)
+    differences = columns[..., None, :] - rows[..., :, None]
+    return differences.to(dtype).masked_fill_(apart, -torch.inf).exp_()
 
 
 def decays(log_decay: Tensor) -> Decays:

@@ -30,7 +30,7 @@ def _chunk(inputs: Tensors, scale: float) -> _Chunk:
     log_decay = v.new_zeros(1, 1, v.shape[2]) if log_decay is None else log_decay
     found = decays(log_decay)
     scores = (q @ k.mT).mul_(scale)
-    weights = _per_head(scores, v) * found.between
+    weights = _per_head(scores, v).mul_(found.between)
     return _Chunk(q, k, v, found, weights)
 
 
@@ -49,8 +49,8 @@ def _forward(state: State, inputs: Tensors, parameters: Tensors, scale: float) -
     E, k, v = chunk.decays, _per_head(chunk.k, chunk.v), chunk.v
     y = chunk.weights @ v
     y.addcmul_(_per_head(chunk.q, v) @ S, E.since_start[..., None], value=scale)
-    S = E.since_start[..., -1:, None] * S + k.mT @ (E.until_end[..., None] * v)
-    return y, (S,)
+    update = k.mT @ (E.until_end[..., None] * v)
+    return y, (update.addcmul_(S, E.since_start[..., -1:, None]),)
 
 
 def _backward(
@@ -76,8 +76,8 @@ def _backward(
     dscores = _per_group(dweights.mul_(E.between), chunk.q).mul_(scale)
     dq = dscores @ chunk.k + _per_group(through_start, chunk.q)
     dk = dscores.mT @ chunk.q + _per_group(through_end, chunk.q)
-    dS = total[..., None] * dS + q.mT @ (E.since_start[..., None] * dy).mul_(scale)
-    return (dS,), (dq, dk, dv, dlog_decay), ()
+    dstart = q.mT @ (E.since_start[..., None] * dy).mul_(scale)
+    return (dstart.addcmul_(dS, total[..., None]),), (dq, dk, dv, dlog_decay), ()
 
 
 def _recurrence(scale: float) -> Recurrence:
