@@ -53,6 +53,7 @@ class EvalSchema:
     split: str = "test"
     model: Any = field(default_factory=dict)
     data: Any = field(default_factory=dict)
+    task: Any = field(default_factory=dict)
     trainer: Any = field(default_factory=dict)
 
 

@@ -5,35 +5,36 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import hydra
 import lightning as L
 from omegaconf import DictConfig, OmegaConf
 
 from sinuous.apps.composition import run_composed
 from sinuous.apps.run_folder import describe
-from sinuous.apps.tasks.classification import Classification
-from sinuous.apps.train import first_line, make_data, make_trainer, quieten
+from sinuous.apps.train import first_line, make_data, make_task, make_trainer, name_of, quieten
 
 log = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
-    """`sinuous eval model_name=NAME data=GROUP/NAME checkpoint_path=FILE` (or `pretrained=true`)."""
+    """`sinuous eval model_name=NAME data=GROUP/NAME checkpoint_path=FILE` (or `pretrained=true`), or with the groups
+    of a training: `sinuous eval model=core/bytes data=core/austen task=language_modelling checkpoint_path=FILE`."""
     return run_composed(evaluate, "eval", "sinuous eval", argv)
 
 
 def evaluate(config: DictConfig) -> int:
-    """Score the model of `config` and draw a page of its predictions; returns the exit code."""
+    """Score the model of `config` and show what it does with its data; returns the exit code."""
     quieten()
-    if OmegaConf.is_missing(config, "model_name"):
+    unresolved = OmegaConf.to_container(config.model, resolve=False)
+    if OmegaConf.is_missing(config, "model_name") and "${model_name}" in unresolved.values():
         raise ValueError("the model is missing: give model_name=NAME; `sinuous models` lists the names")
     if not config.pretrained and config.checkpoint_path is None:
         raise ValueError("the weights to score are missing: give checkpoint_path=FILE or pretrained=true")
     if config.split not in ("val", "test"):
         raise ValueError(f"split must be val or test (got {config.split!r})")
     L.seed_everything(config.seed, workers=True, verbose=False)
-    data = make_data(config)
-    task = Classification(hydra.utils.instantiate(config.model, _convert_="all"), num_classes=data.num_classes)
+    OmegaConf.set_struct(config, False)
+    config.model.update(pretrained=config.pretrained, checkpoint_path=config.checkpoint_path)
+    data, task = make_data(config), make_task(config)
     trainer = make_trainer(config)
     folder = Path(config.output_dir)
     if trainer.is_global_zero:
@@ -42,6 +43,6 @@ def evaluate(config: DictConfig) -> int:
     loader = data.val_dataloader() if config.split == "val" else data.test_dataloader()
     trainer.test(task, loader, verbose=False)
     if trainer.is_global_zero:
-        for line in task.report(data, folder, config.split, config.model_name):
+        for line in task.report(data, folder, config.split, name_of(config.model)):
             log.info("%s", line)
     return 0

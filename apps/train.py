@@ -116,14 +116,9 @@ def make_data(config: DictConfig) -> Splits:
 
 
 def make_task(config: DictConfig) -> Any:
-    """The task with its model, optimizer and scheduler, as plain Python objects."""
-    return hydra.utils.instantiate(
-        config.task,
-        model=config.model,
-        optimizer=config.optimizer,
-        scheduler=config.scheduler,
-        _convert_="all",
-    )
+    """The task with its model and, where there are any, optimizer and scheduler, as plain Python objects."""
+    parts = {name: config[name] for name in ("model", "optimizer", "scheduler") if name in config}
+    return hydra.utils.instantiate(config.task, **parts, _convert_="all")
 
 
 def make_trainer(config: DictConfig) -> L.Trainer:
@@ -146,6 +141,12 @@ def make_trainer(config: DictConfig) -> L.Trainer:
     return trainer
 
 
+def name_of(model_config: DictConfig) -> str:
+    """What the model is called: sinuous and timm name the argument differently."""
+    name: str = model_config.get("name") or model_config.get("model_name")
+    return name
+
+
 def first_line(trainer: L.Trainer, task: Any, data: Splits, splits: tuple[str, ...], model_config: DictConfig) -> str:
     """Precision, device, backend of the ops, parameters and data sizes, in one line."""
     device = trainer.strategy.root_device
@@ -155,10 +156,9 @@ def first_line(trainer: L.Trainer, task: Any, data: Splits, splits: tuple[str, .
     used = backends.of_model(model, data.example())
     sizes = ", ".join(f"{len(data.split(name)):,} {name}" for name in splits)
     ops = ", ".join(f"{op} by {backend}" for op, backend in used.items()) or "none of ours"
-    name = model_config.get("name") or model_config.get("model_name")
     processes = f" × {trainer.world_size} processes" if trainer.world_size > 1 else ""
     return (
         f"precision {trainer.precision} on {device} ({machine}){processes}; ops: {ops}; "
-        f"{name} with {parameters:,} parameters; {data.examples}: {sizes}; "
+        f"{name_of(model_config)} with {parameters:,} parameters; {data.examples}: {sizes}; "
         f"run folder {os.path.relpath(trainer.default_root_dir)}"
     )

@@ -300,6 +300,15 @@ def test_a_language_model_from_end_to_end(
     assert len((folder / "sample.txt").read_bytes()) == len("Chapter") + 5 + 1
     (weights,) = folder.glob("checkpoints/*.safetensors")
     assert weights.name == "best.safetensors"
+    small += ["model=core/bytes", "data=core/austen", "task=language_modelling", "trainer.limit_test_batches=0.05"]
+    arguments = [*small, "data.length=32", "task.sample_bytes=5", f"checkpoint_path={weights}"]
+    for split in ("test", "val"):
+        assert sinuous("eval", *arguments, f"split={split}", f"hydra.run.dir={tmp_path / split}") == 0
+        told = capsys.readouterr().out.splitlines()
+        assert any(re.match(rf"{split} bits per byte [3-8]\.\d{{4}} on [\d,]+ bytes", line) for line in told), told
+    whole = [*arguments[:-1], f"checkpoint_path={tmp_path / 'nowhere'}"]
+    assert sinuous("eval", *whole) == 2
+    assert "there is no checkpoint at" in capsys.readouterr().err
 
 
 def test_a_language_model_goes_on_exactly(sinuous: Sinuous, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
