@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from sinuous.core.ops.causal_conv1d import causal_conv1d
 from sinuous.core.ops.delta_rule import delta_rule
+from sinuous.core.ops.dplr import dplr
 from sinuous.core.ops.gla import gla
 from sinuous.core.ops.linear_scan import linear_scan
 from sinuous.core.ops.mlstm import mlstm
 from sinuous.core.ops.selective_scan import selective_scan
 from sinuous.core.ops.ssd import ssd
 
-__all__ = ["causal_conv1d", "delta_rule", "gla", "linear_scan", "mlstm", "selective_scan", "ssd"]
+__all__ = ["causal_conv1d", "delta_rule", "dplr", "gla", "linear_scan", "mlstm", "selective_scan", "ssd"]

@@ -21,6 +21,10 @@ Tensors = Sequence[Tensor | None]
 NARROW = 80.0
 """Width of a range of exponents that fp32 passes in two factors: e^±40 each and their product are normal numbers."""
 
+LARGEST_RANGE = 60.0
+"""Of the sums G of logarithms of decays per channel within what `halving` passes at once. With a reference r in the
+middle exp(G - r) stays within exp(±30), and what is masked reaches exp(60): both far from overflow."""
+
 LOWEST = -1e30
 """Bound from below of a stabiliser m, so that e^{x - m} is 0 and not NaN where both are -inf."""
 
@@ -149,6 +153,54 @@ def backward(
     if reverse:
         dinitial = tuple(flip_sequences(t, cu_seqlens) for t in dinitial)
     return dinputs, dparameters, dinitial
+
+
+def _needs_halving(log_decay: Tensor) -> bool:
+    # A NaN compares false: a row that has one does not change how the others are computed.
+    return log_decay.shape[2] > 1 and bool((log_decay.sum(2) < -LARGEST_RANGE).any())
+
+
+def _cut(inputs: Tensors) -> tuple[list[Tensor | None], list[Tensor | None], int]:
+    """The inputs of the first and of the second half of a chunk, and where the second one starts."""
+    cut = next(t.shape[2] for t in inputs if t is not None) // 2
+    return (
+        [None if t is None else t[:, :, :cut] for t in inputs],
+        [None if t is None else t[:, :, cut:] for t in inputs],
+        cut,
+    )
+
+
+def halving(recurrence: Recurrence, gate: int) -> Recurrence:
+    """The same recurrence with a chunk passed in two halves where a channel of `inputs[gate]`, logarithms of decays
+    `[B, H, c, D]`, decays in it by more than exp(-60); and so on, down to single steps, which decay by whatever."""
+
+    def forward(state: State, inputs: Tensors, parameters: Tensors) -> tuple[Tensor, State]:
+        log_decay = inputs[gate]
+        assert log_decay is not None
+        if not _needs_halving(log_decay):
+            return recurrence.forward(state, inputs, parameters)
+        first, second, _ = _cut(inputs)
+        y_first, state = forward(state, first, parameters)
+        y_second, state = forward(state, second, parameters)
+        return torch.cat([y_first, y_second], 2), state
+
+    def backward(
+        state: State, inputs: Tensors, parameters: Tensors, dy: Tensor, dstate: State
+    ) -> tuple[State, Tensors, Tensors]:
+        log_decay = inputs[gate]
+        assert log_decay is not None
+        if not _needs_halving(log_decay):
+            return recurrence.backward(state, inputs, parameters, dy, dstate)
+        first, second, cut = _cut(inputs)
+        _, between = forward(state, first, parameters)
+        dstate, later, more = backward(between, second, parameters, dy[:, :, cut:], dstate)
+        dstate, earlier, most = backward(state, first, parameters, dy[:, :, :cut], dstate)
+        pairs = zip(earlier, later, strict=True)
+        dinputs = [None if a is None or b is None else torch.cat([a, b], 2) for a, b in pairs]
+        sums = zip(most, more, strict=True)
+        return dstate, dinputs, [None if a is None or b is None else a + b for a, b in sums]
+
+    return Recurrence(forward, backward)
 
 
 class Decays(NamedTuple):

@@ -18,9 +18,6 @@ from torch import Tensor
 from sinuous.kernels.torch import chunked
 from sinuous.kernels.torch.chunked import Recurrence, State, Tensors
 
-LARGEST_RANGE = 60.0
-"""Of G within one piece. The parts of a weight reach exp(30), and what is masked exp(60): both far from overflow."""
-
 
 class _Piece(NamedTuple):
     """Steps that are passed at once, with the decays that they need; D is K, or V where values decay."""
@@ -34,19 +31,6 @@ class _Piece(NamedTuple):
     before_middle: Tensor  # [B,H,c,D], exp(r - G)
     until_end: Tensor  # [B,H,c,D]
     total: Tensor  # [B,H,D]
-
-
-def _halves(inputs: Tensors) -> tuple[Tensors, Tensors] | None:
-    """The inputs cut in two where they decay too much to be passed at once."""
-    log_decay = inputs[3]
-    assert log_decay is not None
-    length = log_decay.shape[2]
-    # A NaN compares false: a row that has one does not change how the others are computed.
-    if length == 1 or not bool((log_decay.sum(2) < -LARGEST_RANGE).any()):
-        return None
-    cut = length // 2
-    first, second = zip(*((t[:, :, :cut], t[:, :, cut:]) for t in inputs if t is not None), strict=True)
-    return first, second
 
 
 def _piece(inputs: Tensors, parameters: Tensors) -> _Piece:
@@ -147,11 +131,6 @@ def _backward_of_values(
 
 
 def _forward(state: State, inputs: Tensors, parameters: Tensors, scale: float, on_values: bool) -> tuple[Tensor, State]:
-    halves = _halves(inputs)
-    if halves is not None:
-        first, state = _forward(state, halves[0], parameters, scale, on_values)
-        second, state = _forward(state, halves[1], parameters, scale, on_values)
-        return torch.cat([first, second], 2), state
     pass_ = _forward_of_values if on_values else _forward_of_keys
     y, S = pass_(state[0], _piece(inputs, parameters), scale)
     return y, (S,)
@@ -166,15 +145,6 @@ def _backward(
     scale: float,
     on_values: bool,
 ) -> tuple[State, Tensors, Tensors]:
-    halves = _halves(inputs)
-    if halves is not None:
-        cut = halves[0][0].shape[2]  # type: ignore[union-attr]
-        _, between = _forward(state, halves[0], parameters, scale, on_values)
-        dstate, later, more = _backward(between, halves[1], parameters, dy[:, :, cut:], dstate, scale, on_values)
-        dstate, earlier, most = _backward(state, halves[0], parameters, dy[:, :, :cut], dstate, scale, on_values)
-        dpieces = [torch.cat(pair, 2) for pair in zip(earlier, later, strict=True)]  # type: ignore[arg-type]
-        dbonus = None if most[0] is None or more[0] is None else most[0] + more[0]
-        return dstate, dpieces, (dbonus,)
     pass_ = _backward_of_values if on_values else _backward_of_keys
     dq, dk, dv, dlog_decay, dS, dbonus = pass_(state[0], _piece(inputs, parameters), dy, dstate[0], scale)
     return (dS,), (dq, dk, dv, dlog_decay), (dbonus,)
@@ -182,10 +152,11 @@ def _backward(
 
 def _recurrence(q: Tensor, scale: float | None, on_values: bool) -> Recurrence:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return Recurrence(
+    passes = Recurrence(
         functools.partial(_forward, scale=scale, on_values=on_values),
         functools.partial(_backward, scale=scale, on_values=on_values),
     )
+    return chunked.halving(passes, gate=3)
 
 
 def _initial(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> State:

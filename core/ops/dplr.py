@@ -1,0 +1,174 @@
+r"""DPLR: a matrix state whose transition is diagonal plus low rank: a decay per channel, and a pair of vectors.
+
+    S_t = diag(exp g_t) S_{t-1} + b_t (a_tᵀ S_{t-1}) + k_t v_tᵀ        S ∈ R^{K×V}
+    y_t = scale · S_tᵀ q_t
+
+a reads the state as the step before left it, ahead of the decay; what it reads is written at b. A rule that decays
+first and reads then takes its decay into a:
+
+    DeltaNet            S + β k (v - Sᵀ k)ᵀ                                 g = 0, a = k, b = -β k, k ← β k
+    KDA                 (I - β k kᵀ) diag(exp g) S + β k vᵀ                 a = k ⊙ exp g, b = -β k, k ← β k
+    Gated DeltaNet      as KDA, with one g per head
+    Comba               exp(g) S + β k (v - exp(g) Sᵀ p)ᵀ                   a = p exp g, b = -β k, k ← β k
+    RWKV-7              (diag(exp g) - κ (κ ⊙ α)ᵀ)ᵀ S + k vᵀ               a = -κ, b = κ ⊙ α
+    IPLR                (I + b aᵀ) S + k vᵀ                                 g = 0
+
+Where nothing decays the state stays bounded as long as b = -λ a with 0 ≤ λ |a|² ≤ 2; the op does not check that, nor
+does it normalise.
+
+Sources: RWKV-7, Peng et al. (arXiv 2503.14456), section 4; KDA, Kimi Team (arXiv 2510.26692), section 3; Comba, Hu et
+al. (arXiv 2506.02475); names of arguments as in `dplr_delta_rule` of fla-org/flash-linear-attention. Beyond the public
+kernels: decays without a bound, exact resets by g = -inf.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sinuous.core.ops.checks import (
+    check_attention,
+    check_device,
+    check_floating,
+    check_log_decay,
+    check_packing,
+    check_shape,
+    sequence_count,
+    state_dtype,
+)
+from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.stepwise import State, run_steps
+
+CHUNK_SIZE = 64
+"""Time steps between two states that the forward pass keeps for the backward pass."""
+
+
+def recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    a: Tensor,
+    b: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    reverse: bool,
+    chunk_size: int = CHUNK_SIZE,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition, step by step; plain autograd differentiates it to any order."""
+    dtype = state_dtype(q)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    shape = (sequence_count(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
+    initial = q.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+
+    def step(
+        state: State, q_t: Tensor, k_t: Tensor, v_t: Tensor, decay_t: Tensor, a_t: Tensor, b_t: Tensor
+    ) -> tuple[Tensor, State]:
+        read = a_t[..., None, :] @ state[0]
+        S = decay_t[..., :, None] * state[0] + b_t[..., :, None] * read + k_t[..., :, None] * v_t[..., None, :]
+        return (q_t[..., None, :] @ S).squeeze(-2) * scale, (S,)
+
+    inputs = (q.to(dtype), k.to(dtype), v.to(dtype), log_decay.to(dtype).exp(), a.to(dtype), b.to(dtype))
+    y, (final,), (kept,) = run_steps(step, inputs, (initial,), inputs[2][:, :0], cu_seqlens, reverse, chunk_size)
+    return y.to(v.dtype), final, kept
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    a: Tensor,
+    b: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    reverse: bool,
+) -> None:
+    check_floating(q=q, k=k, v=v, log_decay=log_decay, a=a, b=b, initial_state=initial_state)
+    check_device(q=q, k=k, v=v, log_decay=log_decay, a=a, b=b, initial_state=initial_state)
+    check_attention(q, k, v)
+    keys = tuple(q.shape)
+    check_shape("log_decay", log_decay, keys, "one per key channel, [B, T, H, K]")
+    check_log_decay(log_decay)
+    check_shape("a", a, keys, "what reads the state, shaped like keys, [B, T, H, K]")
+    check_shape("b", b, keys, "where it is written, shaped like keys, [B, T, H, K]")
+    check_packing(cu_seqlens, q.shape[0], q.shape[1])
+    state = (sequence_count(q, cu_seqlens), *keys[2:], v.shape[3])
+    check_shape("initial_state", initial_state, state, "[sequences, H, K, V]")
+
+
+def _fake(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, Tensor]:
+    state = (sequence_count(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
+    return (
+        torch.empty(v.shape, dtype=v.dtype, device=v.device),
+        torch.empty(state, dtype=state_dtype(q), device=q.device),
+    )
+
+
+def _chunk_states(q: Tensor, v: Tensor, chunk_size: int, **_: object) -> tuple[int, ...]:
+    return q.shape[0], (q.shape[1] + chunk_size - 1) // chunk_size, v.shape[2], q.shape[3], v.shape[3]
+
+
+FAMILY = Family(
+    name="dplr",
+    schema=(
+        "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor a, Tensor b, Tensor? initial_state, "
+        "Tensor? cu_seqlens, float? scale, bool reverse, str backend"
+    ),
+    outputs=("y", "final_state"),
+    saved={"chunk_states": _chunk_states},
+    integers=("cu_seqlens",),
+    forms=("torch", "recurrent"),
+    fake=_fake,
+    check=_check,
+    recurrent=recurrent,
+    options={"chunk_size": CHUNK_SIZE},
+)
+define(FAMILY)
+
+
+def dplr(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Diagonal plus low rank: `S_t = diag(exp g_t) S_{t-1} + b_t (a_tᵀ S_{t-1}) + k_t v_tᵀ`, `y_t = scale · S_tᵀ q_t`.
+
+    Args:
+        q: queries `[B, T, H, K]`; packed sequences are `[1, ΣT, H, K]` with `cu_seqlens`.
+        k: keys, shaped like q.
+        v: values `[B, T, H, V]`.
+        log_decay: g, ≤ 0, `[B, T, H, K]`; -inf forgets what the channel held, which a still reads.
+        a: what reads the state before the decay, shaped like q; for a rule that reads after it, times exp(g).
+        b: where that is written, shaped like q.
+        scale: factor of the queries; K^-1/2 if absent.
+        initial_state: state before the first step, `[B, H, K, V]` (`[sequences, …]` when packed); zeros if absent.
+        return_state: return `(y, state)`, the state after the last step in fp32 (fp64 for fp64 input).
+        reverse: run from the last step to the first; the state is then the one after step 0.
+        cu_seqlens: int32 or int64 `[sequences + 1]`, the boundaries of packed sequences, starting at 0, ending at ΣT.
+        backend: `recurrent` or `torch`; the fastest that can run if absent.
+
+    Returns:
+        y `[B, T, H, V]` in the dtype of v, or `(y, state)`. Both are differentiable in every tensor argument.
+
+    Raises:
+        ValueError: for a wrong shape, dtype, device or range, naming the argument, and for a backend that cannot run.
+
+    Source: RWKV-7 (arXiv 2503.14456), section 4; KDA (arXiv 2510.26692), section 3.
+    """
+    y, state, _ = torch.ops.sinuous.dplr(
+        q, k, v, log_decay, a, b, initial_state, cu_seqlens, scale, reverse, backend or ""
+    )
+    return (y, state) if return_state else y
