@@ -1,30 +1,41 @@
-"""`sinuous info`: versions and devices; `sinuous info kernels`: which backend computes which op here, and why."""
+"""`sinuous info`: versions and devices; `sinuous info kernels`: which backend computes which op here, and why;
+`sinuous info recurrences`: every op and mixer of the core."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
 import platform
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from sinuous.apps import backends
+from sinuous.apps import backends, recurrences
 from sinuous.core.ops import dispatch
 
 _PACKAGES = ("sinuous", "torch", "triton", "timm", "lightning", "hydra-core", "numpy")
 
 
 def main(argv: list[str]) -> int:
-    """`sinuous info [kernels]`."""
+    """`sinuous info [kernels | recurrences]`."""
     parser = argparse.ArgumentParser(prog="sinuous info", description="What this machine can run.")
-    parser.add_argument("topic", nargs="?", choices=["kernels"], help="which backend computes which op, and why")
+    parser.add_argument(
+        "topic",
+        nargs="?",
+        choices=["kernels", "recurrences"],
+        help="kernels: which backend computes which op, and why; recurrences: every op and mixer of the core",
+    )
+    parser.add_argument("--markdown", type=Path, help="write the recurrences to this file instead")
     parser.add_argument("--dtype", default="float32", help="the dtype asked about (default: float32)")
     options = parser.parse_args(argv)
     console = Console()
     if options.topic is None:
         console.print(machine())
+        return 0
+    if options.topic == "recurrences":
+        recurrences.show(console) if options.markdown is None else recurrences.write(options.markdown)
         return 0
     dtype = getattr(torch, options.dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:

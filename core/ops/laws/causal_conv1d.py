@@ -31,6 +31,8 @@ LAWS = Laws(
     wide=_sample(200, 4, full=True, activation="silu"),
     time=("x",),
     holds=ALL,
+    state="D (W - 1)",
+    cost="D W; D W",
     refusals={
         r"x must have shape \[B, T, D\]": lambda a: {**a, "x": a["x"][0]},
         r"weight must have shape \[D, W\].*squeeze": lambda a: {**a, "weight": a["weight"][:, None]},

@@ -41,6 +41,8 @@ class Laws:
         wide: sample inputs that fill several blocks of a GPU kernel, the last one partly.
         time: arguments whose axis 1 is time.
         holds: names of the laws that hold.
+        state: what is carried, in symbols, for one sequence and, where there are heads, for one head.
+        cost: multiplications per time step of the same, in the parallel form in chunks of C and in a single step.
         refusals: a piece of the error message -> a change to valid arguments that must raise it as a ValueError.
         bf16: relative RMS bound on outputs and on gradients for bf16 inputs, as measured.
     """
@@ -51,6 +53,8 @@ class Laws:
     wide: Sample
     time: tuple[str, ...]
     holds: frozenset[str]
+    state: str = ""
+    cost: str = ""
     refusals: dict[str, Callable[[Arguments], Arguments]] = field(default_factory=dict)
     bf16: tuple[float, float] = (5e-3, 2e-2)
 

@@ -38,6 +38,8 @@ LAWS = Laws(
     wide=_sample(200, full=True),
     time=("x", "a", "reset"),
     holds=ALL,
+    state="1 per channel",
+    cost="1 per channel; 1 per channel",
     refusals={
         r"x must have shape \[B, T, D\]": lambda a: {**a, "x": a["x"][0]},
         r"a must have shape \[2, 5, 19\]": lambda a: {**a, "a": a["a"][..., :3]},

@@ -40,6 +40,8 @@ LAWS = Laws(
     wide=_sample(2, 6, 128, 96, "steps"),
     time=("q", "k", "v", "log_decay"),
     holds=ALL,
+    state="K V",
+    cost="C (K + V) + 2 K V; 3 K V",
     refusals={
         r"q must have shape \[B, T, H, K\]": lambda a: {**a, "q": a["q"][0]},
         r"k must have shape \[2, 5, 2, 16\]": lambda a: {**a, "k": a["k"][..., :3]},
