@@ -19,6 +19,7 @@ from sinuous.core.mixers.gate_loop import GateLoop
 from sinuous.core.mixers.gla import GLA, HGRN2
 from sinuous.core.mixers.gsa import GSA, GSAState
 from sinuous.core.mixers.hgrn import HGRN
+from sinuous.core.mixers.hydra import Hydra
 from sinuous.core.mixers.linear_attention import LinearAttention, Retention, RetentionState, SimpleGLA
 from sinuous.core.mixers.lru import LRU
 from sinuous.core.mixers.mamba import Mamba, MambaState
@@ -50,6 +51,7 @@ __all__ = [
     "GateLoop",
     "GatedDeltaNet",
     "GatedDeltaProduct",
+    "Hydra",
     "LinearAttention",
     "MLSTMLarge",
     "MLSTMState",
