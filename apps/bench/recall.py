@@ -23,12 +23,16 @@ from sinuous.core.sequence_model import SequenceModel
 NEGATIVE = "allow_neg_eigval"
 """Option of mixers whose transition may have eigenvalues down to -1 (arXiv 2411.12537)."""
 
+SHORTENED = {"sliding_window_attention": {"window_size": 16}}
+"""Options without which a mixer would not differ from another one on sequences this short."""
+
 METHOD = """Each model has two blocks of one mixer and an MLP, {dim} channels wide, embeddings from N(0, 1) and a head
 of its own, and answers at every step. It is trained from one seed for {steps} steps of {batch} fresh sequences (AdamW,
 learning rate {lr} with warm-up and cosine decay, weight decay 0.01, gradients clipped at 1), the same for all mixers,
 without a search for better settings. The score is the share of right answers on {tests} fresh sequences, over all steps
 that ask at the training length and over the last quarter of the steps at the longer one, which no model saw in
-training. Failing here means failing with this budget; a longer training may do better."""
+training. Sliding-window attention sees 16 steps per block. Failing here means failing with this budget; a longer
+training may do better."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +66,7 @@ def contenders(names: list[str] | None) -> dict[str, tuple[str, dict[str, Any]]]
             found[name] = (name, {NEGATIVE: False})
             found[f"{name}, negative"] = (name, {NEGATIVE: True})
         else:
-            found[name] = (name, {})
+            found[name] = (name, SHORTENED.get(name, {}))
     return found
 
 
