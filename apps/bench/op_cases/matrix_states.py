@@ -15,6 +15,7 @@ from torch import Tensor
 from sinuous.apps.bench.op_cases.contract import FASTEST, Case, Inputs, Peer, Prepared, Shape, leaves, lstm
 from sinuous.core import ops
 from sinuous.core.ops.delta_rule import FAMILY as DELTA_RULE_FAMILY
+from sinuous.core.ops.dplr import FAMILY as DPLR_FAMILY
 from sinuous.core.ops.gla import FAMILY as GLA_FAMILY
 from sinuous.core.ops.mlstm import FAMILY as MLSTM_FAMILY
 from sinuous.core.ops.ssd import FAMILY as SSD_FAMILY
@@ -172,6 +173,63 @@ DELTA_RULE = Case(
         Peer(
             "fla", "fla", _chunk_gated_delta_rule("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"), cuda_only=True
         ),
+        Peer("nn.LSTM", "torch", lstm, same_function=False),
+    ),
+    versus=FASTEST,
+)
+
+
+# dplr, as Kimi delta attention, which is what its peers compute: the delta rule after a decay of each key channel.
+
+
+def _dplr_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
+    inputs = _inputs(shape, device, dtype, {"beta": torch.sigmoid, "log_decay_K": _decay})
+    q, k, v, beta, g = (t.detach() for t in inputs.values())
+    k = F.normalize(k, dim=-1)
+    written = k * beta[..., None]
+    return leaves({"q": q, "k": written, "v": v, "log_decay": g, "a": k * g.exp(), "b": -written})
+
+
+def _dplr(backend: str, **inputs: Tensor) -> Tensor:
+    return _first(ops.dplr(**inputs, backend=backend))
+
+
+def _kda(module: str, name: str, *, pads: bool = True) -> Callable[[Inputs], Prepared]:
+    def prepare(inputs: Inputs) -> Prepared:
+        function = _function(module, name)
+        q, written, v, g = (inputs[n].detach().requires_grad_() for n in ("q", "k", "v", "log_decay"))
+        beta = written.detach().norm(dim=-1)
+        tensors = [q, (written.detach() / beta[..., None]).requires_grad_(), v, g, beta.requires_grad_()]
+        options = {} if pads else {"chunk_size": math.gcd(CHUNK, q.shape[1])}
+        return Prepared(lambda: _first(function(*tensors, **options)), tensors)
+
+    return prepare
+
+
+def _fla_dplr(inputs: Inputs) -> Prepared:
+    function = _function("fla.ops.generalized_delta_rule.dplr.naive", "dplr_chunkwise")
+    moved = leaves({n: t.detach().transpose(1, 2).contiguous() for n, t in inputs.items()})
+    q, k, v, g, a, b = moved.values()
+    length = math.gcd(CHUNK, q.shape[2])
+    return Prepared(
+        lambda: _first(function(q, k, v, a, b, g, chunk_size=length)), [q, k, v, a, b, g], channels_first=True
+    )
+
+
+DPLR = Case(
+    family=DPLR_FAMILY,
+    make=_dplr_inputs,
+    run=_dplr,
+    peers=(
+        Peer("fla naive chunk", "fla", _fla_dplr, quadratic=True),
+        Peer("fla naive chunk KDA", "fla", _kda("fla.ops.kda.naive", "naive_chunk_kda", pads=False), quadratic=True),
+        Peer(
+            "transformers",
+            "transformers",
+            _kda("transformers.models.kimi_linear.modeling_kimi_linear", "chunk_kimi_delta_attention"),
+            quadratic=True,
+        ),
+        Peer("fla", "fla", _kda("fla.ops.kda", "chunk_kda"), cuda_only=True),
         Peer("nn.LSTM", "torch", lstm, same_function=False),
     ),
     versus=FASTEST,
