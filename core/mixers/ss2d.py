@@ -1,0 +1,160 @@
+"""SS2D: four selective scans over a grid, by rows and by columns from either end, summed.
+
+    x, z = in_proj(u);   x = silu(conv2d(x))                 depthwise, each cell with its neighbours
+    Δ, B, C = W_k x                                          for each route k; Δ of rank R, raised to E
+    y = Σ_k S6_k(x along route k), each brought back to the cells
+    out = out_proj(norm(y) ⊙ silu(z))
+
+The routes are those of `sinuous.core.scan_routes.cross_routes`: rows, columns, and both from their ends, each with its
+own A, D, Δ, B and C. A route and its reverse read the same sequence, so there are two sequences and two scans, of which
+the second runs from the end; columns are a transposition.
+
+Without a grid the tokens are one row: the convolution keeps the middle row of its filter, and rows and columns are the
+same order.
+
+Source: Liu et al., "VMamba: Visual State Space Model" (arXiv 2401.10166), sections 4.2 and 4.3; names of parameters as
+in MzeroMiko/VMamba.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sinuous.core import norms
+from sinuous.core.mixers.centred_convolution import centred_conv1d, check_centred
+from sinuous.core.mixers.contract import Mixer, register_mixer
+from sinuous.core.mixers.mamba import check_sizes, init_A_log, init_dt_bias
+from sinuous.core.ops import selective_scan  # noqa: F401  (registers torch.ops.sinuous)
+
+ROUTES = 4
+"""By rows, by columns, rows from the end, columns from the end: the order of the parameters."""
+
+
+@register_mixer("ss2d")
+class SS2D(Mixer):
+    """VMamba's mixer.
+
+    Args:
+        dim: width of the model.
+        d_state: N, size of the state per channel and route; 16 in the first models, 1 in the later ones.
+        d_conv: side of the convolution's filter, odd and at most 15.
+        expand: E / dim.
+        dt_rank: R; `None` is ceil(dim / 16).
+        gate: multiply by silu(z); the later models do not.
+        bias: in the projections; conv_bias: in the convolution.
+
+    Raises:
+        ValueError: if a size is less than 1, or `d_conv` is even or too large.
+    """
+
+    causal: ClassVar[bool] = False
+    constant_state: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        dim: int,
+        d_state: int = 16,
+        d_conv: int = 3,
+        expand: float = 2,
+        dt_rank: int | None = None,
+        gate: bool = True,
+        bias: bool = False,
+        conv_bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        inner = int(expand * dim)
+        rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
+        check_sizes(dim=dim, d_state=d_state, d_inner=inner, dt_rank=rank)
+        check_centred(d_conv)
+        self.d_inner, self.d_state, self.rank, self.gate = inner, d_state, rank, gate
+        self.in_proj = nn.Linear(dim, inner * (2 if gate else 1), bias=bias, **dd)
+        self.conv2d = nn.Conv2d(inner, inner, d_conv, padding=d_conv // 2, groups=inner, bias=conv_bias, **dd)
+        self.x_proj_weight = nn.Parameter(torch.empty(ROUTES, rank + 2 * d_state, inner, **dd))
+        self.dt_projs_weight = nn.Parameter(torch.empty(ROUTES, inner, rank, **dd))
+        self.dt_projs_bias = nn.Parameter(torch.empty(ROUTES, inner, **dd))
+        self.A_logs = nn.Parameter(torch.empty(ROUTES * inner, d_state, **dd))
+        self.Ds = nn.Parameter(torch.empty(ROUTES * inner, **dd))
+        self.out_norm = norms.LayerNorm(inner, **dd)
+        self.out_proj = nn.Linear(inner, dim, bias=bias, **dd)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        for layer in (self.in_proj, self.conv2d, self.out_norm, self.out_proj):
+            layer.reset_parameters()
+        nn.init.uniform_(self.x_proj_weight, -(self.d_inner**-0.5), self.d_inner**-0.5)
+        nn.init.uniform_(self.dt_projs_weight, -(self.rank**-0.5), self.rank**-0.5)
+        init_dt_bias(self.dt_projs_bias)
+        init_A_log(self.A_logs)
+        nn.init.ones_(self.Ds)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"A_logs", "Ds"}
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+        """Mix the cells of a grid, or rows of tokens.
+
+        Args:
+            x: `[B, T, dim]`, the cells row by row; packed sequences are `[1, ΣT, dim]` with `cu_seqlens`.
+            cu_seqlens: boundaries of packed sequences; each is a row.
+            grid: (height, width), height · width = T; a single row if absent.
+
+        Raises:
+            ValueError: if the grid has another number of cells than there are tokens, or the sequences are packed.
+        """
+        x = self.in_proj(x)
+        z = x[..., self.d_inner :]
+        x = x[..., : self.d_inner]
+        if grid is None:
+            middle = self.conv2d.weight[:, 0, self.conv2d.weight.shape[2] // 2]
+            x = F.silu(centred_conv1d(x, middle, self.conv2d.bias, cu_seqlens))
+            y = self._scan(torch.stack([x, x], 2), cu_seqlens).sum(2)
+        else:
+            check_grid(grid, x.shape[1], cu_seqlens)
+            x = F.silu(self.conv2d(x.mT.unflatten(-1, [grid[0], grid[1]])).flatten(2)).mT
+            y = self._scan(torch.stack([x, transposed(x, grid[0], grid[1])], 2), None)
+            y = y[:, :, 0] + transposed(y[:, :, 1], grid[1], grid[0])
+        y = self.out_norm(norms.at_least_fp32(y)).to(x.dtype)
+        return self.out_proj(y * F.silu(z) if self.gate else y)
+
+    def _scan(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Both sequences `[B, T, 2, E]` scanned from either end, and the ends summed."""
+        return self._scan_from(x, 0, cu_seqlens) + self._scan_from(x, 1, cu_seqlens)
+
+    def _scan_from(self, x: Tensor, end: int, cu_seqlens: Tensor | None) -> Tensor:
+        """Both sequences from their beginning or, for `end` 1, from their end."""
+        routes, half = 2 * end, 2 * self.d_inner
+        projected = torch.einsum("btkd,kcd->btkc", x, self.x_proj_weight[routes : routes + 2])
+        dt, B, C = projected.split([self.rank, self.d_state, self.d_state], -1)
+        dt = torch.einsum("btkr,kdr->btkd", dt, self.dt_projs_weight[routes : routes + 2])
+        y, _, _ = torch.ops.sinuous.selective_scan(
+            x.flatten(2).to(dt.dtype), dt.flatten(2),
+            -torch.exp(norms.at_least_fp32(self.A_logs[end * half : (end + 1) * half])), B, C,
+            self.Ds[end * half : (end + 1) * half], None, self.dt_projs_bias[routes : routes + 2].flatten(),
+            None, cu_seqlens, True, end == 1, "",
+        )  # fmt: skip
+        return y.unflatten(-1, [2, self.d_inner])
+
+
+def transposed(x: Tensor, height: int, width: int) -> Tensor:
+    """Cells `[B, height · width, D]` from row by row to column by column."""
+    return x.unflatten(1, [height, width]).transpose(1, 2).flatten(1, 2)
+
+
+def check_grid(grid: tuple[int, int], length: int, cu_seqlens: Tensor | None) -> None:
+    """Refuse a grid that the tokens do not fill.
+
+    Raises:
+        ValueError: if `height · width` is not `length`, or the sequences are packed.
+    """
+    if cu_seqlens is not None:
+        raise ValueError("packed sequences (cu_seqlens) are rows and have no grid; leave one of the two out")
+    if grid[0] * grid[1] != length:
+        raise ValueError(f"grid must have as many cells as there are tokens, {length} (got {grid[0]} x {grid[1]})")
