@@ -18,11 +18,12 @@ from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, GluMlp, Mlp, SwiGLU
+from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models import checkpoint
 from torch import Tensor, nn
 
 from sinuous.core import norms
+from sinuous.core.blocks import PLACEMENTS, ResidualBlock
 from sinuous.core.mixers import Bidirectional, Mixer, build_mixer, list_mixers, mixer_class
 from sinuous.core.mixers import mixer_options as options_of
 
@@ -31,93 +32,15 @@ MLPS: dict[str, Callable[..., nn.Module]] = {
     "geglu": functools.partial(GluMlp, act_layer=nn.GELU, gate_last=False),
     "swiglu": SwiGLU,
 }
-NORMS: dict[str, Callable[..., nn.Module]] = {"rms": norms.RMSNorm, "layer": norms.LayerNorm}
-PLACEMENTS = ("pre", "post", "both")
-
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "rms": norms.RMSNorm,
+    "layer": norms.LayerNorm,
+    "layer_no_bias": functools.partial(norms.LayerNorm, bias=False),
+}
 WRITE_TO_THE_STREAM = ("out_proj.weight", "o_proj.weight", "linear_out.weight", "to_out.weight", "fc2.weight")
 
 State = tuple[Any, ...]
 """The states of all mixers, first block first."""
-
-
-class ResidualBlock(nn.Module):
-    """A mixer and, if there is one, an MLP, each with its norm and its way around.
-
-    With f either of the two, `placement` is one of
-
-        pre     x ← x + f(norm(x))
-        post    x ← norm(x + f(x))
-        both    x ← x + norm'(f(norm(x)))
-
-    Args:
-        mixer: of the width that `norm` makes norms for.
-        mlp: `None` for a block that only mixes.
-        norm: makes one norm.
-        placement: `"pre"`, `"post"` or `"both"`.
-        drop_path: rate at which f is left out of a sample in training.
-        fp32_stream: keep x in fp32 where `"post"` would round it to the dtype of the norm.
-    """
-
-    def __init__(
-        self,
-        mixer: Mixer,
-        mlp: nn.Module | None,
-        norm: Callable[[], nn.Module],
-        placement: str = "pre",
-        drop_path: float = 0.0,
-        fp32_stream: bool = True,
-    ) -> None:
-        super().__init__()
-        self.placement = placement
-        self.fp32_stream = fp32_stream
-        self.norm = norm()
-        self.mixer = mixer
-        self.norm_out = norm() if placement == "both" else nn.Identity()
-        self.norm2 = nn.Identity() if mlp is None else norm()
-        self.mlp = nn.Identity() if mlp is None else mlp
-        self.norm2_out = norm() if placement == "both" and mlp is not None else nn.Identity()
-        self.mixes_channels = mlp is not None
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def init_weights(self) -> None:
-        """Norms at one, the mixer by its own rules, linear layers of the MLP by torch's and without biases."""
-        self.mixer.init_weights()
-        for part in (self.norm, self.norm_out, self.norm2, self.norm2_out, self.mlp):
-            for module in part.modules():
-                if isinstance(module, nn.Linear | nn.LayerNorm | norms.RMSNorm):
-                    module.reset_parameters()
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        return self._after_mixer(x, self.mixer(self._enter(x, self.norm), cu_seqlens))
-
-    def prefill(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        y, state = self.mixer.prefill(self._enter(x, self.norm), state)
-        return self._after_mixer(x, y), state
-
-    def step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
-        y, state = self.mixer.step(self._enter(x_t, self.norm), state)
-        return self._after_mixer(x_t, y), state
-
-    def _after_mixer(self, x: Tensor, y: Tensor) -> Tensor:
-        x = self._join(x, y, self.norm, self.norm_out)
-        if not self.mixes_channels:
-            return x
-        return self._join(x, self.mlp(self._enter(x, self.norm2)), self.norm2, self.norm2_out)
-
-    def _enter(self, x: Tensor, norm: nn.Module) -> Tensor:
-        if self.placement == "post":
-            return x.to(cast("Tensor", norm.weight).dtype)
-        entered: Tensor = norm(x)
-        return entered
-
-    def _join(self, x: Tensor, y: Tensor, norm: nn.Module, norm_out: nn.Module) -> Tensor:
-        if self.placement != "post":
-            update: Tensor = self.drop_path(norm_out(y))
-            return x + update
-        normed: Tensor = norm(x + self.drop_path(y))
-        return norms.at_least_fp32(normed) if self.fp32_stream else normed
 
 
 class SequenceModel(nn.Module):
@@ -130,11 +53,12 @@ class SequenceModel(nn.Module):
         pattern: names of mixers, taken in turn and over again; one name stands for itself.
         mixer_options: for each name of the pattern that needs any, keyword arguments of its constructor. Mixers that
             have `num_blocks` or `block_index` are told `depth` and their place.
-        mlp: `"none"`, `"gelu"`, `"geglu"` or `"swiglu"`, after every mixer.
+        mlp: `"none"`, `"gelu"`, `"geglu"` or `"swiglu"`, after every mixer; or one of them for each name of the pattern
+            whose mixers have one.
         mlp_ratio: width of the MLP between its layers, over `dim`.
         mlp_multiple_of: that width is rounded up to a multiple of this.
         mlp_bias: biases in the MLP.
-        norm: `"rms"` or `"layer"`.
+        norm: `"rms"`, `"layer"` or `"layer_no_bias"`.
         norm_eps: added under its root.
         norm_placement: `"pre"`, `"post"` or `"both"`; see `ResidualBlock`.
         final_norm: a norm before the head.
@@ -161,7 +85,7 @@ class SequenceModel(nn.Module):
         depth: int,
         pattern: str | Sequence[str] = ("mamba",),
         mixer_options: Mapping[str, Mapping[str, Any]] | None = None,
-        mlp: str = "none",
+        mlp: str | Mapping[str, str] = "none",
         mlp_ratio: float = 4.0,
         mlp_multiple_of: int = 1,
         mlp_bias: bool = False,
@@ -185,10 +109,12 @@ class SequenceModel(nn.Module):
         options = {name: dict(given) for name, given in (mixer_options or {}).items()}
         _at_least_one(vocab_size=vocab_size, dim=dim, depth=depth, mlp_multiple_of=mlp_multiple_of)
         _at_least_one(pad_vocab_multiple=pad_vocab_multiple)
-        _one_of("mlp", mlp, ("none", *MLPS))
+        mlps = dict.fromkeys(names, mlp) if isinstance(mlp, str) else {**dict.fromkeys(names, "none"), **mlp}
+        for kind in mlps.values():
+            _one_of("mlp", kind, ("none", *MLPS))
         _one_of("norm", norm, tuple(NORMS))
         _one_of("norm_placement", norm_placement, PLACEMENTS)
-        _check_pattern(names, options, causal)
+        _check_pattern(names, {"mixer_options": options, "mlp": mlps}, causal)
 
         self.vocab_size = vocab_size
         self.padded_vocab_size = math.ceil(vocab_size / pad_vocab_multiple) * pad_vocab_multiple
@@ -203,14 +129,14 @@ class SequenceModel(nn.Module):
 
         make_norm = functools.partial(NORMS[norm], dim, eps=norm_eps, **dd)
         hidden = math.ceil(dim * mlp_ratio / mlp_multiple_of) * mlp_multiple_of
-        make_mlp = functools.partial(_mlp, mlp, dim, hidden, bias=mlp_bias, drop=drop_rate, **dd)
+        make_mlp = functools.partial(_mlp, dim, hidden, bias=mlp_bias, drop=drop_rate, **dd)
         self.embedding = nn.Embedding(self.padded_vocab_size, dim, **dd)
         self.drop = nn.Dropout(drop_rate)
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.layers = nn.ModuleList(
             ResidualBlock(
                 _mixer(name, dim, {**_of_depth(name, i, depth), **options.get(name, {}), **dd}, causal),
-                make_mlp(),
+                make_mlp(mlps[name]),
                 make_norm,
                 norm_placement,
                 rate,
@@ -362,20 +288,21 @@ def _of_depth(name: str, block_index: int, num_blocks: int) -> dict[str, int]:
     return {option: value for option, value in known.items() if option in options_of(name)}
 
 
-def _mlp(kind: str, dim: int, hidden: int, **kwargs: Any) -> nn.Module | None:
+def _mlp(dim: int, hidden: int, kind: str, **kwargs: Any) -> nn.Module | None:
     if kind == "none":
         return None
     return MLPS[kind](dim, 2 * hidden if kind == "geglu" else hidden, **kwargs)  # GluMlp counts both halves
 
 
-def _check_pattern(names: tuple[str, ...], options: Mapping[str, Any], causal: bool) -> None:
+def _check_pattern(names: tuple[str, ...], by_name: Mapping[str, Mapping[str, Any]], causal: bool) -> None:
     if not names:
         raise ValueError(f"pattern must name at least one mixer (got none); choose from {', '.join(list_mixers())}")
-    if strangers := sorted(set(options) - set(names)):
-        raise ValueError(
-            f"mixer_options has options for {', '.join(strangers)}, which the pattern {list(names)} lacks; "
-            "correct the name or leave them out"
-        )
+    for argument, given in by_name.items():
+        if strangers := sorted(set(given) - set(names)):
+            raise ValueError(
+                f"{argument} has options for {', '.join(strangers)}, which the pattern {list(names)} lacks; "
+                "correct the name or leave them out"
+            )
     blind = [name for name in names if not mixer_class(name).causal]
     if causal and blind:
         raise ValueError(

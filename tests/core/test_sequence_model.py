@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import sinuous
 from sinuous.core import mixers
+from sinuous.core.blocks import PLACEMENTS
 from sinuous.core.checkpoints import save_safetensors
 from sinuous.core.language_models import checkpoint_filter_fn
-from sinuous.core.sequence_model import MLPS, NORMS, PLACEMENTS, SequenceModel
+from sinuous.core.sequence_model import MLPS, NORMS, SequenceModel
 
 VOCAB, DIM = 13, 24
 CAUSAL = [name for name in mixers.list_mixers() if mixers.mixer_class(name).causal]
@@ -86,23 +87,6 @@ def test_every_block_keeps_the_law_and_uses_its_parameters(norm: str, mlp: str, 
     close(prefill_then_steps(model, x, 6), y)
     y.square().sum().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
-
-
-def test_placements_are_those_of_the_docstring() -> None:
-    x = torch.randn(2, 5, DIM, dtype=torch.float64)
-    for placement in PLACEMENTS:
-        block = build(mlp="gelu", norm_placement=placement).layers[0]
-        n, f, n2, g = block.norm, block.mixer, block.norm2, block.mlp
-        if placement == "pre":
-            y = x + f(n(x))
-            y = y + g(n2(y))
-        elif placement == "post":
-            y = n(x + f(x))
-            y = n2(y + g(y))
-        else:
-            y = x + block.norm_out(f(n(x)))
-            y = y + block.norm2_out(g(n2(y)))
-        close(block(x), y)
 
 
 def test_a_pattern_is_taken_in_turn_with_the_options_of_each_name() -> None:
