@@ -7,9 +7,21 @@ from sinuous.core.ops.delta_rule import delta_rule
 from sinuous.core.ops.dplr import dplr
 from sinuous.core.ops.gla import gla
 from sinuous.core.ops.linear_scan import linear_scan
+from sinuous.core.ops.lti_conv import lti_conv
 from sinuous.core.ops.mlstm import mlstm
 from sinuous.core.ops.selective_scan import selective_scan
 from sinuous.core.ops.slstm import slstm
 from sinuous.core.ops.ssd import ssd
 
-__all__ = ["causal_conv1d", "delta_rule", "dplr", "gla", "linear_scan", "mlstm", "selective_scan", "slstm", "ssd"]
+__all__ = [
+    "causal_conv1d",
+    "delta_rule",
+    "dplr",
+    "gla",
+    "linear_scan",
+    "lti_conv",
+    "mlstm",
+    "selective_scan",
+    "slstm",
+    "ssd",
+]

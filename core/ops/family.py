@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sinuous.core.ops import dispatch
 from sinuous.core.ops.checks import state_dtype
+from sinuous.kernels.torch.differentiation import autograd_inside_an_op
 
 Optionals = Sequence[Tensor | None]
 
@@ -81,25 +82,11 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _autograd_inside_an_op() -> Iterator[None]:
-    """An op's body runs below autograd; lift that for as long as the definition is differentiated."""
-    keys = (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView)
-    excluded = [torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in keys]
-    for key in keys:
-        torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
-    try:
-        yield
-    finally:
-        for key, was in zip(keys, excluded, strict=True):
-            torch._C._dispatch_tls_set_dispatch_key_excluded(key, was)
-
-
 def recurrent_backward(family: Family, grads: Optionals, args: dict[str, Any]) -> list[Tensor | None]:
     """Gradients of the definition, by autograd: what every other backward is measured against."""
     leaves = {n: args[n].detach().requires_grad_() for n in family.differentiable if args[n] is not None}
     found: Optionals = [None] * len(leaves)
-    with _autograd_inside_an_op(), torch.enable_grad():
+    with autograd_inside_an_op():
         outputs = family.recurrent(**{**args, **leaves}, **family.options)
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=False) if g is not None and o.requires_grad]
         if pairs:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from sinuous.core.ops.laws import causal_conv1d, delta_rule, dplr, gla, linear_scan, mlstm, selective_scan, slstm, ssd
+from sinuous.core.ops.laws import (
+    causal_conv1d,
+    delta_rule,
+    dplr,
+    gla,
+    linear_scan,
+    lti_conv,
+    mlstm,
+    selective_scan,
+    slstm,
+    ssd,
+)
 from sinuous.core.ops.laws.declaration import Laws
 
-_MODULES = (causal_conv1d, delta_rule, dplr, gla, linear_scan, mlstm, selective_scan, slstm, ssd)
+_MODULES = (causal_conv1d, delta_rule, dplr, gla, linear_scan, lti_conv, mlstm, selective_scan, slstm, ssd)
 
 LAWS: dict[str, Laws] = {module.LAWS.family.name: module.LAWS for module in _MODULES}
 

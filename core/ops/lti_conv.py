@@ -1,0 +1,201 @@
+r"""Convolution with the response of a linear time-invariant system: LSSL, S4, S4D, DSS.
+
+    x'(t) = A x(t) + B u(t),   y(t) = C x(t) + D u(t)         of each channel, A = diag(Λ) - Σ_r P_r P_r^*
+
+discretised with a step Δ of each channel, by zero-order hold (of a diagonal A) or the trapezoidal ("bilinear") rule:
+
+    zoh        Ā = exp(ΔA),                        B̄ = A^{-1} (Ā - 1) B
+    bilinear   Ā = (1 - Δ/2 A)^{-1} (1 + Δ/2 A),   B̄ = (1 - Δ/2 A)^{-1} Δ B
+
+    x_t = Ā x_{t-1} + B̄ u_t,   y_t = C x_t + D u_t
+
+The N numbers of a state come in conjugate pairs, of which one is kept: `C x = 2 Re(Σ_m C_m x_m)` over M = N/2, and
+likewise in P^* x. C is that of the recurrence itself and not, as in the authors' code, its product with 1 - Ā^L, so
+that any length and any Δ can be asked of the same parameters. A low rank with a minus sign keeps A Hurwitz wherever Λ
+is: A + A^* = 2 Re Λ - 2 P P^*.
+
+Source: Gu, Goel and Ré, "Efficiently Modeling Long Sequences with Structured State Spaces" (arXiv 2111.00396), sections
+2 and 3 and appendix C; Goel et al. (2202.09729), section 4.2 for the sign of P; Gu et al. (2206.11893), section 3, for
+diagonal systems. Beyond the reference: gradients through the initial and the final state, packed sequences, reversal.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sinuous.core.ops.checks import (
+    check_device,
+    check_floating,
+    check_packing,
+    check_shape,
+    sequence_count,
+    state_dtype,
+)
+from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.stepwise import State, run_steps
+from sinuous.kernels.torch.discretization import conj, discretize, dot, times
+
+DISCRETIZATIONS = ("zoh", "bilinear")
+
+
+def recurrent(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    P: Tensor | None,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    discretization: str,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """The definition, step by step; plain autograd differentiates it to any order."""
+    dtype = state_dtype(u)
+    # The step in double precision: a slow mode's factor is so near 1 that fp32 would lose most of what it decays by.
+    system = discretize(dt.double(), A.double(), B.double(), None if P is None else P.double(), discretization)
+    factor, b, p, q = (None if t is None else t.to(dtype) for t in system)
+    assert factor is not None
+    assert b is not None
+    readout = conj(C.to(dtype))
+    skip = None if D is None else D.to(dtype)
+    shape = (sequence_count(u, cu_seqlens), *factor.shape)
+    initial = u.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+
+    def step(state: State, u_t: Tensor) -> tuple[Tensor, State]:
+        (x,) = state
+        new = times(factor, x) + b * u_t[..., None, None]
+        if p is not None and q is not None:
+            new = new - (p * dot(q, x.unsqueeze(1))[..., None, None]).sum(1)
+        y_t = dot(readout, new)
+        return y_t if skip is None else y_t + skip * u_t, (new,)
+
+    inputs = u.to(dtype)
+    y, (final,), _ = run_steps(
+        step, (inputs,), (initial,), inputs[:, :0], cu_seqlens, reverse, chunk_size=max(u.shape[1], 1)
+    )
+    return y.to(u.dtype), final
+
+
+def _check(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    P: Tensor | None,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    discretization: str,
+    reverse: bool,
+) -> None:
+    given = {"u": u, "dt": dt, "A": A, "B": B, "C": C, "P": P, "D": D, "initial_state": initial_state}
+    for name in ("A", "B", "C", "P", "initial_state"):
+        t = given[name]
+        if t is not None and t.is_complex():
+            raise ValueError(f"{name} must be pairs of real numbers (got {t.dtype}); pass torch.view_as_real({name})")
+    check_floating(**given)
+    check_device(**given)
+    if u.ndim != 3:
+        raise ValueError(f"u must have shape [B, T, D] (got {list(u.shape)}); time is axis 1 and channels are last")
+    batch, length, width = u.shape
+    check_shape("dt", dt, (width,), "one step per channel")
+    if A.ndim not in (2, 3) or A.shape[-1] != 2 or A.shape[-2] < 1:
+        raise ValueError(f"A must have shape [D, M, 2] or [M, 2] (got {list(A.shape)}): one of each conjugate pair")
+    modes = A.shape[-2]
+    for name, t in (("A", A), ("B", B), ("C", C)):
+        wanted = (modes, 2) if t.ndim == 2 else (width, modes, 2)
+        check_shape(name, t, wanted, "[D, M, 2], or [M, 2] where all channels have the same")
+    if discretization not in DISCRETIZATIONS:
+        raise ValueError(f"discretization must be 'zoh' or 'bilinear' (got {discretization!r})")
+    if P is not None:
+        if P.ndim not in (3, 4) or P.shape[0] < 1:
+            raise ValueError(f"P must have shape [R, D, M, 2] or [R, M, 2] with R ≥ 1 (got {list(P.shape)})")
+        wanted = (P.shape[0], modes, 2) if P.ndim == 3 else (P.shape[0], width, modes, 2)
+        check_shape("P", P, wanted, "[R, D, M, 2], or [R, M, 2] where all channels have the same")
+        if discretization != "bilinear":
+            raise ValueError("zero-order hold is for a diagonal A; with P pass discretization='bilinear'")
+    check_shape("D", D, (width,), "one skip weight per channel")
+    check_packing(cu_seqlens, batch, length)
+    state = (sequence_count(u, cu_seqlens), width, modes, 2)
+    check_shape("initial_state", initial_state, state, "[sequences, D, M, 2]")
+
+
+def _fake(u: Tensor, A: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, Tensor]:
+    state = (sequence_count(u, cu_seqlens), u.shape[2], A.shape[-2], 2)
+    return (
+        torch.empty(u.shape, dtype=u.dtype, device=u.device),
+        torch.empty(state, dtype=state_dtype(u), device=u.device),
+    )
+
+
+FAMILY = Family(
+    name="lti_conv",
+    schema=(
+        "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? P, Tensor? D, Tensor? initial_state, "
+        "Tensor? cu_seqlens, str discretization, bool reverse, str backend"
+    ),
+    outputs=("y", "final_state"),
+    saved={},
+    integers=("cu_seqlens",),
+    forms=("torch", "recurrent"),
+    fake=_fake,
+    check=_check,
+    recurrent=recurrent,
+    options={},
+)
+define(FAMILY)
+
+
+def lti_conv(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    P: Tensor | None = None,
+    D: Tensor | None = None,
+    discretization: str = "zoh",
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Convolution with the response of a linear system: `y_t = Σ_j C Ā^j B̄ u_{t-j} + D u_t`.
+
+    Complex numbers are pairs, `torch.view_as_real(z)`; M = N/2 of the N numbers of a state are given, the others are
+    their conjugates. A, B, C and P may leave out the axis of channels where all have the same.
+
+    Args:
+        u: input `[B, T, D]`; packed sequences are `[1, ΣT, D]` with `cu_seqlens`.
+        dt: steps Δ > 0, `[D]`; a signal sampled at half the rate wants 2Δ.
+        A: the diagonal Λ, `[D, M, 2]` or `[M, 2]`, with real parts below 0 if the system is to be stable.
+        B: input, shaped likewise.
+        C: readout, shaped likewise.
+        P: low rank, `[R, D, M, 2]` or `[R, M, 2]`: A is `diag(Λ) - Σ_r P_r P_r^*`; diagonal if absent.
+        D: skip weight `[D]`.
+        discretization: `zoh`, without P, or `bilinear`.
+        initial_state: state before the first step, `[B, D, M, 2]` (`[sequences, …]` when packed); zeros if absent.
+        return_state: return `(y, state)`, the state after the last step in fp32 (fp64 for fp64 input).
+        reverse: run from the last step to the first; the state is then the one after step 0.
+        cu_seqlens: int32 or int64 `[sequences + 1]`, the boundaries of packed sequences, starting at 0, ending at ΣT.
+        backend: `recurrent` or `torch`; the fastest that can run if absent.
+
+    Returns:
+        y `[B, T, D]` in the dtype of u, or `(y, state)`. Both are differentiable in every tensor argument.
+
+    Raises:
+        ValueError: for a wrong shape, dtype or device, naming the argument, for an unknown discretization or `zoh` with
+            P, and for a backend that cannot run.
+
+    Source: S4 (arXiv 2111.00396), sections 2 and 3; S4D (arXiv 2206.11893), section 3.
+    """
+    y, state = torch.ops.sinuous.lti_conv(
+        u, dt, A, B, C, P, D, initial_state, cu_seqlens, discretization, reverse, backend or ""
+    )
+    return (y, state) if return_state else y
