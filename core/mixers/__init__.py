@@ -30,6 +30,7 @@ from sinuous.core.mixers.mlstm import MLSTM, MLSTMLarge, MLSTMState
 from sinuous.core.mixers.rg_lru import RGLRU, RGLRUState
 from sinuous.core.mixers.rwkv6 import RWKV6
 from sinuous.core.mixers.s5 import S5
+from sinuous.core.mixers.slstm import SLSTM, SLSTMState
 from sinuous.core.mixers.ss2d import SS2D
 from sinuous.core.mixers.vim_pair import VimPair
 
@@ -43,6 +44,7 @@ __all__ = [
     "RGLRU",
     "RWKV6",
     "S5",
+    "SLSTM",
     "SS2D",
     "AttentionState",
     "Bidirectional",
@@ -67,6 +69,7 @@ __all__ = [
     "RGLRUState",
     "Retention",
     "RetentionState",
+    "SLSTMState",
     "SimpleGLA",
     "SlidingWindowAttention",
     "SoftmaxAttention",
