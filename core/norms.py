@@ -51,7 +51,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class GatedRMSNorm(nn.Module):
-    """RMS norm with a gate: `norm(x) ⊙ silu(z)`, or `norm(x ⊙ silu(z))`.
+    """RMS norm with a gate: `norm(x) ⊙ f(z)`, or `norm(x ⊙ f(z))`, where f is silu or the sigmoid.
 
     The arithmetic is at least fp32; the output has the dtype of x.
 
@@ -60,12 +60,14 @@ class GatedRMSNorm(nn.Module):
         eps: added to the mean square.
         group_size: width of the parts that are normed by themselves; the whole axis if absent.
         norm_before_gate: the first of the two forms.
+        activation: `"silu"` or `"sigmoid"`.
 
     Raises:
-        ValueError: if `dim` is no multiple of `group_size`.
+        ValueError: if `dim` is no multiple of `group_size`, or `activation` is neither.
 
     Source: the second form is Mamba-2's (arXiv 2405.21060, section 7.1), the first RetNet's and GLA's with an RMS norm
-    (arXiv 2307.08621, section 2.3; arXiv 2312.06635, section 4.4).
+    (arXiv 2307.08621, section 2.3; arXiv 2312.06635, section 4.4), with a sigmoid that of Kimi Linear (arXiv
+    2510.26692, section 4).
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class GatedRMSNorm(nn.Module):
         eps: float = 1e-5,
         group_size: int | None = None,
         norm_before_gate: bool = True,
+        activation: str = "silu",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -81,17 +84,21 @@ class GatedRMSNorm(nn.Module):
         group_size = dim if group_size is None else group_size
         if dim % group_size:
             raise ValueError(f"group_size must divide the width {dim} (got {group_size})")
+        if activation not in ("silu", "sigmoid"):
+            raise ValueError(f"activation must be 'silu' or 'sigmoid' (got {activation!r})")
         self.dim = dim
         self.eps = eps
         self.group_size = group_size
         self.norm_before_gate = norm_before_gate
+        self.sigmoid = activation == "sigmoid"
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        gate, wide = F.silu(at_least_fp32(z)), at_least_fp32(x)
+        gate, wide = at_least_fp32(z), at_least_fp32(x)
+        gate = torch.sigmoid(gate) if self.sigmoid else F.silu(gate)
         if not self.norm_before_gate:
             wide = wide * gate
         groups = wide.unflatten(-1, [self.dim // self.group_size, self.group_size])
@@ -101,7 +108,9 @@ class GatedRMSNorm(nn.Module):
         return y.to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, eps={self.eps}, group_size={self.group_size}, norm_before_gate={self.norm_before_gate}"
+        activation = "sigmoid" if self.sigmoid else "silu"
+        order = f"norm_before_gate={self.norm_before_gate}, activation={activation}"
+        return f"{self.dim}, eps={self.eps}, group_size={self.group_size}, {order}"
 
 
 class HeadRMSNorm(RMSNorm):

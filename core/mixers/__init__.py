@@ -20,6 +20,7 @@ from sinuous.core.mixers.gla import GLA, HGRN2
 from sinuous.core.mixers.gsa import GSA, GSAState
 from sinuous.core.mixers.hgrn import HGRN
 from sinuous.core.mixers.hydra import Hydra
+from sinuous.core.mixers.kda import KDA
 from sinuous.core.mixers.linear_attention import LinearAttention, Retention, RetentionState, SimpleGLA
 from sinuous.core.mixers.lru import LRU
 from sinuous.core.mixers.mamba import Mamba, MambaState
@@ -29,6 +30,7 @@ from sinuous.core.mixers.min_rnn import MinGRU, MinLSTM
 from sinuous.core.mixers.mlstm import MLSTM, MLSTMLarge, MLSTMState
 from sinuous.core.mixers.rg_lru import RGLRU, RGLRUState
 from sinuous.core.mixers.rwkv6 import RWKV6
+from sinuous.core.mixers.rwkv7 import RWKV7
 from sinuous.core.mixers.s5 import S5
 from sinuous.core.mixers.slstm import SLSTM, SLSTMState
 from sinuous.core.mixers.ss2d import SS2D
@@ -39,10 +41,12 @@ __all__ = [
     "GSA",
     "HGRN",
     "HGRN2",
+    "KDA",
     "LRU",
     "MLSTM",
     "RGLRU",
     "RWKV6",
+    "RWKV7",
     "S5",
     "SLSTM",
     "SS2D",

@@ -53,16 +53,25 @@ class MixedLinear(nn.Module):
 
 
 class LowRank(nn.Module):
-    """`W₂ tanh(W₁ x) + b`, summed in at least fp32."""
+    """`W₂ f(W₁ x) + b`, with f `tanh`, `sigmoid` or `identity`; with a bias summed in at least fp32."""
 
-    def __init__(self, dim: int, out_features: int, rank: int, **dd: Any) -> None:
+    def __init__(
+        self, dim: int, out_features: int, rank: int, activation: str = "tanh", bias: bool = True, **dd: Any
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.lora = nn.ModuleDict(
-            {"0": nn.Linear(dim, rank, bias=False, **dd), "2": nn.Linear(rank, out_features, **dd)}
+            {"0": nn.Linear(dim, rank, bias=False, **dd), "2": nn.Linear(rank, out_features, bias=bias, **dd)}
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        low_rank, up = torch.tanh(self.lora["0"](x)), self.lora["2"]
+        low_rank, up = self.lora["0"](x), self.lora["2"]
+        if self.activation == "tanh":
+            low_rank = torch.tanh(low_rank)
+        elif self.activation == "sigmoid":
+            low_rank = torch.sigmoid(low_rank)
+        if up.bias is None:
+            return F.linear(low_rank, up.weight)  # type: ignore[arg-type]
         return gate_of(low_rank, up.weight, up.bias)  # type: ignore[arg-type]
 
 

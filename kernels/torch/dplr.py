@@ -51,20 +51,19 @@ def _causal(weights: Tensor) -> Tensor:
     return weights
 
 
+def _present(inputs: Tensors) -> list[Tensor]:
+    """q, k, v, log_decay, a and b: none is optional."""
+    return [t for t in inputs if t is not None]
+
+
 def _piece(state: State, inputs: Tensors) -> _Piece:
-    q, k, v, log_decay, a, b = inputs
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    assert log_decay is not None
-    assert a is not None
-    assert b is not None
+    q, k, v, log_decay, a, b = _present(inputs)
     c = q.shape[2]
     # In float64, since differences of long sums are all that is used of them.
     sums = log_decay.double().cumsum(2)
     middle = sums[:, :, -1:] / 2
     inclusive = (sums - middle).to(q.dtype).exp()
-    half = (middle.to(q.dtype)).exp()
+    half = middle.to(q.dtype).exp()
     after = torch.cat([inclusive, half.reciprocal(), inclusive[:, :, :-1]], 2)
     before = inclusive.reciprocal()
     left = torch.cat([q, a], 2).mul_(after)
@@ -81,7 +80,7 @@ def _piece(state: State, inputs: Tensors) -> _Piece:
 
 
 def _forward(state: State, inputs: Tensors, parameters: Tensors, scale: float) -> tuple[Tensor, State]:
-    if inputs[0].shape[2] == 1:  # type: ignore[union-attr]
+    if _present(inputs)[0].shape[2] == 1:
         return _forward_step(state, inputs, scale)
     p = _piece(state, inputs)
     return p.output * scale, (p.half * (p.start + p.right.mT @ p.values),)
@@ -117,22 +116,22 @@ def _backward(
 
 def _forward_step(state: State, inputs: Tensors, scale: float) -> tuple[Tensor, State]:
     """One step, of any decay: c is 1."""
-    q, k, v, log_decay, a, b = inputs
-    S = log_decay.exp().mT * state[0] + b.mT @ (a @ state[0]) + k.mT @ v  # type: ignore[union-attr]
+    q, k, v, log_decay, a, b = _present(inputs)
+    S = log_decay.exp().mT * state[0] + b.mT @ (a @ state[0]) + k.mT @ v
     return (q @ S) * scale, (S,)
 
 
 def _backward_step(
     state: State, inputs: Tensors, dy: Tensor, dstate: State, scale: float
 ) -> tuple[State, Tensors, Tensors]:
-    q, k, v, log_decay, a, b = inputs
+    q, k, v, log_decay, a, b = _present(inputs)
     (S,), (after,) = state, _forward_step(state, inputs, scale)[1]
-    dy, decay = dy * scale, log_decay.exp()  # type: ignore[union-attr]
-    dafter = dstate[0] + q.mT @ dy  # type: ignore[union-attr]
+    dy, decay = dy * scale, log_decay.exp()
+    dafter = dstate[0] + q.mT @ dy
     dread = b @ dafter
     dlog_decay = decay * (S * dafter).sum(-1).unsqueeze(2)
     gradients = (dy @ after.mT, v @ dafter.mT, k @ dafter, dlog_decay, dread @ S.mT, (a @ S) @ dafter.mT)
-    return (decay.mT * dafter + a.mT @ dread,), gradients, ()  # type: ignore[union-attr]
+    return (decay.mT * dafter + a.mT @ dread,), gradients, ()
 
 
 def _recurrence(q: Tensor, scale: float | None) -> Recurrence:
