@@ -5,6 +5,9 @@
 Mamba: Gu and Dao (arXiv 2312.00752); Mamba-2: Dao and Gu (arXiv 2405.21060); weights at huggingface.co/state-spaces.
 Each name has the width and depth of the released `config.json`; 50,277 tokens of the GPT-NeoX tokenizer, padded to a
 multiple of 8 or, for Mamba-2, 16. xLSTM 7B: Beck et al. (arXiv 2503.13427); weights at huggingface.co/NX-AI.
+
+The first xLSTM models (Beck et al., arXiv 2405.04517) are `xlstm_14m` in other sizes: `pattern` says where their sLSTM
+blocks are, so that `("mlstm",) * 7 + ("slstm",)` is xLSTM[7:1].
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from sinuous.core.registry import register_model
 from sinuous.core.sequence_model import SequenceModel
+from sinuous.core.xlstm_checkpoints import from_block_stack, is_block_stack
 
 __all__ = ["checkpoint_filter_fn"]
 
@@ -51,6 +55,17 @@ SIZES: dict[str, dict[str, Any]] = {
         "norm_eps": 1e-6,
         "tie_head": False,
         "logit_cap": 30.0,
+    },
+    "xlstm_14m": {
+        "vocab_size": 50304,
+        "dim": 128,
+        "depth": 7,
+        "pattern": ("mlstm", "slstm", "mlstm", "mlstm", "mlstm", "mlstm", "mlstm"),
+        "mlp": {"slstm": "geglu"},
+        "mlp_ratio": 1.3,
+        "mlp_multiple_of": 64,
+        "norm": "layer_no_bias",
+        "tie_head": False,
     },
     "bytes_5m": {"vocab_size": 256, "dim": 256, "depth": 6, "pattern": "mamba2", "mlp": "swiglu", "mlp_ratio": 2.0},
 }
@@ -90,6 +105,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: SequenceModel)
     Raises:
         ValueError: if the head differs from the embedding and the model's head is tied.
     """
+    state_dict = from_block_stack(state_dict) if is_block_stack(state_dict) else state_dict
     state = dict(_unfused({_ours(name): tensor for name, tensor in state_dict.items()}, model))
     for name in ("embedding.weight", "head.weight"):
         if name in state and state[name].ndim == 2:
@@ -186,6 +202,11 @@ default_cfgs = generate_default_cfgs(
             license="nxai-community",
             context=8192,
         ),
+        "xlstm_14m.untrained": {
+            **_cfg("", "xLSTM: Extended Long Short-Term Memory", "2405.04517", context=256),
+            "num_classes": 50304,
+            "origin_url": "https://github.com/NX-AI/xlstm",
+        },
         "bytes_5m.untrained": {
             "num_classes": 256,
             "input_size": (256,),
@@ -260,6 +281,12 @@ def mamba2_2_7b(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
 def xlstm_7b(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
     """xLSTM 7B: 32 blocks of width 4096 with 8 heads."""
     return _create("xlstm_7b", pretrained, **kwargs)
+
+
+@register_model(domain="language")
+def xlstm_14m(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
+    """Six mLSTM blocks and one sLSTM block of width 128: the authors' example of their first models."""
+    return _create("xlstm_14m", pretrained, **kwargs)
 
 
 @register_model(domain="language")

@@ -53,8 +53,8 @@ class SequenceModel(nn.Module):
         pattern: names of mixers, taken in turn and over again; one name stands for itself.
         mixer_options: for each name of the pattern that needs any, keyword arguments of its constructor. Mixers that
             have `num_blocks` or `block_index` are told `depth` and their place.
-        mlp: `"none"`, `"gelu"`, `"geglu"` or `"swiglu"`, after every mixer; or one of them for each name of the pattern
-            whose mixers have one.
+        mlp: `"none"`, `"gelu"`, `"geglu"` or `"swiglu"`, after every mixer; or one of them for each name whose mixers
+            have one, others having none.
         mlp_ratio: width of the MLP between its layers, over `dim`.
         mlp_multiple_of: that width is rounded up to a multiple of this.
         mlp_bias: biases in the MLP.
@@ -114,7 +114,7 @@ class SequenceModel(nn.Module):
             _one_of("mlp", kind, ("none", *MLPS))
         _one_of("norm", norm, tuple(NORMS))
         _one_of("norm_placement", norm_placement, PLACEMENTS)
-        _check_pattern(names, {"mixer_options": options, "mlp": mlps}, causal)
+        _check_pattern(names, options, mlps, causal)
 
         self.vocab_size = vocab_size
         self.padded_vocab_size = math.ceil(vocab_size / pad_vocab_multiple) * pad_vocab_multiple
@@ -294,15 +294,18 @@ def _mlp(dim: int, hidden: int, kind: str, **kwargs: Any) -> nn.Module | None:
     return MLPS[kind](dim, 2 * hidden if kind == "geglu" else hidden, **kwargs)  # GluMlp counts both halves
 
 
-def _check_pattern(names: tuple[str, ...], by_name: Mapping[str, Mapping[str, Any]], causal: bool) -> None:
+def _check_pattern(
+    names: tuple[str, ...], options: Mapping[str, Any], with_mlp: Mapping[str, str], causal: bool
+) -> None:
     if not names:
         raise ValueError(f"pattern must name at least one mixer (got none); choose from {', '.join(list_mixers())}")
-    for argument, given in by_name.items():
-        if strangers := sorted(set(given) - set(names)):
-            raise ValueError(
-                f"{argument} has options for {', '.join(strangers)}, which the pattern {list(names)} lacks; "
-                "correct the name or leave them out"
-            )
+    if strangers := sorted(set(options) - set(names)):
+        raise ValueError(
+            f"mixer_options has options for {', '.join(strangers)}, which the pattern {list(names)} lacks; "
+            "correct the name or leave them out"
+        )
+    for name in with_mlp:
+        mixer_class(name)  # refuses a name that no mixer has
     blind = [name for name in names if not mixer_class(name).causal]
     if causal and blind:
         raise ValueError(

@@ -48,6 +48,7 @@ def test_an_mlp_can_be_for_some_mixers_only() -> None:
     model = build(depth=5, pattern=("mamba", "gla", "min_gru"), mlp={"gla": "geglu", "min_gru": "gelu"})
     kinds = [type(block.mlp).__name__ for block in model.layers]
     assert kinds == ["Identity", "GluMlp", "Mlp", "Identity", "GluMlp"]
+    assert not build(pattern="mamba", mlp={"gla": "geglu"}).layers[0].mixes_channels
     x, block = torch.randn(2, 5, DIM, dtype=torch.float64), model.layers[1]
     y = x + block.mixer(block.norm(x))
     gate, value = block.mlp.fc1(block.norm2(y)).chunk(2, -1)
@@ -57,11 +58,11 @@ def test_an_mlp_can_be_for_some_mixers_only() -> None:
 @pytest.mark.parametrize(
     ("mlp", "message"),
     [
-        ({"gla": "gelu"}, r"mlp has options for gla, which the pattern \['mamba'\] lacks"),
+        ({"mambo": "gelu"}, "no mixer 'mambo'; did you mean 'mamba'"),
         ({"mamba": "relu"}, "mlp must be one of 'none', 'gelu', 'geglu', 'swiglu' .got 'relu'"),
     ],
 )
-def test_an_mlp_for_another_mixer_or_of_another_kind_is_refused(mlp: dict[str, str], message: str) -> None:
+def test_an_mlp_for_no_mixer_or_of_another_kind_is_refused(mlp: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(pattern="mamba", mlp=mlp)
 
