@@ -121,6 +121,12 @@ class Call(NamedTuple):
     def steps(self) -> int:
         return self.batch * self.length
 
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """dtype of the factors of products that one kernel leaves for another. The interpreter multiplies bfloat16 in
+        single precision, and would truncate it here."""
+        return self.dtype if self.sizes["DOT"] == self.sizes["ACC"] else self.input_dtype
+
     def over_states(self, kernel: object) -> tuple[int, int, dict[str, Any]]:
         """Blocks of keys, blocks of values, and compile-time arguments, of a kernel over states."""
         block = tiles(kernel, self.input_dtype, self.keys, self.values, self.heads != self.groups)

@@ -65,7 +65,7 @@ def decay_gradients(
     tl.store(grad + row[:, None] * H + h[None, :], tl.where(reset, 0.0, into_logs), mask=there)
 
 
-def _weights(call: Call, log_decay: Tensor) -> Weights:
+def weights_of(call: Call, log_decay: Tensor) -> Weights:
     """Products of `log_decay`, `[B, T, H]` with any strides."""
     logs = torch.empty(log_decay.shape, dtype=torch.float64, device=log_decay.device)
     since_start, until_end = (torch.empty_like(logs, dtype=call.dtype) for _ in range(2))
@@ -78,7 +78,20 @@ def _weights(call: Call, log_decay: Tensor) -> Weights:
     return Weights(logs, logs, since_start, until_end)
 
 
-def _over_time(log_decay: Tensor | None, v: Tensor) -> Tensor:
+def decay_gradient(call: Call, log_decay: Tensor, query_dots: Tensor, key_dots: Tensor, ends: Tensor) -> Tensor:
+    """Gradient of `log_decay`, `[B, T, H]` with any strides, of what `side_gradients` writes."""
+    grad = torch.empty(log_decay.shape, dtype=call.dtype, device=log_decay.device)
+    blocks, form = call.over_gates()
+    with on_device(log_decay):
+        decay_gradients[(call.segments * blocks,)](
+            log_decay, query_dots, key_dots, ends, call.table, grad,
+            call.segments, call.steps, call.length, ends.shape[0], *log_decay.stride(), **form,
+        )  # fmt: skip
+    return grad
+
+
+def over_time(log_decay: Tensor | None, v: Tensor) -> Tensor:
+    """`log_decay` as `[B, T, H]`, without a copy."""
     return (v.new_zeros(1) if log_decay is None else log_decay).expand(v.shape[:3])
 
 
@@ -106,7 +119,7 @@ def forward(
     initial = _initial(call, initial_state, q)
     if v.numel() == 0:
         return torch.empty_like(v), initial.clone(), call.empty_states(initial)
-    weights = _weights(call, _over_time(log_decay, v))
+    weights = weights_of(call, over_time(log_decay, v))
     (final, _), kept = carry(call, k, v, weights, (initial, None))
     return read(call, q, k, v, weights, (initial, None), kept, None), final, kept[0]
 
@@ -133,8 +146,8 @@ def backward(
     if v.numel() == 0:
         zeros = [None if t is None else torch.zeros_like(t) for t in (q, k, v, log_decay)]
         return [*zeros, None if initial_state is None else dfinal]
-    over_time = _over_time(log_decay, v)
-    weights = _weights(call, over_time)
+    stepwise = over_time(log_decay, v)
+    weights = weights_of(call, stepwise)
     before, after = carry_adjoint(call, q, dy, None, weights.since_start, weights, (dfinal, None))
     found = gradients(
         call, q, k, v, dy, None, weights.since_start, weights,
@@ -142,12 +155,6 @@ def backward(
     )  # fmt: skip
     dlog_decay = None
     if log_decay is not None:
-        dlog_decay = torch.empty(over_time.shape, dtype=call.dtype, device=q.device)
-        blocks, form = call.over_gates()
-        with on_device(q):
-            decay_gradients[(call.segments * blocks,)](
-                over_time, found.query_dots, found.key_dots, found.ends, call.table, dlog_decay,
-                call.segments, call.steps, call.length, found.ends.shape[0], *over_time.stride(), **form,
-            )  # fmt: skip
+        dlog_decay = decay_gradient(call, stepwise, found.query_dots, found.key_dots, found.ends)
         dlog_decay = dlog_decay.sum((0, 1)) if log_decay.ndim == 1 else dlog_decay
     return [found.q, found.k, found.v, dlog_decay, None if initial_state is None else before[0]]

@@ -1,0 +1,240 @@
+"""Launches of the kernels in delta_rule_kernels: which blocks, in which order, with which buffers.
+
+The factors of a step become rows of a longer sequence, `[B, T n, H, …]`, in the order in which they are processed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from sinuous.kernels.torch import delta_rule as plain
+from sinuous.kernels.triton.delta_rule_kernels import carry, carry_adjoint, prepare, read, sides
+from sinuous.kernels.triton.matrix_states import Call, segments
+from sinuous.kernels.triton.packing import on_device
+from sinuous.kernels.triton.ssd import decay_gradient, over_time, weights_of
+
+WIDEST = 256
+"""Channels of keys that a program holds at once; wider ones take the plain form, whose kept states are the same."""
+
+
+def rows_of(dtype: torch.dtype, keys: int) -> int:
+    """Rows of a segment."""
+    return 64
+
+
+def tiles(kernel: object, dtype: torch.dtype, keys: int, values: int) -> dict[str, int]:
+    """Blocks of keys and values, and compile options: the largest that tools/aot_table.py finds to stay in registers.
+    Those that carry states hold all keys at once."""
+    wide = max(16, triton.next_power_of_2(keys))
+    block_k, block_v, warps, stages = 64, 64, 4, 2
+    if kernel in (carry, carry_adjoint):
+        block_k, block_v = wide, 32
+    elif kernel is sides:
+        block_k, block_v, warps = 32, 32, 8
+    blocks = {"BK": min(block_k, wide), "BV": max(16, min(block_v, triton.next_power_of_2(values)))}
+    return {**blocks, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+class _Rows:
+    """A call with its factors as rows, and the launches that it is made of."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        log_decay: Tensor | None,
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        scale: float | None,
+        reverse: bool,
+        chunk_size: int,
+    ) -> None:
+        self.product, self.factors, self.reverse = k.ndim == 5, k.shape[2] if k.ndim == 5 else 1, reverse
+        self.q, self.k, self.v, self.beta = q.contiguous(), self.as_rows(k), self.as_rows(v), self.as_rows(beta)
+        bounds = None if cu_seqlens is None else cu_seqlens * self.factors
+        self.call = Call.of(self.q, self.v, bounds, scale, reverse, rows_of(q.dtype, q.shape[-1]))
+        self.span = chunk_size * self.factors
+        self.log_decay = over_time(log_decay if self.factors == 1 else self._on_first_rows(log_decay), self.v)
+        self.initial = self.state(initial_state)
+
+    def as_rows(self, t: Tensor) -> Tensor:
+        if self.product:
+            t = (t.flip(2) if self.reverse else t).flatten(1, 2)
+        return t.contiguous()
+
+    def as_factors(self, t: Tensor) -> Tensor:
+        if self.product:
+            t = t.unflatten(1, (-1, self.factors))
+        return t.flip(2) if self.product and self.reverse else t
+
+    def _on_first_rows(self, log_decay: Tensor | None) -> Tensor | None:
+        if log_decay is None:
+            return None
+        rows = log_decay.new_zeros(*log_decay.shape[:2], self.factors, log_decay.shape[2])
+        rows[:, :, 0] = log_decay
+        return self.as_rows(rows)
+
+    def state(self, given: Tensor | None) -> Tensor:
+        """A state per sequence; zeros if absent."""
+        call = self.call
+        if given is not None:
+            return given.to(call.dtype).contiguous()
+        shape = (call.sequences, call.heads, call.keys, call.values)
+        return torch.zeros(shape, dtype=call.dtype, device=self.q.device)
+
+    def _over(self, kernel: Any) -> tuple[int, int, dict[str, Any]]:
+        """Blocks of keys, blocks of values, and compile-time arguments, of a kernel."""
+        call = self.call
+        block = tiles(kernel, call.input_dtype, call.keys, call.values)
+        levels = (call.form["CHUNK"] // 16).bit_length() - 1
+        sizes = {**call.sizes, **block, "FACTORS": self.factors, "SPAN": self.span, "LEVELS": levels}
+        options = {name: block[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+        taken = {name: size for name, size in sizes.items() if name in kernel.arg_names}
+        counts = triton.cdiv(call.keys, block["BK"]), triton.cdiv(call.values, block["BV"])
+        return *counts, {**taken, **options}
+
+    def prepare(self) -> None:
+        """Decays, and the matrices P and X of all segments."""
+        call, (_, _, sizes) = self.call, self._over(prepare)
+        self.decays = weights_of(call, self.log_decay)
+        per_row = (call.heads, call.form["CHUNK"])
+        self.weights = self.q.new_empty(*self.q.shape[:2], *per_row, dtype=call.factor_dtype)
+        self.inverse = self.k.new_empty(*self.k.shape[:2], *per_row, dtype=call.factor_dtype)
+        with on_device(self.q):
+            prepare[(call.heads * call.segments,)](
+                self.q, self.k, self.beta, self.decays.rows, call.table, self.weights, self.inverse, call.length,
+                **sizes,
+            )  # fmt: skip
+
+    def carry(self) -> tuple[Tensor, Tensor]:
+        """The state after each sequence, and those the op keeps."""
+        call, final, kept = self.call, torch.empty_like(self.initial), self.call.empty_states(self.initial)
+        self._carry(call.sequences, None, None, kept, final)
+        self.states = kept
+        return final, kept[:, :: self.span // call.form["CHUNK"]]
+
+    def carry_again(self, chunk_states: Tensor) -> None:
+        """What `carry` left, from the states that the op kept."""
+        call = self.call
+        pieces, table = call.batch * triton.cdiv(call.length, self.span), call.table
+        whole = self.span == call.form["CHUNK"]
+        if call.bounds is not None and not whole:
+            table = segments(call.bounds, call.length, self.span, self.reverse)
+        if table is not None:
+            pieces = table.shape[0]
+        kept = None if whole else call.empty_states(self.initial)
+        self._carry(pieces, chunk_states, table, kept, None)
+        self.states = chunk_states if kept is None else kept
+
+    def _carry(
+        self, pieces: int, chunk_states: Tensor | None, table: Tensor | None, kept: Tensor | None, final: Tensor | None
+    ) -> None:
+        call, (_, value_blocks, sizes) = self.call, self._over(carry)
+        self.residual = torch.empty_like(self.v, dtype=call.factor_dtype)
+        with on_device(self.q):
+            carry[(pieces * call.heads * value_blocks,)](
+                self.k, self.v, self.beta, self.inverse, self.decays.since_start, self.decays.until_end,
+                self.initial, chunk_states, call.bounds, table, kept, self.residual, final, call.length,
+                AGAIN=final is None, **sizes,
+            )  # fmt: skip
+
+    def read(self) -> Tensor:
+        """The outputs."""
+        call, (_, value_blocks, sizes) = self.call, self._over(read)
+        y = self.v.new_empty(*self.q.shape[:3], call.values)
+        with on_device(self.q):
+            read[(value_blocks * call.heads * call.segments,)](
+                self.q, self.beta, self.weights, self.residual, self.decays.since_start, self.states, self.initial,
+                call.table, y, call.length, **sizes,
+            )  # fmt: skip
+        return y
+
+    def gradients(self, dy: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of q, k, v, beta, log_decay and the initial state, of rows, after `prepare` and `carry_again`."""
+        call, after, dinitial = self.call, self.call.empty_states(dfinal), torch.empty_like(dfinal)
+        through, dv = torch.empty_like(self.residual), torch.empty_like(self.v)
+        _, value_blocks, sizes = self._over(carry_adjoint)
+        with on_device(self.q):
+            carry_adjoint[(call.sequences * call.heads * value_blocks,)](
+                self.q, self.k, self.beta, dy, self.weights, self.inverse, self.decays.since_start,
+                self.decays.until_end, dfinal, call.bounds, after, through, dv, dinitial, call.length, **sizes,
+            )  # fmt: skip
+        key_blocks, _, sizes = self._over(sides)
+        dq, dk, dk_rows = torch.empty_like(self.q), torch.empty_like(self.k), torch.empty_like(self.k, dtype=call.dtype)
+        dbeta = torch.empty_like(self.beta, dtype=call.dtype)
+        dots = self.k.new_empty(2, key_blocks, *self.beta.shape, dtype=call.dtype)
+        ends = self.k.new_zeros(key_blocks, call.segments, call.heads, dtype=call.dtype)
+        with on_device(self.q):
+            for keys in (False, True):
+                sides[(key_blocks * call.heads * call.segments,)](
+                    self.q, self.k, self.beta, dy, self.residual, through, self.decays.rows, self.decays.since_start,
+                    self.decays.until_end, self.states, self.initial, after, dfinal, call.table,
+                    dq, dk_rows, dk, dbeta, dots[int(keys)], ends, call.segments, call.steps, call.length,
+                    KEYS=keys, **sizes,
+                )  # fmt: skip
+        return dq, dk, dv, dbeta, decay_gradient(call, self.log_decay, *dots, ends), dinitial
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    reverse: bool,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(y, final_state, chunk_states)`; see sinuous.core.ops.delta_rule."""
+    arguments = (q, k, v, beta, log_decay, initial_state, cu_seqlens, scale, reverse, chunk_size)
+    if q.shape[-1] > WIDEST:
+        return plain.forward(*arguments)
+    rows = _Rows(*arguments)
+    if v.numel() == 0:
+        y, kept = v.new_empty(*q.shape[:3], v.shape[-1]), rows.call.empty_states(rows.initial)
+        return y, rows.initial.clone(), kept
+    rows.prepare()
+    final, kept = rows.carry()
+    return rows.read(), final, kept
+
+
+def backward(
+    grads: tuple[Tensor | None, Tensor | None],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_states: Tensor,
+    scale: float | None,
+    reverse: bool,
+    chunk_size: int,
+) -> list[Tensor | None]:
+    """Gradients of q, k, v, beta, log_decay and initial_state."""
+    arguments = (q, k, v, beta, log_decay, initial_state, cu_seqlens)
+    if q.shape[-1] > WIDEST:
+        return plain.backward(grads, *arguments, chunk_states, scale, reverse, chunk_size)
+    rows = _Rows(*arguments, scale, reverse, chunk_size)
+    dfinal = rows.state(grads[1])
+    if v.numel() == 0:
+        zeros = [None if t is None else torch.zeros_like(t) for t in (q, k, v, beta, log_decay)]
+        return [*zeros, None if initial_state is None else dfinal]
+    rows.prepare()
+    rows.carry_again(chunk_states.contiguous())
+    dy = v.new_zeros(*q.shape[:3], v.shape[-1]) if grads[0] is None else grads[0].contiguous()
+    dq, dk, dv, dbeta, drows, dinitial = rows.gradients(dy, dfinal)
+    dk, dv, dbeta = (rows.as_factors(t) for t in (dk, dv, dbeta))
+    dlog_decay = None
+    if log_decay is not None:
+        dlog_decay = rows.as_factors(drows)[:, :, 0] if rows.product else drows
+    return [dq, dk, dv, dbeta, dlog_decay, None if initial_state is None else dinitial]
