@@ -31,6 +31,7 @@ from sinuous.core.mixers.mlstm import MLSTM, MLSTMLarge, MLSTMState
 from sinuous.core.mixers.rg_lru import RGLRU, RGLRUState
 from sinuous.core.mixers.rwkv6 import RWKV6
 from sinuous.core.mixers.rwkv7 import RWKV7
+from sinuous.core.mixers.s4 import S4, S4D, LTIState, S4Bidirectional, S4DBidirectional
 from sinuous.core.mixers.s5 import S5
 from sinuous.core.mixers.slstm import SLSTM, SLSTMState
 from sinuous.core.mixers.ss2d import SS2D
@@ -47,6 +48,8 @@ __all__ = [
     "RGLRU",
     "RWKV6",
     "RWKV7",
+    "S4",
+    "S4D",
     "S5",
     "SLSTM",
     "SS2D",
@@ -60,6 +63,7 @@ __all__ = [
     "GatedDeltaNet",
     "GatedDeltaProduct",
     "Hydra",
+    "LTIState",
     "LinearAttention",
     "MLSTMLarge",
     "MLSTMState",
@@ -73,6 +77,8 @@ __all__ = [
     "RGLRUState",
     "Retention",
     "RetentionState",
+    "S4Bidirectional",
+    "S4DBidirectional",
     "SLSTMState",
     "SimpleGLA",
     "SlidingWindowAttention",

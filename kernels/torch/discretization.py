@@ -106,3 +106,14 @@ def discretize(dt: Tensor, A: Tensor, B: Tensor, P: Tensor | None, discretizatio
     if P is not None and P.ndim == 3:
         P = P.unsqueeze(1)
     return bilinear(dt, A, B, P)
+
+
+def matrix(factor: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """Ā as a real matrix `[D, N, N]` over the pairs of a state, `[D, M, 2]` flattened to `[D, N]`."""
+    real, imag = factor.unbind(-1)
+    rotations = torch.stack([real, -imag, imag, real], -1).unflatten(-1, (2, 2))
+    width, modes = real.shape
+    diagonal = torch.eye(modes, dtype=real.dtype, device=real.device)[:, None, :, None]
+    blocks = rotations[:, :, :, None, :] * diagonal
+    low_rank = p.flatten(2).unsqueeze(-1) * (2 * q.flatten(2)).unsqueeze(-2)
+    return blocks.reshape(width, 2 * modes, 2 * modes) - low_rank.sum(0)

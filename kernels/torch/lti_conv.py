@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sinuous.kernels.torch.differentiation import autograd_inside_an_op
-from sinuous.kernels.torch.discretization import conj, discretize, times
+from sinuous.kernels.torch.discretization import conj, discretize, matrix, times
 from sinuous.kernels.torch.packing import flip_sequences, flip_time, mirror, rows, segments
 
 DOUBLINGS = 6
@@ -45,17 +45,6 @@ class _Operators(NamedTuple):
         return self.response, self.rows, self.columns, *self.powers
 
 
-def _dense(factor: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """Ā as a real matrix `[D, N, N]` over pairs."""
-    real, imag = factor.unbind(-1)
-    rotations = torch.stack([real, -imag, imag, real], -1).unflatten(-1, (2, 2))
-    width, modes = real.shape
-    diagonal = torch.eye(modes, dtype=real.dtype, device=real.device)[:, None, :, None]
-    blocks = rotations[:, :, :, None, :] * diagonal
-    low_rank = p.flatten(2).unsqueeze(-1) * (2 * q.flatten(2)).unsqueeze(-2)
-    return blocks.reshape(width, 2 * modes, 2 * modes) - low_rank.sum(0)
-
-
 def _operators(
     doublings: int,
     dtype: torch.dtype,
@@ -71,7 +60,7 @@ def _operators(
     dt, A, B, C = dt.double(), A.double(), B.double(), C.double()
     factor, b, p, q = discretize(dt, A, B, None if P is None else P.double(), discretization)
     readout = (2 * conj(C)).expand_as(factor)
-    first = factor if p is None or q is None else _dense(factor, p, q)
+    first = factor if p is None or q is None else matrix(factor, p, q)
     diagonal = p is None
 
     def forwards(vectors: Tensor, power: Tensor) -> Tensor:
