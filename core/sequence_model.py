@@ -129,14 +129,14 @@ class SequenceModel(nn.Module):
 
         make_norm = functools.partial(NORMS[norm], dim, eps=norm_eps, **dd)
         hidden = math.ceil(dim * mlp_ratio / mlp_multiple_of) * mlp_multiple_of
-        make_mlp = functools.partial(_mlp, dim, hidden, bias=mlp_bias, drop=drop_rate, **dd)
+        mlp_options = {"bias": mlp_bias, "drop": drop_rate, **dd}
         self.embedding = nn.Embedding(self.padded_vocab_size, dim, **dd)
         self.drop = nn.Dropout(drop_rate)
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.layers = nn.ModuleList(
             ResidualBlock(
                 _mixer(name, dim, {**_of_depth(name, i, depth), **options.get(name, {}), **dd}, causal),
-                make_mlp(mlps[name]),
+                _mlp(mlps[name], dim, hidden, mlp_options),
                 make_norm,
                 norm_placement,
                 rate,
@@ -288,10 +288,10 @@ def _of_depth(name: str, block_index: int, num_blocks: int) -> dict[str, int]:
     return {option: value for option, value in known.items() if option in options_of(name)}
 
 
-def _mlp(dim: int, hidden: int, kind: str, **kwargs: Any) -> nn.Module | None:
+def _mlp(kind: str, dim: int, hidden: int, options: dict[str, Any]) -> nn.Module | None:
     if kind == "none":
         return None
-    return MLPS[kind](dim, 2 * hidden if kind == "geglu" else hidden, **kwargs)  # GluMlp counts both halves
+    return MLPS[kind](dim, 2 * hidden if kind == "geglu" else hidden, **options)  # GluMlp counts both halves
 
 
 def _check_pattern(

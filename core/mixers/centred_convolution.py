@@ -31,7 +31,8 @@ def centred_conv1d(x: Tensor, taps: Tensor, bias: Tensor | None, cu_seqlens: Ten
         taps: `[D, W]`, W odd; bias: `[D]`.
     """
     centre = taps.shape[1] // 2
-    y, _ = torch.ops.sinuous.causal_conv1d(x, taps[:, : centre + 1], bias, None, cu_seqlens, False, False, "")
+    past, _ = torch.ops.sinuous.causal_conv1d(x, taps[:, : centre + 1], bias, None, cu_seqlens, False, False, "")
     ahead = F.pad(taps[:, centre + 1 :].flip(1), [0, 1])
     rest, _ = torch.ops.sinuous.causal_conv1d(x, ahead, None, None, cu_seqlens, False, True, "")
-    return y + rest
+    y: Tensor = past + rest
+    return y

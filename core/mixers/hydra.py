@@ -116,17 +116,18 @@ class Hydra(Mixer):
         u = flat.unflatten(-1, heads)
         y = self._behind(u, past, dt_past, cu_seqlens, False) + self._behind(u, future, dt_future, cu_seqlens, True)
         diagonal = self.fc_D(flat) + self.D.to(flat.dtype)
-        return self.out_proj(self.norm((y + diagonal.unsqueeze(-1) * u).flatten(-2), z))
+        out: Tensor = self.out_proj(self.norm((y + diagonal.unsqueeze(-1) * u).flatten(-2), z))
+        return out
 
     def _behind(self, u: Tensor, BC: Tensor, dt: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> Tensor:
         """The recurrence of one direction, read one step late, `[B, T, H, P]`."""
         B, C = BC.unflatten(-1, [2, self.ngroups, self.d_state]).unbind(2)
         dt = F.softplus(norms.at_least_fp32(dt) + norms.at_least_fp32(self.dt_bias)).clamp(self.dt_min, self.dt_max)
         log_decay = -dt * torch.exp(norms.at_least_fp32(self.A_log))
-        initial = self.init_states
-        if initial is not None:
+        initial: Tensor | None = None
+        if self.init_states is not None:
             count = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            initial = initial.transpose(1, 2).expand([count, -1, -1, -1])
+            initial = self.init_states.transpose(1, 2).expand([count, -1, -1, -1])
         y, _, _ = torch.ops.sinuous.ssd(
             C, B, (u * dt.unsqueeze(-1)).to(u.dtype), log_decay, initial, cu_seqlens, 1.0, reverse, ""
         )

@@ -122,7 +122,8 @@ class SS2D(Mixer):
             y = self._scan(torch.stack([x, transposed(x, grid[0], grid[1])], 2), None)
             y = y[:, :, 0] + transposed(y[:, :, 1], grid[1], grid[0])
         y = self.out_norm(norms.at_least_fp32(y)).to(x.dtype)
-        return self.out_proj(y * F.silu(z) if self.gate else y)
+        out: Tensor = self.out_proj(y * F.silu(z) if self.gate else y)
+        return out
 
     def _scan(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Both sequences `[B, T, 2, E]` scanned from either end, and the ends summed."""
@@ -140,12 +141,14 @@ class SS2D(Mixer):
             self.Ds[end * half : (end + 1) * half], None, self.dt_projs_bias[routes : routes + 2].flatten(),
             None, cu_seqlens, True, end == 1, "",
         )  # fmt: skip
-        return y.unflatten(-1, [2, self.d_inner])
+        both: Tensor = y.unflatten(-1, [2, self.d_inner])
+        return both
 
 
 def transposed(x: Tensor, height: int, width: int) -> Tensor:
     """Cells `[B, height · width, D]` from row by row to column by column."""
-    return x.unflatten(1, [height, width]).transpose(1, 2).flatten(1, 2)
+    by_column: Tensor = x.unflatten(1, [height, width]).transpose(1, 2).flatten(1, 2)
+    return by_column
 
 
 def check_grid(grid: tuple[int, int], length: int, cu_seqlens: Tensor | None) -> None:
