@@ -112,10 +112,8 @@ INLINE vec split(vec x, vec *whole) {
 INLINE vec scale(vec p, vec whole) { return (vec)((ivec)p + ((ivec)whole << MANTISSA)); }
 #endif
 
-/* 2^x for x ≤ 0 and up to the largest finite result: the nearest whole number goes to the exponent, a polynomial does
- * the rest. Exactly 1 at 0, so that steps of size 0 keep a state as it is. */
-INLINE vec exp2v(vec x) {
-    vec whole, f = split(x, &whole);
+/* q with 2^f = 1 + f q, for |f| ≤ 1/2. */
+INLINE vec exp2_slope(vec f) {
 #if REAL_BITS == 64
     vec p = splat(4.4549605981865183938e-10);
     p = p * f + splat(7.0725859492692236999e-9);
@@ -136,8 +134,14 @@ INLINE vec exp2v(vec x) {
     p = p * f + splat(2.4022650760568127e-1f);
     p = p * f + splat(6.9314718802622878e-1f);
 #endif
-    p = p * f + splat(1);
-    return scale(p, whole);
+    return p;
+}
+
+/* 2^x for x ≤ 0 and up to the largest finite result: the nearest whole number goes to the exponent, a polynomial does
+ * the rest. Exactly 1 at 0, so that steps of size 0 keep a state as it is. */
+INLINE vec exp2v(vec x) {
+    vec whole, f = split(x, &whole);
+    return scale(exp2_slope(f) * f + splat(1), whole);
 }
 
 INLINE vec absolute(vec x) { return choose(x < splat(0), -x, x); }
@@ -156,6 +160,14 @@ INLINE vec reciprocal(vec x) {
 INLINE vec sigmoid(vec x) {
     vec e = exp_minus_abs(x);
     return choose(x < splat(0), e, splat(1)) * reciprocal(splat(1) + e);
+}
+
+/* With d = exp(-2 |x|) - 1, which does not lose the small x: tanh |x| = -d / (2 + d). */
+INLINE vec hyperbolic_tangent(vec x) {
+    vec whole, least = splat(-64), exponent = absolute(x) * (splat(-2) * LOG2E);
+    vec f = split(choose(exponent < least, least, exponent), &whole), power = scale(splat(1), whole);
+    vec d = power * f * exp2_slope(f) + (power - splat(1));
+    return choose(x < splat(0), d, -d) * reciprocal(splat(2) + d);
 }
 
 /* log(1 + exp x) = max(x, 0) + 2 artanh(e / (2 + e)) with e = exp(-|x|); *slope is its derivative, the sigmoid. */
