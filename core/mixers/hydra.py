@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from sinuous.core import norms
 from sinuous.core.mixers.centred_convolution import centred_conv1d, check_centred
 from sinuous.core.mixers.contract import Mixer, register_mixer
+from sinuous.core.mixers.delay import one_step_late
 from sinuous.core.mixers.mamba import check_sizes, init_dt_bias
 from sinuous.core.mixers.matrix_mixer import heads_of
 from sinuous.core.ops import ssd  # noqa: F401  (registers torch.ops.sinuous)
@@ -131,10 +132,4 @@ class Hydra(Mixer):
         y, _, _ = torch.ops.sinuous.ssd(
             C, B, (u * dt.unsqueeze(-1)).to(u.dtype), log_decay, initial, cu_seqlens, 1.0, reverse, ""
         )
-        late = F.pad(y, [0, 0, 0, 0, 0, 1])[:, 1:] if reverse else F.pad(y, [0, 0, 0, 0, 1, 0])[:, :-1]
-        if cu_seqlens is None:
-            return late
-        # The first step of a sequence would read its neighbour's last.
-        edges = cu_seqlens.new_zeros([u.shape[1] + 1], dtype=torch.bool).index_fill(0, cu_seqlens.long(), True)
-        first = edges[1:] if reverse else edges[:-1]
-        return late.masked_fill(first.unsqueeze(-1).unsqueeze(-1), 0.0)
+        return one_step_late(y, cu_seqlens, reverse)

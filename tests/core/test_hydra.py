@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from sinuous.core.mixers import Hydra
 from sinuous.core.mixers.centred_convolution import centred_conv1d
+from sinuous.core.mixers.delay import one_step_late
 
 DIM = 12
 OPTIONS = {"d_state": 5, "headdim": 4, "ngroups": 3, "d_conv": 5}
@@ -117,6 +118,28 @@ def test_the_centred_filter_is_a_padded_convolution(taps: int, length: int) -> N
     padded = F.pad(x.mT, (taps // 2, taps // 2))
     expected = F.conv1d(padded, weight[:, None], bias, groups=DIM).mT if length else x
     torch.testing.assert_close(centred_conv1d(x, weight, bias, None), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (1, 6, 3), (1, 6, 2, 3), (2, 0, 3), (2, 1, 3)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_one_step_late_is_a_shift(shape: tuple[int, ...], reverse: bool) -> None:
+    y = torch.randn(shape)
+    expected = torch.zeros(shape)
+    if reverse:
+        expected[:, :-1] = y[:, 1:]
+    else:
+        expected[:, 1:] = y[:, :-1]
+    assert torch.equal(one_step_late(y, None, reverse), expected)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_one_step_late_keeps_even_a_nan_of_a_packed_neighbour_away(reverse: bool) -> None:
+    edges, y = [0, 0, 2, 3, 3, 6], torch.randn(1, 6, 2, 3)
+    y[:, 2] = math.nan
+    found = one_step_late(y, torch.tensor(edges), reverse)
+    for a, b in itertools.pairwise(edges):
+        expected = one_step_late(y[:, a:b], None, reverse)
+        torch.testing.assert_close(found[:, a:b], expected, atol=0, rtol=0, equal_nan=True)
 
 
 def test_has_the_published_names_and_shapes() -> None:
