@@ -22,7 +22,7 @@ NARROW = 80.0
 """Width of a range of exponents that fp32 passes in two factors: e^±40 each and their product are normal numbers."""
 
 LARGEST_RANGE = 60.0
-"""Of the sums G of logarithms of decays per channel within what `halving` passes at once. With a reference r in the
+"""Of the sums G of logarithms of decays per channel within what `in_pieces` passes at once. With a reference r in the
 middle exp(G - r) stays within exp(±30), and what is masked reaches exp(60): both far from overflow."""
 
 LOWEST = -1e30
@@ -155,50 +155,49 @@ def backward(
     return dinputs, dparameters, dinitial
 
 
-def _needs_halving(log_decay: Tensor) -> bool:
+def _pieces(log_decay: Tensor, start: int, stop: int) -> list[slice]:
+    """Of `[B, H, c, D]`: a chunk, or its halves and so on, such that no channel decays in one by more than exp(-60)."""
     # A NaN compares false: a row that has one does not change how the others are computed.
-    return log_decay.shape[2] > 1 and bool((log_decay.sum(2) < -LARGEST_RANGE).any())
+    if stop - start < 2 or not bool((log_decay[:, :, start:stop].sum(2) < -LARGEST_RANGE).any()):
+        return [slice(start, stop)]
+    middle = (start + stop) // 2
+    return _pieces(log_decay, start, middle) + _pieces(log_decay, middle, stop)
 
 
-def _cut(inputs: Tensors) -> tuple[list[Tensor | None], list[Tensor | None], int]:
-    """The inputs of the first and of the second half of a chunk, and where the second one starts."""
-    cut = next(t.shape[2] for t in inputs if t is not None) // 2
-    return (
-        [None if t is None else t[:, :, :cut] for t in inputs],
-        [None if t is None else t[:, :, cut:] for t in inputs],
-        cut,
-    )
+def in_pieces(recurrence: Recurrence, gate: int) -> Recurrence:
+    """The same recurrence with a chunk passed in several pieces where a channel of `inputs[gate]`, logarithms of decays
+    `[B, H, c, D]`, decays in it by more than exp(-60); a single step may decay by whatever."""
 
-
-def halving(recurrence: Recurrence, gate: int) -> Recurrence:
-    """The same recurrence with a chunk passed in two halves where a channel of `inputs[gate]`, logarithms of decays
-    `[B, H, c, D]`, decays in it by more than exp(-60); and so on, down to single steps, which decay by whatever."""
-
-    def forward(state: State, inputs: Tensors, parameters: Tensors) -> tuple[Tensor, State]:
+    def cut(inputs: Tensors) -> tuple[list[slice], list[Tensors]]:
         log_decay = inputs[gate]
         assert log_decay is not None
-        if not _needs_halving(log_decay):
-            return recurrence.forward(state, inputs, parameters)
-        first, second, _ = _cut(inputs)
-        y_first, state = forward(state, first, parameters)
-        y_second, state = forward(state, second, parameters)
-        return torch.cat([y_first, y_second], 2), state
+        places = _pieces(log_decay, 0, log_decay.shape[2])
+        if len(places) == 1:
+            return places, [inputs]
+        return places, [[None if t is None else t[:, :, place] for t in inputs] for place in places]
+
+    def forward(state: State, inputs: Tensors, parameters: Tensors) -> tuple[Tensor, State]:
+        outputs = []
+        for piece in cut(inputs)[1]:
+            y, state = recurrence.forward(state, piece, parameters)
+            outputs.append(y)
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)), state
 
     def backward(
         state: State, inputs: Tensors, parameters: Tensors, dy: Tensor, dstate: State
     ) -> tuple[State, Tensors, Tensors]:
-        log_decay = inputs[gate]
-        assert log_decay is not None
-        if not _needs_halving(log_decay):
-            return recurrence.backward(state, inputs, parameters, dy, dstate)
-        first, second, cut = _cut(inputs)
-        _, between = forward(state, first, parameters)
-        dstate, later, more = backward(between, second, parameters, dy[:, :, cut:], dstate)
-        dstate, earlier, most = backward(state, first, parameters, dy[:, :, :cut], dstate)
-        pairs = zip(earlier, later, strict=True)
-        dinputs = [None if a is None or b is None else torch.cat([a, b], 2) for a, b in pairs]
-        sums = zip(most, more, strict=True)
-        return dstate, dinputs, [None if a is None or b is None else a + b for a, b in sums]
+        (places, pieces), states, found = cut(inputs), [state], []
+        for piece in pieces[:-1]:
+            states.append(recurrence.forward(states[-1], piece, parameters)[1])
+        for place, piece, before in zip(places[::-1], pieces[::-1], states[::-1], strict=True):
+            dstate, *gradients = recurrence.backward(before, piece, parameters, dy[:, :, place], dstate)
+            found.append(gradients)
+        if len(found) == 1:
+            return dstate, found[0][0], found[0][1]
+        dinputs, dparameters = zip(*found[::-1], strict=True)
+        whole = [None if parts[0] is None else torch.cat(parts, 2) for parts in zip(*dinputs, strict=True)]
+        total = [None if parts[0] is None else torch.stack(parts).sum(0) for parts in zip(*dparameters, strict=True)]
+        return dstate, whole, total
 
     return Recurrence(forward, backward)
 

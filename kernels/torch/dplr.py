@@ -9,8 +9,8 @@ chunk, so that e^r S_0 is the state in the units in which both sides are moderat
     S_1 = e^r (e^r S_0 + rightᵀ [V; U])
 
 where a reads what is strictly earlier and q its own step too. U, what the rank-one parts write, solves a unit
-triangular system. A chunk in which a channel decays by more than exp(-60) is passed in halves; a single step needs no
-exponential but its own.
+triangular system. A chunk in which a channel decays by more than exp(-60) is passed in several pieces; a single step
+needs no exponential but its own.
 
 Source: the WY form of Yang et al. (arXiv 2406.06484), section 3, with decays taken apart as in (arXiv 2312.06635),
 section 4.3.
@@ -137,7 +137,7 @@ def _backward_step(
 def _recurrence(q: Tensor, scale: float | None) -> Recurrence:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     passes = Recurrence(functools.partial(_forward, scale=scale), functools.partial(_backward, scale=scale))
-    return chunked.halving(passes, gate=3)
+    return chunked.in_pieces(passes, gate=3)
 
 
 def _initial(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> State:

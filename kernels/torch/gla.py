@@ -2,8 +2,8 @@
 
 With G the sum of the logarithms of the decays, weights between steps are Σ_d q_id k_jd exp(G_id - G_jd), a product of
 two matrices only after the exponential is taken apart, exp(G_i - r) exp(r - G_j). With r in the middle of a chunk both
-parts stay within exp(±30) as long as no channel decays by more than exp(-60) in it; a chunk that does is passed in two
-halves, and so on down to single steps, which need no exponential. Every product is then exact to rounding, and a reset
+parts stay within exp(±30) as long as no channel decays by more than exp(-60) in it; a chunk that does is passed in
+several pieces, down to single steps, which need no exponential. Every product is then exact to rounding, and a reset
 (-inf) is nothing special.
 """
 
@@ -156,7 +156,7 @@ def _recurrence(q: Tensor, scale: float | None, on_values: bool) -> Recurrence:
         functools.partial(_forward, scale=scale, on_values=on_values),
         functools.partial(_backward, scale=scale, on_values=on_values),
     )
-    return chunked.halving(passes, gate=3)
+    return chunked.in_pieces(passes, gate=3)
 
 
 def _initial(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> State:
