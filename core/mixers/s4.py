@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from sinuous.core import norms
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
+from sinuous.core.mixers.delay import one_step_late
 from sinuous.core.mixers.mamba import check_sizes
 from sinuous.core.ops import hippo
 from sinuous.core.ops import lti_conv  # noqa: F401  (registers torch.ops.sinuous)
@@ -268,14 +269,15 @@ class S4(Mixer):
         return LTIState(torch.zeros(shape, device=like.device if device is None else device, dtype=wide))
 
     def _normalised(self, C: Tensor, dt: Tensor, A: Tensor) -> Tensor:
-        """C over the sum of exp(ΔA l) (exp(ΔA) - 1) of all l < l_max, which is exp(ΔA l_max) - 1."""
+        """C over the sum of exp(ΔA l) (exp(ΔA) - 1) of all l < l_max, which is exp(ΔA l_max) - 1; and half of it, as DSS
+        reads the real part once."""
         z = dt.unsqueeze(-1).unsqueeze(-1) * A * self.normalised_steps
         size, turn = torch.exp(z[..., 0]), z[..., 1]
         eigenvalue = torch.complex(A[..., 0], A[..., 1])
         x = torch.complex(size * torch.cos(turn) - 1, size * torch.sin(turn)) * eigenvalue
         # As the authors: bounded where the sum of a mode that turns with the length is next to nothing.
         scale = torch.conj_physical(x) / (torch.real(x).square() + torch.imag(x).square() + 1e-7) * eigenvalue
-        scaled = torch.complex(C[..., 0], C[..., 1]) * scale
+        scaled = 0.5 * torch.complex(C[..., 0], C[..., 1]) * scale
         return torch.stack([torch.real(scaled), torch.imag(scaled)], -1)
 
     def _mix(self, x: Tensor, hidden: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -299,17 +301,8 @@ class S4(Mixer):
             back, _ = torch.ops.sinuous.lti_conv(
                 x, dt, A, B, future, P, None, None, cu_seqlens, self.discretization, True, ""
             )
-            y = y + _one_step_early(back, cu_seqlens)
+            y = y + one_step_late(back, cu_seqlens, True)
         return self.output_linear(self.drop(F.gelu(self.layer.drop(y)))), hidden
-
-
-def _one_step_early(y: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """y_{t+1} at t, and 0 at the end of each sequence."""
-    early = F.pad(y, [0, 0, 0, 1])[:, 1:]
-    if cu_seqlens is None:
-        return early
-    edges = cu_seqlens.new_zeros([y.shape[1] + 1], dtype=torch.bool).index_fill(0, cu_seqlens.long(), True)
-    return early.masked_fill(edges[1:].unsqueeze(-1), 0.0)
 
 
 @register_mixer("s4d")

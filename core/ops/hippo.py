@@ -4,7 +4,7 @@ HiPPO makes a state of the past of a signal: coefficients of a basis, weighted b
 
     legs    Legendre polynomials, all of the past         A_nk = -√(2n+1) √(2k+1) below the diagonal, -(n+1) on it
     legt    Legendre polynomials, a window of length 2    A_nk = -½ √(2n+1) √(2k+1) · ((-1)^(n-k) above the diagonal)
-    fout    Fourier basis, a window of length 1           A = S - B B^T, S skew-symmetric with frequencies 0, π, 2π, …
+    fout    Fourier basis, a window of length 2           A = S - B B^T, S skew-symmetric with frequencies 0, π, 2π, …
 
 Each is normal but for a low rank, `A = V (diag(Λ) - Σ_r P_r P_r^*) V^*` with V unitary, which is what S4 computes with.
 Diagonal systems (S4D) start from Λ alone, or from the simple sequences that it is near to:
@@ -37,6 +37,9 @@ COMBINATIONS = {
     "all": ("legs", "fout", "diag-inv", "diag-lin"),
 }
 """Starts that copies of a system share out among themselves, the first ones first."""
+
+REAL_PARTS = {"legs": -0.5, "legt": 0.0, "fout": 0.0}
+"""Of all eigenvalues of a measure's normal part."""
 
 CLIP = 2.0
 """Bound of the imaginary parts of B, as the authors have it."""
@@ -98,10 +101,9 @@ def normal_part(measure: str, size: int) -> tuple[Tensor, Tensor]:
     A, _ = transition(measure, size)
     P = low_rank(measure, size)
     normal = A + P.T @ P
-    real = normal.diagonal().mean()
     skew = (normal - normal.T) / 2
     frequencies, vectors = torch.linalg.eigh(torch.complex(torch.zeros_like(skew), -skew))
-    return torch.complex(real.expand(size).clone(), frequencies), vectors
+    return torch.complex(torch.full_like(frequencies, REAL_PARTS[measure]), frequencies), vectors
 
 
 def nplr(measure: str, size: int, clip: float | None = CLIP) -> tuple[Start, Tensor]:
@@ -208,7 +210,7 @@ def low_rank_response(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, P: Tensor, le
         k̂(ω) = ⟨C̃, B⟩ - f ⟨C̃, P⟩ (1 + f ⟨P^*, P⟩)^{-1} ⟨P^*, B⟩
 
     Written in f rather than in z = 2 (1 - ω) / (1 + ω), it is regular at ω = -1, where z is infinite and
-    `k̂ = ½ Σ Δ C̃ B`.
+    `k̂ = ½ Σ Δ C̃ B`. At ω = 1 it is not where a mode has Λ = 0: real parts must be below 0.
     """
     dt, A, B, C, P = (t.double() for t in (dt, A, B, C, P))
     if length == 0:
