@@ -109,8 +109,9 @@ def error(found: Tensor, wanted: Tensor) -> float:
     if wanted.numel() == 0:
         return 0.0
     dtype = torch.complex128 if wanted.is_complex() else torch.float64
-    difference = (found.to(dtype) - wanted.to(dtype)).abs().square().mean().sqrt()
-    size = wanted.to(dtype).abs().square().mean().sqrt()
+    # Infinities agree where they are equal, and have no size.
+    difference = (found.to(dtype) - wanted.to(dtype)).masked_fill(found == wanted, 0).abs().square().mean().sqrt()
+    size = wanted.to(dtype).masked_fill(wanted.isinf(), 0).abs().square().mean().sqrt()
     return float(difference / size.clamp_min(1e-30 if wanted.any() else 1.0))
 
 

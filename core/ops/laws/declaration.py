@@ -41,6 +41,7 @@ class Laws:
         wide: sample inputs that fill several blocks of a GPU kernel, the last one partly.
         time: arguments whose axis 1 is time.
         holds: names of the laws that hold.
+        fails: variant -> those among them that it does not keep.
         state: what is carried, in symbols, for one sequence and, where there are heads, for one head.
         cost: multiplications per time step of the same, in the parallel form in chunks of C and in a single step.
         refusals: a piece of the error message -> a change to valid arguments that must raise it as a ValueError.
@@ -57,6 +58,7 @@ class Laws:
     cost: str = ""
     refusals: dict[str, Callable[[Arguments], Arguments]] = field(default_factory=dict)
     bf16: tuple[float, float] = (5e-3, 2e-2)
+    fails: dict[str, frozenset[str]] = field(default_factory=dict)
 
 
 ALL = frozenset({"split", "step", "reverse", "packed", "linear", "isolation"})

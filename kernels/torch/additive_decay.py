@@ -1,0 +1,272 @@
+"""Linear attention to a softmax of the keys over time (LightNet) in plain torch: causal in chunks, else in two passes.
+
+Weights between steps are Σ_d q_id f_jd exp(k_jd - z_id) with z_i ≥ k_j for all j ≤ i, a product of two matrices only
+after the exponential is taken apart, exp(r - z_i) exp(k_j - r). z does not fall, so with r in the middle of what it
+passes in a chunk both parts stay below exp(30) as long as no channel of z rises by more than 60 after the first step;
+a chunk in which one does is passed in two halves, and so on down to single steps. What underflows has a share of less
+than exp(-50) in its softmax.
+
+Gradients: z enters y_i as exp(-z_i) only, so that dL/dz_i = -q_i ⊙ dL/dq_i, and likewise -Σ_v S ⊙ dL/dS at the end.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sinuous.kernels.torch import chunked
+from sinuous.kernels.torch.chunked import LOWEST, Recurrence, State, Tensors
+from sinuous.kernels.torch.packing import rows
+
+SMALLEST_SUM = 1e-290
+"""Below it, a sum of exponentials that was taken relative to the largest of a chunk has lost digits."""
+
+
+class _Piece(NamedTuple):
+    """Steps that are passed at once, with the exponentials that they need."""
+
+    q: Tensor  # [B,H,c,K]
+    v: Tensor  # [B,H,c,V]
+    factor: Tensor | None  # [B,H,c,K]
+    after: Tensor  # [B,H,c,K], exp(r - z_i)
+    before: Tensor  # [B,H,c,K], exp(k_j - r)
+    since_start: Tensor  # [B,H,c,K], exp(z_0 - z_i)
+    share: Tensor  # [B,H,c,K], exp(k_j - z_c)
+    total: Tensor  # [B,H,K], exp(z_0 - z_c)
+    z: Tensor  # [B,H,K], z_c, in float64
+
+
+def _running(z: Tensor, k: Tensor) -> Tensor:
+    """z after each step, `[B, H, c, K]`, in float64, since differences of long sums are all that is used of it."""
+    logs = torch.cat([z[:, :, None].double(), k.double()], 2)
+    top = logs.amax(2, keepdim=True).clamp_min(LOWEST)
+    sums = (logs - top).exp_().cumsum(2)[:, :, 1:]
+    if bool((sums < SMALLEST_SUM).any()):
+        return logs.logcumsumexp(2)[:, :, 1:]
+    return sums.log_().add_(top)
+
+
+def _piece(state: State, inputs: Tensors) -> _Piece:
+    (_, z), (q, k, v, factor, zs, _) = state, inputs
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    assert zs is not None
+    floored = zs.clamp_min(LOWEST)
+    start, end = z[:, :, None], floored[:, :, -1:]
+    middle = (floored[:, :, :1] + end) / 2
+    return _Piece(
+        q,
+        v,
+        factor,
+        (middle - floored).to(k.dtype).exp_(),
+        (k - middle).to(k.dtype).exp_(),
+        (start - floored).to(k.dtype).exp_(),
+        (k - end).to(k.dtype).exp_(),
+        (start - end).squeeze(2).to(k.dtype).exp_(),
+        zs[:, :, -1],
+    )
+
+
+def _times(t: Tensor, factor: Tensor | None) -> Tensor:
+    return t if factor is None else t * factor
+
+
+def _forward_of_piece(state: State, inputs: Tensors, parameters: Tensors, scale: float) -> tuple[Tensor, State]:
+    (S, _), p = state, _piece(state, inputs)
+    weights = ((p.q * p.after) @ _times(p.before, p.factor).mT).tril_()
+    y = (weights @ p.v + (p.q * p.since_start) @ S).mul_(scale)
+    return y, (p.total[..., None] * S + _times(p.share, p.factor).mT @ p.v, p.z)
+
+
+def _backward_of_piece(
+    state: State, inputs: Tensors, parameters: Tensors, dy: Tensor, dstate: State, scale: float
+) -> tuple[State, Tensors, Tensors]:
+    (S, _), (dS, dz), p = state, dstate, _piece(state, inputs)
+    queries, before, share = p.q * p.after, _times(p.before, p.factor), _times(p.share, p.factor)
+    dy = dy * scale
+    dweights = (dy @ p.v.mT).tril_()
+    dv = (queries @ before.mT).tril_().mT @ dy + share @ dS
+    dq = (dweights @ before) * p.after + (dy @ S.mT) * p.since_start
+    inside, at_end = dweights.mT @ queries, p.v @ dS.mT
+    dfactor = None if p.factor is None else inside * p.before + at_end * p.share
+    # Of z at the end, which scales the state there and all that follows.
+    dend = dz - p.total * (S * dS).sum(-1) - (share * at_end).sum(2)
+    dzs = -p.q * dq
+    through_z = (p.after * dzs).flip(2).cumsum(2).flip(2) * p.before + p.share * dend[:, :, None]
+    dk = inside * before + at_end * share + through_z
+    dS = p.total[..., None] * dS + (p.q * p.since_start).mT @ dy
+    dz = (S * dS).sum(-1) + (p.since_start * dzs).sum(2) + p.total * dend
+    return (dS, dz), (dq, dk, dv, dfactor, None, None), ()
+
+
+def _with_z(state: State, inputs: Tensors) -> tuple[State, Tensors]:
+    """The state with z in float64, and the inputs with z after each step and by how much it falls there."""
+    (S, z), k = state, inputs[1]
+    assert k is not None
+    z, zs = z.double(), _running(z, k)
+    floored = zs.clamp_min(LOWEST)
+    falls = torch.zeros_like(zs)
+    torch.sub(floored[:, :, :-1], floored[:, :, 1:], out=falls[:, :, 1:])
+    return (S, z), (*inputs, zs, falls)
+
+
+def _recurrence(scale: float) -> Recurrence:
+    passes = Recurrence(
+        functools.partial(_forward_of_piece, scale=scale), functools.partial(_backward_of_piece, scale=scale)
+    )
+    pieces = chunked.in_pieces(passes, gate=5)
+
+    def forward(state: State, inputs: Tensors, parameters: Tensors) -> tuple[Tensor, State]:
+        y, (S, z) = pieces.forward(*_with_z(state, inputs), parameters)
+        return y, (S, z.to(S.dtype))
+
+    def backward(
+        state: State, inputs: Tensors, parameters: Tensors, dy: Tensor, dstate: State
+    ) -> tuple[State, Tensors, Tensors]:
+        dstate, dinputs, _ = pieces.backward(*_with_z(state, inputs), parameters, dy, dstate)
+        return dstate, dinputs[:4], ()
+
+    return Recurrence(forward, backward)
+
+
+def _initial(
+    q: Tensor, v: Tensor, initial_S: Tensor | None, initial_z: Tensor | None, cu_seqlens: Tensor | None
+) -> State:
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype, shape = chunked.working_dtype(q), (sequences, v.shape[2], q.shape[3])
+    z = torch.full(shape, -torch.inf, dtype=dtype, device=q.device) if initial_z is None else initial_z.to(dtype)
+    if initial_S is None:
+        return torch.zeros(*shape, v.shape[3], dtype=dtype, device=q.device), z
+    return initial_S.to(dtype).masked_fill(torch.isneginf(z)[..., None], 0), z
+
+
+class _Whole(NamedTuple):
+    """One sequence, or a batch of them, passed at once, head-major and in the precision of the state."""
+
+    q: Tensor  # [B,H,T,K]
+    v: Tensor  # [B,H,T,V]
+    factor: Tensor | None  # [B,H,T,K]
+    share: Tensor  # [B,H,T,K], exp(k - z)
+    total: Tensor  # [B,H,K], exp(z_0 - z)
+
+
+def _sequences(length: int, cu_seqlens: Tensor | None) -> list[tuple[int, slice]]:
+    bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
+    return [(n, slice(a, b)) for n, (a, b) in enumerate(itertools.pairwise(bounds))]
+
+
+def _whole(inputs: Tensors, place: slice, z: Tensor) -> tuple[_Whole, Tensor]:
+    """The steps at `place`, begun with z, and z after them, in float64."""
+    q, k, v, factor = (None if t is None else t[:, place].transpose(1, 2).to(z.dtype) for t in inputs)
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    before = z.double()
+    after = torch.cat([before[:, :, None], k.double()], 2).logsumexp(2)
+    end = after.clamp_min(LOWEST)
+    share = (k - end[:, :, None]).to(z.dtype).exp_()
+    return _Whole(q, v, factor, share, (before - end).to(z.dtype).exp_()), after
+
+
+def _forward_of_whole(
+    inputs: Tensors, initial: State, y: Tensor, scale: float, cu_seqlens: Tensor | None
+) -> tuple[Tensor, State]:
+    final = tuple(t.clone() for t in initial)
+    for n, place in _sequences(y.shape[1], cu_seqlens):
+        S, z = (rows(t, n, cu_seqlens) for t in initial)
+        w, z = _whole(inputs, place, z)
+        S = w.total[..., None] * S + _times(w.share, w.factor).mT @ w.v
+        y[:, place] = ((w.q @ S) * scale).transpose(1, 2)
+        for t, new in zip(final, (S, z), strict=True):
+            rows(t, n, cu_seqlens).copy_(new)
+    return y, final
+
+
+def _backward_of_whole(
+    grads: Tensors, inputs: Tensors, initial: State, final_S: Tensor, scale: float, cu_seqlens: Tensor | None
+) -> tuple[list[Tensor | None], State]:
+    dy, *dfinal = grads
+    dinputs = [None if t is None else torch.empty_like(t) for t in inputs]
+    dinitial = tuple(
+        torch.zeros_like(t) if d is None else d.to(t.dtype, copy=True) for t, d in zip(initial, dfinal, strict=True)
+    )
+    like = inputs[0]
+    assert like is not None
+    for n, place in _sequences(like.shape[1], cu_seqlens):
+        S_before, z_before, S, dS, dz = (rows(t, n, cu_seqlens) for t in (*initial, final_S, *dinitial))
+        w, _ = _whole(inputs, place, z_before)
+        dread = torch.zeros_like(w.v) if dy is None else dy[:, place].transpose(1, 2).to(S.dtype) * scale
+        dS_all = dS + w.q.mT @ dread
+        dend = dz - (S * dS_all).sum(-1)
+        at_end, share = w.v @ dS_all.mT, _times(w.share, w.factor)
+        dfactor = None if w.factor is None else at_end * w.share
+        found = (dread @ S.mT, at_end * share + w.share * dend[:, :, None], share @ dS_all, dfactor)
+        for t, piece in zip(dinputs, found, strict=True):
+            if t is not None and piece is not None:
+                t[:, place] = piece.transpose(1, 2)
+        dS_before = w.total[..., None] * dS_all
+        dz.copy_((S_before * dS_before).sum(-1) + w.total * dend)
+        dS.copy_(dS_before)
+    return dinputs, dinitial
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    factor: Tensor | None,
+    initial_S: Tensor | None,
+    initial_z: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    reverse: bool,
+    chunk_size: int,
+) -> tuple[Tensor, ...]:
+    """`(y, S, z, kept_S, kept_z)`, where what is kept are the states at chunk starts, or the final ones if not causal;
+    see sinuous.core.ops.additive_decay."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    inputs, y = (q, k, v, factor), torch.empty_like(v)
+    initial = _initial(q, v, initial_S, initial_z, cu_seqlens)
+    if causal:
+        y, final, kept = chunked.forward(_recurrence(scale), inputs, (), initial, y, cu_seqlens, reverse, chunk_size)
+    else:
+        y, final = _forward_of_whole(inputs, initial, y, scale, cu_seqlens)
+        kept = tuple(t.clone() for t in final)
+    return y, *final, *kept
+
+
+def backward(
+    grads: Tensors,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    factor: Tensor | None,
+    initial_S: Tensor | None,
+    initial_z: Tensor | None,
+    cu_seqlens: Tensor | None,
+    kept_S: Tensor,
+    kept_z: Tensor,
+    scale: float | None,
+    causal: bool,
+    reverse: bool,
+    chunk_size: int,
+) -> list[Tensor | None]:
+    """Gradients of q, k, v, factor, initial_S and initial_z."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    inputs, kept = (q, k, v, factor), (kept_S, kept_z)
+    initial = _initial(q, v, initial_S, initial_z, cu_seqlens)
+    if causal:
+        dinputs, _, (dS, dz) = chunked.backward(
+            _recurrence(scale), inputs, (), initial, kept, grads[0], grads[1:], cu_seqlens, reverse, chunk_size, value=2
+        )
+    else:
+        dinputs, (dS, dz) = _backward_of_whole(grads, inputs, initial, kept_S, scale, cu_seqlens)
+    if initial_S is not None:
+        dS = dS.masked_fill(torch.isneginf(initial[1])[..., None], 0)
+    return [*dinputs, None if initial_S is None else dS, None if initial_z is None else dz]
