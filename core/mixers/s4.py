@@ -33,8 +33,10 @@ from sinuous.core import norms
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
 from sinuous.core.mixers.delay import one_step_late
 from sinuous.core.mixers.mamba import check_sizes
-from sinuous.core.ops import hippo
-from sinuous.core.ops import lti_conv  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops import (
+    hippo,
+    lti_conv,  # noqa: F401  (registers torch.ops.sinuous)
+)
 from sinuous.kernels.torch.discretization import conj, discretize, matrix
 
 DISCRETIZATIONS = {"dplr": ("bilinear",), "diag": ("zoh", "bilinear", "dss")}
@@ -269,8 +271,8 @@ class S4(Mixer):
         return LTIState(torch.zeros(shape, device=like.device if device is None else device, dtype=wide))
 
     def _normalised(self, C: Tensor, dt: Tensor, A: Tensor) -> Tensor:
-        """C over the sum of exp(ΔA l) (exp(ΔA) - 1) of all l < l_max, which is exp(ΔA l_max) - 1; and half of it, as DSS
-        reads the real part once."""
+        """C over the sum of exp(ΔA l) (exp(ΔA) - 1) of all l < l_max, which is exp(ΔA l_max) - 1; and half of that, as
+        DSS reads the real part once."""
         z = dt.unsqueeze(-1).unsqueeze(-1) * A * self.normalised_steps
         size, turn = torch.exp(z[..., 0]), z[..., 1]
         eigenvalue = torch.complex(A[..., 0], A[..., 1])
