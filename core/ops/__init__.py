@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sinuous.core.ops.additive_decay import additive_decay
 from sinuous.core.ops.causal_conv1d import causal_conv1d
 from sinuous.core.ops.delta_rule import delta_rule
 from sinuous.core.ops.dplr import dplr
@@ -14,6 +15,7 @@ from sinuous.core.ops.slstm import slstm
 from sinuous.core.ops.ssd import ssd
 
 __all__ = [
+    "additive_decay",
     "causal_conv1d",
     "delta_rule",
     "dplr",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sinuous.core.ops.laws import (
+    additive_decay,
     causal_conv1d,
     delta_rule,
     dplr,
@@ -16,7 +17,19 @@ from sinuous.core.ops.laws import (
 )
 from sinuous.core.ops.laws.declaration import Laws
 
-_MODULES = (causal_conv1d, delta_rule, dplr, gla, linear_scan, lti_conv, mlstm, selective_scan, slstm, ssd)
+_MODULES = (
+    additive_decay,
+    causal_conv1d,
+    delta_rule,
+    dplr,
+    gla,
+    linear_scan,
+    lti_conv,
+    mlstm,
+    selective_scan,
+    slstm,
+    ssd,
+)
 
 LAWS: dict[str, Laws] = {module.LAWS.family.name: module.LAWS for module in _MODULES}
 
