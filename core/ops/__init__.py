@@ -7,6 +7,7 @@ from sinuous.core.ops.causal_conv1d import causal_conv1d
 from sinuous.core.ops.delta_rule import delta_rule
 from sinuous.core.ops.dplr import dplr
 from sinuous.core.ops.gla import gla
+from sinuous.core.ops.grid_scan import grid_scan
 from sinuous.core.ops.linear_scan import linear_scan
 from sinuous.core.ops.lti_conv import lti_conv
 from sinuous.core.ops.mlstm import mlstm
@@ -20,6 +21,7 @@ __all__ = [
     "delta_rule",
     "dplr",
     "gla",
+    "grid_scan",
     "linear_scan",
     "lti_conv",
     "mlstm",

@@ -43,6 +43,7 @@ class Family:
         check: keyword arguments -> None, or raises ValueError.
         recurrent: the definition, keyword arguments -> outputs and what is saved, differentiable by autograd.
         options: fixed keyword arguments that kernels get besides the schema's (a chunk size).
+        time_axes: how many axes of the first argument, from axis 1, the recurrence runs along.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Family:
     check: Callable[..., None]
     recurrent: Callable[..., tuple[Tensor, ...]]
     options: dict[str, Any]
+    time_axes: int = 1
 
     @property
     def arguments(self) -> list[tuple[str, str]]:
@@ -120,7 +122,7 @@ def define(family: Family) -> None:
         family.check(**args)
         first = values[0]
         name = dispatch.choose(family.name, family.forms, requested, first.device, first.dtype)
-        if name == "torch" and first.shape[1] == 1:
+        if name == "torch" and math.prod(first.shape[1 : 1 + family.time_axes]) == 1:
             name = "recurrent"  # which is cheaper than a chunk of one step, and keeps the same for the backward pass
         function = family.recurrent if name == "recurrent" else dispatch.kernel(family.name, name).forward
         with _full_precision(first.device):

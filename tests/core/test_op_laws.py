@@ -299,7 +299,7 @@ def test_a_second_derivative_is_refused_and_not_wrong(name: str) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 @every_form
 def test_opcheck(name: str, form: str, packed: bool) -> None:
-    laws = law(name, form)
+    laws = law(name, form, "packed" if packed else None)
     arguments = draw(laws, "full", 1 if packed else 2, 9, sequences=2)
     if packed:
         arguments["cu_seqlens"] = torch.tensor([0, 4, 9])
