@@ -1,0 +1,263 @@
+"""Launches of the kernels in gla_kernels: which blocks, in which order, with which buffers.
+
+Where values decay, the kernels are told that v is k, k is v, q is dy and dy is q.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from sinuous.kernels.triton.gla_kernels import carry, outer, prepare, read, sides, sum_gates
+from sinuous.kernels.triton.matrix_states import Call
+from sinuous.kernels.triton.packing import on_device
+
+
+def tiles(kernel: object, dtype: torch.dtype, keys: int, values: int) -> dict[str, int]:
+    """Blocks of keys and values, and compile options: the largest that tools/aot_table.py finds to stay in registers.
+    Triton 3.10 no longer fuses multiplications and additions unless asked.
+    """
+    if dtype == torch.float64:
+        block_k, block_v, warps, stages = 16, 16, 8, 1
+    elif dtype == torch.float32:
+        block_k, block_v, warps, stages = {
+            prepare: (16, 16, 8, 1),
+            sides: (16, 32, 4, 1),
+            read: (16, 32, 8, 2),
+            sum_gates: (32, 32, 4, 1),
+        }.get(kernel, (32, 32, 8, 2))
+    else:
+        block_k, block_v, warps, stages = {
+            prepare: (32, 32, 8, 1),
+            sides: (32, 32, 8, 1),
+            read: (32, 64, 4, 2),
+            sum_gates: (32, 32, 4, 1),
+        }.get(kernel, (64, 64, 4, 2))
+    block_k, block_v = min(block_k, triton.next_power_of_2(keys)), min(block_v, triton.next_power_of_2(values))
+    blocks = {"BK": max(16, block_k), "BV": max(16, block_v)}
+    return {**blocks, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+class Prepared(NamedTuple):
+    """What `prepare` makes of the inputs; the first two of keys alone are absent."""
+
+    weights: Tensor | None
+    queries: Tensor | None
+    keys: Tensor
+    totals: Tensor
+
+
+class Decaying:
+    """One call, its gates, and the launches that it is made of; K are the channels that decay, V the others."""
+
+    def __init__(self, call: Call, log_decay: Tensor, bonus: Tensor | None, transposed: bool) -> None:
+        self.call, self.log_decay = call, log_decay.contiguous()
+        self.bonus = None if bonus is None else bonus.contiguous()
+        # Factors of products, in their type; the interpreter multiplies bfloat16 in single precision.
+        half = call.input_dtype != torch.float64 and call.sizes["DOT"] != call.sizes["ACC"]
+        self.factor = call.input_dtype if half else call.dtype
+        two = call.dtype != torch.float64
+        self.sizes = {
+            **call.sizes,
+            "BONUS": bonus is not None,
+            "TRANSPOSED": transposed,
+            "TWO": two,
+        }
+        self.sums = torch.empty(1 + two, *log_decay.shape, dtype=call.dtype, device=log_decay.device)
+        self.below = log_decay.numel()
+        # Passed when run, so that their loop is not unrolled, which takes more registers than there are.
+        self.levels = call.form["CHUNK"].bit_length() - 1
+        if self.below:
+            key_blocks, _, sizes = self._of(sum_gates)
+            with on_device(log_decay):
+                sum_gates[(key_blocks * call.heads * call.segments,)](
+                    self.log_decay, call.table, self.sums, call.length, self.below, **sizes
+                )
+
+    def _of(self, kernel: Any) -> tuple[int, int, dict[str, Any]]:
+        """Blocks of keys, blocks of values, and compile-time arguments, of a kernel."""
+        call = self.call
+        block = tiles(kernel, call.input_dtype, call.keys, call.values)
+        sizes = {name: size for name, size in {**self.sizes, **block}.items() if name in kernel.arg_names}
+        options = {name: block[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+        counts = triton.cdiv(call.keys, block["BK"]), triton.cdiv(call.values, block["BV"])
+        return *counts, {**sizes, **options}
+
+    def prepare(self, q: Tensor | None, k: Tensor) -> Prepared:
+        call = self.call
+        scaled_keys = torch.empty_like(k, dtype=self.factor)
+        totals = torch.empty(call.segments, call.heads, call.keys, dtype=call.dtype, device=k.device)
+        weights = scaled_queries = None
+        if q is not None:
+            scaled_queries = torch.empty_like(q, dtype=self.factor)
+            weights = torch.empty(*q.shape[:3], call.form["CHUNK"], dtype=self.factor, device=q.device)
+        _, _, sizes = self._of(prepare)
+        with on_device(k):
+            prepare[(call.heads * call.segments,)](
+                q, k, self.sums, self.bonus, call.table, weights, scaled_queries, scaled_keys, totals,
+                call.length, call.sequences, self.below, self.levels, QUERIES=q is not None, **sizes,
+            )  # fmt: skip
+        return Prepared(weights, scaled_queries, scaled_keys, totals)
+
+    def carry(
+        self, left: Tensor, right: Tensor, totals: Tensor, edge: Tensor, *, adjoint: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The state after each sequence and before each chunk, or its gradient before the one and after the other."""
+        call, (key_blocks, value_blocks, sizes) = self.call, self._of(carry)
+        other, kept = torch.empty_like(edge), call.empty_states(edge)
+        with on_device(left):
+            carry[(call.sequences * call.heads * key_blocks * value_blocks,)](
+                left, right, totals, edge, call.bounds, kept, other, call.length, call.sequences,
+                ADJOINT=adjoint, **sizes,
+            )  # fmt: skip
+        return other, kept
+
+    def read(
+        self, weights: Tensor | None, left: Tensor | None, right: Tensor, kept: Tensor, edge: Tensor, *, keys: bool
+    ) -> Tensor:
+        """Outputs, or the gradients of the values."""
+        call, out, (_, value_blocks, sizes) = self.call, torch.empty_like(right), self._of(read)
+        with on_device(right):
+            read[(value_blocks * call.heads * call.segments,)](
+                weights, left, right, kept, edge, call.table, out, call.length, KEYS=keys, **sizes
+            )
+        return out
+
+    def outer(self, left: Tensor, right: Tensor) -> Tensor:
+        """dA of dy and v."""
+        call, (_, _, sizes) = self.call, self._of(outer)
+        pairs = torch.empty(*left.shape[:3], call.form["CHUNK"], dtype=self.factor, device=left.device)
+        with on_device(left):
+            outer[(call.heads * call.segments,)](left, right, call.table, pairs, call.length, **sizes)
+        return pairs
+
+    def outputs_of_sides(self, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, initial: Tensor) -> Tensor:
+        """Outputs where values decay."""
+        call, y, (key_blocks, _, sizes) = self.call, torch.empty_like(v), self._of(sides)
+        with on_device(q):
+            sides[(key_blocks * call.heads * call.segments,)](
+                None, v, q, k, self.sums, None, self.outer(q, k), kept, initial, None, None, call.table,
+                y, None, None, None, call.length, self.below, self.levels, GRADIENT=False, **sizes,
+            )  # fmt: skip
+        return y
+
+    def sides(
+        self,
+        q: Tensor,
+        k: Tensor,
+        dy: Tensor,
+        v: Tensor,
+        states: tuple[Tensor, Tensor],
+        adjoint: tuple[Tensor, Tensor],
+        dq: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradients of keys, log_decay and bonus, and in `dq` of queries."""
+        call, (key_blocks, _, sizes) = self.call, self._of(sides)
+        dk, dlog_decay, dbonus = torch.empty_like(k), torch.empty_like(self.log_decay, dtype=call.dtype), None
+        if self.bonus is not None:
+            dbonus = torch.zeros(call.segments, call.heads, call.keys, dtype=call.dtype, device=k.device)
+        with on_device(k):
+            sides[(key_blocks * call.heads * call.segments,)](
+                q, k, dy, v, self.sums, self.bonus, self.outer(dy, v), *states, *adjoint, call.table,
+                dq, dk, dlog_decay, dbonus, call.length, self.below, self.levels, GRADIENT=True, **sizes,
+            )  # fmt: skip
+        return dk, dlog_decay, None if dbonus is None else dbonus.sum(0)
+
+
+def _of_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    bonus: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    on_values: bool,
+    reverse: bool,
+    chunk_size: int,
+) -> tuple[Decaying, Tensor]:
+    """The call and its initial state."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    decaying, other = (v, k) if on_values else (k, v)
+    call = Call.of(decaying, other, cu_seqlens, scale, reverse, chunk_size)
+    shape = (call.sequences, call.heads, k.shape[-1], v.shape[-1])
+    if initial_state is None:
+        initial = torch.zeros(shape, dtype=call.dtype, device=q.device)
+    else:
+        initial = initial_state.to(call.dtype).contiguous()
+    return Decaying(call, log_decay, bonus, on_values), initial
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    bonus: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float | None,
+    on_values: bool,
+    reverse: bool,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(y, final_state, chunk_states)` as `sinuous.core.ops.gla` defines them."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    made, initial = _of_call(
+        q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, on_values, reverse, chunk_size
+    )
+    if v.numel() == 0:
+        return torch.empty_like(v), initial.clone(), made.call.empty_states(initial)
+    if on_values:
+        prepared = made.prepare(None, v)
+        final, kept = made.carry(prepared.keys, k, prepared.totals, initial, adjoint=False)
+        return made.outputs_of_sides(q, k, v, kept, initial), final, kept
+    prepared = made.prepare(q, k)
+    final, kept = made.carry(prepared.keys, v, prepared.totals, initial, adjoint=False)
+    return made.read(prepared.weights, prepared.queries, v, kept, initial, keys=False), final, kept
+
+
+def backward(
+    grads: tuple[Tensor | None, Tensor | None],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    bonus: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_states: Tensor,
+    scale: float | None,
+    on_values: bool,
+    reverse: bool,
+    chunk_size: int,
+) -> list[Tensor | None]:
+    """Gradients of q, k, v, log_decay, bonus and initial_state."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    made, initial = _of_call(
+        q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, on_values, reverse, chunk_size
+    )
+    dy = torch.zeros_like(v) if grads[0] is None else grads[0].contiguous()
+    dfinal = torch.zeros_like(initial) if grads[1] is None else grads[1].to(initial.dtype).contiguous()
+    if v.numel() == 0:
+        zeros = [None if t is None else torch.zeros_like(t) for t in (q, k, v, log_decay, bonus)]
+        return [*zeros, None if initial_state is None else dfinal]
+    queries, keys, dout, values = (dy, v, q, k) if on_values else (q, k, dy, v)
+    prepared = made.prepare(queries, keys)
+    assert prepared.queries is not None
+    dinitial, after = made.carry(prepared.queries, dout, prepared.totals, dfinal, adjoint=True)
+    states, adjoint = (chunk_states, initial), (after, dfinal)
+    dvalues = made.read(prepared.weights, prepared.keys, dout, *adjoint, keys=True)
+    if on_values:
+        dq: Tensor | None = made.read(prepared.weights, prepared.queries, values, *states, keys=False)
+        dv, dlog_decay, dbonus = made.sides(queries, keys, dout, values, states, adjoint, None)
+        dk = dvalues
+    else:
+        dq = torch.empty_like(q)
+        dk, dlog_decay, dbonus = made.sides(queries, keys, dout, values, states, adjoint, dq)
+        dv = dvalues
+    return [dq, dk, dv, dlog_decay, dbonus, None if initial_state is None else dinitial]
