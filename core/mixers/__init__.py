@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sinuous.core.mixers.aaren import Aaren, AarenState
 from sinuous.core.mixers.attention import AttentionState, SlidingWindowAttention, SoftmaxAttention, WindowState
 from sinuous.core.mixers.bidirectional import Bidirectional
 from sinuous.core.mixers.contract import (
@@ -21,6 +22,7 @@ from sinuous.core.mixers.gsa import GSA, GSAState
 from sinuous.core.mixers.hgrn import HGRN
 from sinuous.core.mixers.hydra import Hydra
 from sinuous.core.mixers.kda import KDA
+from sinuous.core.mixers.lightnet import LightNet, LightNetNonCausal, LightNetState
 from sinuous.core.mixers.linear_attention import LinearAttention, Retention, RetentionState, SimpleGLA
 from sinuous.core.mixers.lru import LRU
 from sinuous.core.mixers.mamba import Mamba, MambaState
@@ -28,6 +30,7 @@ from sinuous.core.mixers.mamba2 import Mamba2
 from sinuous.core.mixers.matrix_mixer import MatrixState
 from sinuous.core.mixers.min_rnn import MinGRU, MinLSTM
 from sinuous.core.mixers.mlstm import MLSTM, MLSTMLarge, MLSTMState
+from sinuous.core.mixers.plstm import PLSTMGrid
 from sinuous.core.mixers.rg_lru import RGLRU, RGLRUState
 from sinuous.core.mixers.rwkv6 import RWKV6
 from sinuous.core.mixers.rwkv7 import RWKV7
@@ -53,6 +56,8 @@ __all__ = [
     "S5",
     "SLSTM",
     "SS2D",
+    "Aaren",
+    "AarenState",
     "AttentionState",
     "Bidirectional",
     "DeltaNet",
@@ -64,6 +69,9 @@ __all__ = [
     "GatedDeltaProduct",
     "Hydra",
     "LTIState",
+    "LightNet",
+    "LightNetNonCausal",
+    "LightNetState",
     "LinearAttention",
     "MLSTMLarge",
     "MLSTMState",
@@ -74,6 +82,7 @@ __all__ = [
     "MinGRU",
     "MinLSTM",
     "Mixer",
+    "PLSTMGrid",
     "RGLRUState",
     "Retention",
     "RetentionState",

@@ -60,3 +60,31 @@ def rotate(x: Tensor, steps: Tensor, theta: float) -> Tensor:
     cos, sin = angle.cos(), angle.sin()
     a, b = x.to(dtype).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+@torch.fx.wrap
+def phases(x: Tensor, cu_seqlens: Tensor | None, grid: tuple[int, int] | None, theta: float) -> Tensor:
+    r"""Cosines and sines of the phase of each cell of a grid, `[1, T, 1, 2K]`, fp32, or fp64 where x is.
+
+        φ_c = row · θ^{-2c/K} for channels c < ⌈K/2⌉,    column · θ^{-2j/K} for the others, j counted from 0
+
+    Args:
+        x: `[B, T, H, K]`, for its shape, device and dtype.
+        cu_seqlens: boundaries of packed sequences, each a row; it goes without a grid.
+        grid: (height, width), height · width = T; a single row if absent.
+        theta: θ.
+
+    Source: Qin et al., LRPE (arXiv 2307.09270), in several dimensions as in LightNet (arXiv 2405.21022).
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    index = steps(x, None, cu_seqlens)[0]
+    width = x.shape[1] if grid is None else grid[1]
+    row = torch.zeros_like(index) if grid is None else torch.div(index, width, rounding_mode="floor")
+    column = index - row * width
+    channels = x.shape[3]
+    first = (channels + 1) // 2
+    frequency = torch.pow(theta, -2 * torch.arange(first, device=x.device, dtype=dtype) / channels)
+    by_row = row.to(dtype).unsqueeze(1) * frequency
+    by_column = column.to(dtype).unsqueeze(1) * frequency[: channels - first]
+    phase = torch.cat([by_row, by_column], 1)
+    return torch.cat([phase.cos(), phase.sin()], 1).unsqueeze(0).unsqueeze(2)
