@@ -17,26 +17,31 @@ from sinuous.kernels.triton.matrix_states import Call, segments
 from sinuous.kernels.triton.packing import on_device
 from sinuous.kernels.triton.ssd import decay_gradient, over_time, weights_of
 
-WIDEST = 256
-"""Channels of keys that a program holds at once; wider ones take the plain form, whose kept states are the same."""
 
-
-def rows_of(dtype: torch.dtype, keys: int) -> int:
-    """Rows of a segment."""
-    return 64
+def fits(q: Tensor) -> bool:
+    """Whether the keys fit the registers of a program; else the plain form runs, whose kept states are the same."""
+    return q.shape[-1] <= (256 if q.dtype in (torch.bfloat16, torch.float16) else 128)
 
 
 def tiles(kernel: object, dtype: torch.dtype, keys: int, values: int) -> dict[str, int]:
-    """Blocks of keys and values, and compile options: the largest that tools/aot_table.py finds to stay in registers.
-    Those that carry states hold all keys at once."""
-    wide = max(16, triton.next_power_of_2(keys))
-    block_k, block_v, warps, stages = 64, 64, 4, 2
-    if kernel in (carry, carry_adjoint):
-        block_k, block_v = wide, 32
-    elif kernel is sides:
+    """Rows of a segment, blocks of keys and values, and compile options: the largest that tools/aot_table.py finds to
+    stay in registers. The kernels that carry states hold all keys at once."""
+    half, carries = dtype in (torch.bfloat16, torch.float16), kernel in (carry, carry_adjoint)
+    rows, block_k, block_v, warps, stages = 64, 64, 64, 4, 2
+    if kernel is sides:
         block_k, block_v, warps = 32, 32, 8
-    blocks = {"BK": min(block_k, wide), "BV": max(16, min(block_v, triton.next_power_of_2(values)))}
-    return {**blocks, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    elif carries:
+        block_v = 32
+        if kernel is carry_adjoint and keys > 64:
+            block_v, stages = 16, 1
+    if not half:
+        rows, block_k, block_v, warps, stages = 32, 32, 16, 4 if kernel is sides else 8, 1
+    elif keys > 128:
+        rows, block_v = 32, 16 if carries else block_v
+    wide = max(16, triton.next_power_of_2(keys))
+    block_k, block_v = wide if carries else min(block_k, wide), min(block_v, triton.next_power_of_2(values))
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return {"CHUNK": rows, "BK": block_k, "BV": max(16, block_v), **options}
 
 
 class _Rows:
@@ -58,7 +63,8 @@ class _Rows:
         self.product, self.factors, self.reverse = k.ndim == 5, k.shape[2] if k.ndim == 5 else 1, reverse
         self.q, self.k, self.v, self.beta = q.contiguous(), self.as_rows(k), self.as_rows(v), self.as_rows(beta)
         bounds = None if cu_seqlens is None else cu_seqlens * self.factors
-        self.call = Call.of(self.q, self.v, bounds, scale, reverse, rows_of(q.dtype, q.shape[-1]))
+        rows = tiles(prepare, q.dtype, q.shape[-1], v.shape[-1])["CHUNK"]
+        self.call = Call.of(self.q, self.v, bounds, scale, reverse, rows)
         self.span = chunk_size * self.factors
         self.log_decay = over_time(log_decay if self.factors == 1 else self._on_first_rows(log_decay), self.v)
         self.initial = self.state(initial_state)
@@ -178,7 +184,7 @@ class _Rows:
                     dq, dk_rows, dk, dbeta, dots[int(keys)], ends, call.segments, call.steps, call.length,
                     KEYS=keys, **sizes,
                 )  # fmt: skip
-        return dq, dk, dv, dbeta, decay_gradient(call, self.log_decay, *dots, ends), dinitial
+        return dq, dk, dv, dbeta, decay_gradient(call, self.log_decay, dots[0], dots[1], ends), dinitial
 
 
 def forward(
@@ -195,7 +201,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)`; see sinuous.core.ops.delta_rule."""
     arguments = (q, k, v, beta, log_decay, initial_state, cu_seqlens, scale, reverse, chunk_size)
-    if q.shape[-1] > WIDEST:
+    if not fits(q):
         return plain.forward(*arguments)
     rows = _Rows(*arguments)
     if v.numel() == 0:
@@ -222,7 +228,7 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, beta, log_decay and initial_state."""
     arguments = (q, k, v, beta, log_decay, initial_state, cu_seqlens)
-    if q.shape[-1] > WIDEST:
+    if not fits(q):
         return plain.backward(grads, *arguments, chunk_states, scale, reverse, chunk_size)
     rows = _Rows(*arguments, scale, reverse, chunk_size)
     dfinal = rows.state(grads[1])
