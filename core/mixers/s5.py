@@ -25,23 +25,10 @@ from sinuous.core.mixers.contract import register_mixer
 from sinuous.core.mixers.lru import ConstantFactorMixer
 from sinuous.core.mixers.mamba import check_sizes
 from sinuous.core.mixers.matrix_mixer import per_head
+from sinuous.core.ops.hippo import normal_part
 
 DISCRETIZATIONS = ("zoh", "bilinear")
 C_INITS = ("trunc_standard_normal", "lecun_normal", "complex_normal")
-
-
-def hippo_n(size: int) -> tuple[Tensor, Tensor]:
-    """Eigenvalues `[size]`, by imaginary part, and eigenvectors, in columns, of the normal part of HiPPO-LegS:
-    complex128 on the CPU.
-
-    HiPPO-LegS is `A_nk = -√(2n+1) √(2k+1)` for n > k, `-(n+1)` on the diagonal and 0 above it; its normal part is
-    A + PPᵀ with `P_n = √(n + 1/2)`, which is -1/2 plus a skew-symmetric matrix.
-    """
-    n = torch.arange(size, dtype=torch.float64, device="cpu")
-    outer = torch.sqrt(2 * n + 1).outer(torch.sqrt(2 * n + 1))
-    skew = 0.5 * outer.triu(1) - 0.5 * outer.tril(-1)
-    frequencies, vectors = torch.linalg.eigh(torch.complex(torch.zeros_like(skew), -skew))
-    return torch.complex(torch.full_like(frequencies, -0.5), frequencies), vectors
 
 
 def lecun_normal(*shape: int, fan_in: int) -> Tensor:
@@ -122,7 +109,7 @@ class S5(ConstantFactorMixer):
     def init_weights(self) -> None:
         super().init_weights()
         dim, state = self.D.shape[0], self.d_state
-        eigenvalues, vectors = hippo_n(state // self.blocks)
+        eigenvalues, vectors = normal_part("legs", state // self.blocks)
         kept = self.hidden_width // self.blocks
         basis = torch.block_diag(*[vectors[:, :kept]] * self.blocks)
         with torch.no_grad():
