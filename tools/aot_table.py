@@ -29,7 +29,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from sinuous.kernels.triton import causal_conv1d, linear_scan, mlstm, selective_scan, selective_scan_backward, ssd
+from sinuous.kernels.triton import (
+    causal_conv1d,
+    delta_rule,
+    linear_scan,
+    mlstm,
+    selective_scan,
+    selective_scan_backward,
+    ssd,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = {
@@ -270,6 +278,28 @@ def mlstm_launches(
     return launches
 
 
+def delta_rule_launches(
+    dtype: torch.dtype, *, keys: int = 64, values: int = 64, factors: int = 1, packed: bool = False
+) -> list[Launch]:
+    """The launches of delta_rule on 16 heads with every optional argument, forward and backward."""
+    given = attention_arguments(dtype, keys, values, 16, 16)
+    arguments: dict[str, Any] = {
+        **given,
+        **{name: given[name].unsqueeze(2).expand(-1, -1, factors, -1, -1) for name in ("k", "v")},
+        "beta": torch.empty(1, 4096, factors, 16, dtype=dtype, device="meta"),
+        "log_decay": torch.empty(1, 4096, 16, device="meta"),
+        "initial_state": torch.empty(3 if packed else 1, 16, keys, values, device="meta"),
+        "cu_seqlens": torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
+        "scale": None,
+        "reverse": False,
+        "chunk_size": 64,
+    }
+    with recording() as launches:
+        y, final, chunk_states = delta_rule.forward(**arguments)
+        delta_rule.backward((y, final), chunk_states=chunk_states, **arguments)
+    return launches
+
+
 def cases() -> Iterator[tuple[str, list[Launch]]]:
     """The configurations in the table."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -292,6 +322,10 @@ def cases() -> Iterator[tuple[str, list[Launch]]]:
             yield f"mlstm {name} K={keys} V={values}", mlstm_launches(dtype, keys=keys, values=values)
         yield f"mlstm {name} K=64 V=64 packed", mlstm_launches(dtype, packed=True)
         yield f"mlstm {name} K=64 V=64 sigmoid", mlstm_launches(dtype, activation="sigmoid")
+        for keys, values in ((64, 64), (128, 128)):
+            yield f"delta_rule {name} K={keys} V={values}", delta_rule_launches(dtype, keys=keys, values=values)
+        yield f"delta_rule {name} K=64 V=64 packed, n=2", delta_rule_launches(dtype, factors=2, packed=True)
+    yield "delta_rule bf16 K=256 V=256", delta_rule_launches(torch.bfloat16, keys=256, values=256)
     yield "linear_scan complex64", linear_scan_launches(torch.complex64)
     yield "linear_scan complex64 packed", linear_scan_launches(torch.complex64, packed=True)
 
