@@ -6,11 +6,23 @@ from sinuous.apps.bench.op_cases.cells import SLSTM
 from sinuous.apps.bench.op_cases.channels import CAUSAL_CONV1D, LINEAR_SCAN, SELECTIVE_SCAN
 from sinuous.apps.bench.op_cases.contract import FASTEST, Case, Inputs, Peer, Prepared, Shape, backends, ours
 from sinuous.apps.bench.op_cases.linear_systems import LTI_CONV
-from sinuous.apps.bench.op_cases.matrix_states import DELTA_RULE, DPLR, GLA, MLSTM, SSD
+from sinuous.apps.bench.op_cases.matrix_states import ADDITIVE_DECAY, DELTA_RULE, DPLR, GLA, MLSTM, SSD
 
 CASES = {
     case.family.name: case
-    for case in (SELECTIVE_SCAN, CAUSAL_CONV1D, LINEAR_SCAN, LTI_CONV, SLSTM, SSD, GLA, DELTA_RULE, DPLR, MLSTM)
+    for case in (
+        SELECTIVE_SCAN,
+        CAUSAL_CONV1D,
+        LINEAR_SCAN,
+        LTI_CONV,
+        SLSTM,
+        SSD,
+        GLA,
+        ADDITIVE_DECAY,
+        DELTA_RULE,
+        DPLR,
+        MLSTM,
+    )
 }
 
 __all__ = ["CASES", "CAUSAL_CONV1D", "FASTEST", "Case", "Inputs", "Peer", "Prepared", "Shape", "backends", "ours"]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sinuous.apps.bench.op_cases.contract import FASTEST, Case, Inputs, Peer, Prepared, Shape, leaves, lstm
 from sinuous.core import ops
+from sinuous.core.ops.additive_decay import FAMILY as ADDITIVE_DECAY_FAMILY
 from sinuous.core.ops.delta_rule import FAMILY as DELTA_RULE_FAMILY
 from sinuous.core.ops.dplr import FAMILY as DPLR_FAMILY
 from sinuous.core.ops.gla import FAMILY as GLA_FAMILY
@@ -122,6 +123,39 @@ GLA = Case(
     peers=(
         Peer("fla naive recurrent", "fla", _fla_recurrent_gla, quadratic=True),
         Peer("fla", "fla", _fla_chunk("fla.ops.gla", "chunk_gla"), cuda_only=True),
+        Peer("nn.LSTM", "torch", lstm, same_function=False),
+    ),
+    versus=FASTEST,
+)
+
+
+# additive_decay: the decay that a new key's share of the softmax leaves.
+
+
+def _additive_decay(backend: str, **inputs: Tensor) -> Tensor:
+    return _first(ops.additive_decay(**inputs, backend=backend))
+
+
+def _cumulative_softmax(inputs: Inputs) -> Prepared:
+    """The naive recurrence of gla, with the decays of LightNet: fla has a kernel of its own for CUDA only."""
+    function = _function("fla.ops.gla.naive", "naive_recurrent_gla")
+    q, k, v = inputs.values()
+
+    def call() -> Tensor:
+        z = k.logcumsumexp(1)
+        decay = torch.cat([torch.zeros_like(z[:, :1]), z[:, :-1] - z[:, 1:]], 1)
+        return _first(function(q, (k - z).exp(), v, decay))
+
+    return Prepared(call, [q, k, v])
+
+
+ADDITIVE_DECAY = Case(
+    family=ADDITIVE_DECAY_FAMILY,
+    make=lambda shape, device, dtype: _inputs(shape, device, dtype, {}),
+    run=_additive_decay,
+    peers=(
+        Peer("fla naive", "fla", _cumulative_softmax, quadratic=True),
+        Peer("fla", "fla", _fla_chunk("fla.ops.lightnet", "chunk_lightnet"), cuda_only=True),
         Peer("nn.LSTM", "torch", lstm, same_function=False),
     ),
     versus=FASTEST,
