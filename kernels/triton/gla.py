@@ -66,15 +66,15 @@ class Decaying:
             "TRANSPOSED": transposed,
             "TWO": two,
         }
-        self.sums = torch.empty(1 + two, *log_decay.shape, dtype=call.dtype, device=log_decay.device)
-        self.below = log_decay.numel()
+        *steps, keys = log_decay.shape
+        self.sums = torch.empty(*steps, 1 + two, keys, dtype=call.dtype, device=log_decay.device)
         # Passed when run, so that their loop is not unrolled, which takes more registers than there are.
         self.levels = call.form["CHUNK"].bit_length() - 1
-        if self.below:
+        if log_decay.numel():
             key_blocks, _, sizes = self._of(sum_gates)
             with on_device(log_decay):
                 sum_gates[(key_blocks * call.heads * call.segments,)](
-                    self.log_decay, call.table, self.sums, call.length, self.below, **sizes
+                    self.log_decay, call.table, self.sums, call.length, **sizes
                 )
 
     def _of(self, kernel: Any) -> tuple[int, int, dict[str, Any]]:
@@ -98,7 +98,7 @@ class Decaying:
         with on_device(k):
             prepare[(call.heads * call.segments,)](
                 q, k, self.sums, self.bonus, call.table, weights, scaled_queries, scaled_keys, totals,
-                call.length, call.sequences, self.below, self.levels, QUERIES=q is not None, **sizes,
+                call.length, call.sequences, self.levels, QUERIES=q is not None, **sizes,
             )  # fmt: skip
         return Prepared(weights, scaled_queries, scaled_keys, totals)
 
@@ -140,7 +140,7 @@ class Decaying:
         with on_device(q):
             sides[(key_blocks * call.heads * call.segments,)](
                 None, v, q, k, self.sums, None, self.outer(q, k), kept, initial, None, None, call.table,
-                y, None, None, None, call.length, self.below, self.levels, GRADIENT=False, **sizes,
+                y, None, None, None, call.length, self.levels, GRADIENT=False, **sizes,
             )  # fmt: skip
         return y
 
@@ -162,7 +162,7 @@ class Decaying:
         with on_device(k):
             sides[(key_blocks * call.heads * call.segments,)](
                 q, k, dy, v, self.sums, self.bonus, self.outer(dy, v), *states, *adjoint, call.table,
-                dq, dk, dlog_decay, dbonus, call.length, self.below, self.levels, GRADIENT=True, **sizes,
+                dq, dk, dlog_decay, dbonus, call.length, self.levels, GRADIENT=True, **sizes,
             )  # fmt: skip
         return dk, dlog_decay, None if dbonus is None else dbonus.sum(0)
 

@@ -59,17 +59,16 @@ def ends_at(level, i, count, AHEAD: tl.constexpr):
 
 
 @triton.jit
-def decay(sums, below, begin, end, c, K: tl.constexpr, STRIDE: tl.constexpr, ACROSS: tl.constexpr, TWO: tl.constexpr):
+def decay(sums, begin, end, c, K: tl.constexpr, STRIDE: tl.constexpr, ACROSS: tl.constexpr, TWO: tl.constexpr):
     """exp of the logarithms after step `begin` up to step `end`, `[steps, channels]`, or turned with ACROSS. What is
-    left of two large sums is small, so that they come in two parts, the second `below` the first."""
+    left of two large sums is small, so that they come in two parts."""
     if ACROSS:
         from_, to, there = begin[None, :] * STRIDE + c[:, None], end[None, :] * STRIDE + c[:, None], (c < K)[:, None]
     else:
         from_, to, there = begin[:, None] * STRIDE + c[None, :], end[:, None] * STRIDE + c[None, :], (c < K)[None, :]
     difference = tl.load(sums + to, mask=there, other=0) - tl.load(sums + from_, mask=there, other=0)
     if TWO:
-        sums += below
-        difference += tl.load(sums + to, mask=there, other=0) - tl.load(sums + from_, mask=there, other=0)
+        difference += tl.load(sums + to + K, mask=there, other=0) - tl.load(sums + from_ + K, mask=there, other=0)
     return tl.exp(difference)
 
 
@@ -81,13 +80,13 @@ def decay_since_start(sums, i, count, c, K: tl.constexpr, STRIDE: tl.constexpr, 
     return tl.exp(tl.load(sums + at, mask=there, other=0))
 
 
-@triton.jit(do_not_specialize=["length", "below"])
+@triton.jit(do_not_specialize=["length"])
 def sum_gates(
-    log_decay, table, sums, length, below,
+    log_decay, table, sums, length,
     H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr, TWO: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """The sum of log_decay since the start of the segment, in one number [B, T, H, K] or as the sum of TWO."""
+    """The sum of log_decay since the start of the segment, [B, T, H, 1, K], or as the sum of TWO, [B, T, H, 2, K]."""
     k_blocks: tl.constexpr = (K + BK - 1) // BK
     pid = tl.program_id(0)
     k_block, h, unit = pid % k_blocks, pid // k_blocks % H, pid // (k_blocks * H)
@@ -96,20 +95,20 @@ def sum_gates(
         return
     c, p = k_block * BK + tl.arange(0, BK), start + tl.arange(0, CHUNK)
     there = (p < stop)[:, None] & (c < K)[None, :]
-    at = (row_of(p, batch, length, REVERSE) * H + h)[:, None] * K + c[None, :]
-    g = tl.load(log_decay + at, mask=there, other=0).to(tl.float64)
+    head = (row_of(p, batch, length, REVERSE) * H + h)[:, None] * K
+    g = tl.load(log_decay + head + c[None, :], mask=there, other=0).to(tl.float64)
     summed = tl.cumsum(tl.where(g < FORGOTTEN, FORGOTTEN, g), 0)
     if TWO:
         first = summed.to(tl.float32)
-        tl.store(sums + at, first, mask=there)
-        tl.store(sums + below + at, summed - first.to(tl.float64), mask=there)
+        tl.store(sums + 2 * head + c[None, :], first, mask=there)
+        tl.store(sums + 2 * head + K + c[None, :], summed - first.to(tl.float64), mask=there)
     else:
-        tl.store(sums + at, summed, mask=there)
+        tl.store(sums + head + c[None, :], summed, mask=there)
 
 
-@triton.jit(do_not_specialize=["length", "sequences", "below", "levels"])
+@triton.jit(do_not_specialize=["length", "sequences", "levels"])
 def prepare(
-    q, k, sums, bonus, table, weights, queries, keys, totals, length, sequences, below, levels,
+    q, k, sums, bonus, table, weights, queries, keys, totals, length, sequences, levels,
     H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
     SCALE: tl.constexpr, QUERIES: tl.constexpr, BONUS: tl.constexpr, TWO: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr,
@@ -118,6 +117,7 @@ def prepare(
     """A [B, T, H, CHUNK] of a segment, scale · q times its decay since the start, k times its decay until the end, and
     the decay over all of it [segments, H, K]. Without QUERIES, only what is of keys."""
     STRIDE: tl.constexpr = -H * K if REVERSE else H * K
+    PARTS: tl.constexpr = 2 if TWO else 1
     pid = tl.program_id(0)
     h, unit = pid % H, pid // H
     batch, start, stop, _, _, sequence = segment_at(unit, table, length, CHUNK, PACKED)
@@ -126,7 +126,7 @@ def prepare(
     i, count = tl.arange(0, CHUNK), stop - start
     there, head = i < count, row_of(start, batch, length, REVERSE) * H + h
     place = place_of(batch, start, sequence, length, sequences, CHUNK, PACKED, REVERSE)
-    k, sums, keys = k + head * K, sums + head * K, keys + head * K
+    k, sums, keys = k + head * K, sums + head * (K * PARTS), keys + head * K
     if QUERIES:
         q, queries = q + head * K, queries + head * K
     scores, own = tl.zeros([CHUNK, CHUNK], ACC), tl.zeros([CHUNK], ACC)
@@ -134,13 +134,13 @@ def prepare(
         c = k_block + tl.arange(0, BK)
         at, there_k = i[:, None] * STRIDE + c[None, :], there[:, None] & (c < K)[None, :]
         key = tl.load(k + at, mask=there_k, other=0).to(ACC)
-        until_end = decay(sums, below, tl.minimum(i, count - 1), i * 0 + count - 1, c, K, STRIDE, False, TWO)
+        until_end = decay(sums, tl.minimum(i, count - 1), i * 0 + count - 1, c, K, STRIDE * PARTS, False, TWO)
         tl.store(keys + at, key * until_end, mask=there_k)
-        total = tl.exp(tl.load(sums + (count - 1) * STRIDE + c, mask=c < K, other=0))
+        total = tl.exp(tl.load(sums + (count - 1) * (STRIDE * PARTS) + c, mask=c < K, other=0))
         tl.store(totals + (place * H + h) * K + c, total, mask=c < K)
         if QUERIES:
             query = tl.load(q + at, mask=there_k, other=0).to(ACC)
-            since_start = decay_since_start(sums, i, count, c, K, STRIDE, BONUS)
+            since_start = decay_since_start(sums, i, count, c, K, STRIDE * PARTS, BONUS)
             tl.store(queries + at, query * SCALE * since_start, mask=there_k)
             pair = query * key
             if BONUS:
@@ -151,8 +151,8 @@ def prepare(
             key_across = tl.load(k + at_across, mask=(c < K)[:, None] & there[None, :], other=0).to(ACC)
             for level in range(levels):
                 begin, end = ends_at(level, i, count, BONUS)
-                left = query * decay(sums, below, begin, end, c, K, STRIDE, False, TWO)
-                right = key_across * decay(sums, below, begin, end, c, K, STRIDE, True, TWO)
+                left = query * decay(sums, begin, end, c, K, STRIDE * PARTS, False, TWO)
+                right = key_across * decay(sums, begin, end, c, K, STRIDE * PARTS, True, TWO)
                 products = tl.dot(left.to(DOT), right.to(DOT), input_precision=PRECISION, out_dtype=ACC)
                 block = i >> level
                 partner = tl.where((block & 1) == 1, block - 1, -1)
@@ -275,10 +275,10 @@ def outer(
     tl.store(pairs + head * CHUNK + i[:, None] * (STRIDE * CHUNK) + i[None, :], both, mask=there[:, None])
 
 
-@triton.jit(do_not_specialize=["length", "below", "levels"])
+@triton.jit(do_not_specialize=["length", "levels"])
 def sides(
     q, k, left, right, sums, bonus, pairs, states, edges, adjoint_states, adjoint_edges, table,
-    of_queries, of_keys, of_gates, of_bonus, length, below, levels,
+    of_queries, of_keys, of_gates, of_bonus, length, levels,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, CHUNK: tl.constexpr,
     SCALE: tl.constexpr, GRADIENT: tl.constexpr, BONUS: tl.constexpr, TWO: tl.constexpr,
     TRANSPOSED: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
@@ -288,6 +288,7 @@ def sides(
     `left` is dy and `right` v. Without GRADIENT only that of the queries, which does not depend on them and is an
     output where values decay."""
     STRIDE: tl.constexpr = -H * K if REVERSE else H * K
+    PARTS: tl.constexpr = 2 if TWO else 1
     k_blocks: tl.constexpr = (K + BK - 1) // BK
     pid = tl.program_id(0)
     k_block, h, unit = pid % k_blocks, pid // k_blocks % H, (pid // (k_blocks * H)).to(tl.int64)
@@ -320,20 +321,20 @@ def sides(
             to_state = tl.dot(a, L.to(DOT), to_state, input_precision=PRECISION, out_dtype=ACC)
             whole += tl.sum(S * L, 0)
     at, there_k = i[:, None] * STRIDE + c[None, :], there[:, None] & (c < K)[None, :]
-    k, sums, pairs = k + head * K, sums + head * K, pairs + head * CHUNK
-    dq = from_state * SCALE * decay_since_start(sums, i, count, c, K, STRIDE, BONUS)
+    k, sums, pairs = k + head * K, sums + head * (K * PARTS), pairs + head * CHUNK
+    dq = from_state * SCALE * decay_since_start(sums, i, count, c, K, STRIDE * PARTS, BONUS)
     key = tl.load(k + at, mask=there_k, other=0).to(ACC)
     query, dk, dg = tl.zeros([CHUNK, BK], ACC), to_state, from_state
     if GRADIENT:
         query = tl.load(q + head * K + at, mask=there_k, other=0).to(ACC)
-        dk = to_state * decay(sums, below, tl.minimum(i, count - 1), i * 0 + count - 1, c, K, STRIDE, False, TWO)
+        dk = to_state * decay(sums, tl.minimum(i, count - 1), i * 0 + count - 1, c, K, STRIDE * PARTS, False, TWO)
         seeing = tl.where(u > t if BONUS else u >= t, 1.0, 0.0).to(DOT)
         dg = tl.dot(seeing, (query * dq).to(DOT), input_precision=PRECISION, out_dtype=ACC)
         dg += tl.dot(tl.where(u < t, 1.0, 0.0).to(DOT), (key * dk).to(DOT), input_precision=PRECISION, out_dtype=ACC)
-        dg += (tl.exp(tl.load(sums + (count - 1) * STRIDE + c, mask=c < K, other=0)) * whole)[None, :]
+        dg += (tl.exp(tl.load(sums + (count - 1) * (STRIDE * PARTS) + c, mask=c < K, other=0)) * whole)[None, :]
     for level in range(levels):
         begin, end = ends_at(level, i, count, BONUS)
-        E = decay(sums, below, begin, end, c, K, STRIDE, False, TWO)
+        E = decay(sums, begin, end, c, K, STRIDE * PARTS, False, TWO)
         block = i >> level
         later = ((block & 1) == 1)[:, None]
         side = tl.where(later, query, key)
