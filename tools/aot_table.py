@@ -32,6 +32,7 @@ from triton.runtime.jit import JITFunction
 from sinuous.kernels.triton import (
     causal_conv1d,
     delta_rule,
+    gla,
     linear_scan,
     mlstm,
     selective_scan,
@@ -278,6 +279,33 @@ def mlstm_launches(
     return launches
 
 
+def gla_launches(
+    dtype: torch.dtype,
+    *,
+    keys: int = 64,
+    values: int = 64,
+    gates: torch.dtype = torch.float32,
+    on_values: bool = False,
+    packed: bool = False,
+) -> list[Launch]:
+    """The launches of gla on 16 heads with every optional argument, forward and backward."""
+    arguments: dict[str, Any] = {
+        **attention_arguments(dtype, keys, values, 16, 16),
+        "log_decay": torch.empty(1, 4096, 16, values if on_values else keys, dtype=gates, device="meta"),
+        "bonus": None if on_values else torch.empty(16, keys, device="meta"),
+        "initial_state": torch.empty(3 if packed else 1, 16, keys, values, device="meta"),
+        "cu_seqlens": torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
+        "scale": None,
+        "on_values": on_values,
+        "reverse": False,
+        "chunk_size": 64,
+    }
+    with recording() as launches:
+        y, final, chunk_states = gla.forward(**arguments)
+        gla.backward((y, final), chunk_states=chunk_states, **arguments)
+    return launches
+
+
 def delta_rule_launches(
     dtype: torch.dtype, *, keys: int = 64, values: int = 64, factors: int = 1, packed: bool = False
 ) -> list[Launch]:
@@ -320,6 +348,9 @@ def cases() -> Iterator[tuple[str, list[Launch]]]:
         yield f"ssd {name} K=64 V=64 packed", ssd_launches(dtype, packed=True)
         for keys, values in ((64, 64), (128, 128), (256, 512)):
             yield f"mlstm {name} K={keys} V={values}", mlstm_launches(dtype, keys=keys, values=values)
+            yield f"gla {name} K={keys} V={values}", gla_launches(dtype, keys=keys, values=values)
+        yield f"gla {name} K=64 V=64 packed", gla_launches(dtype, packed=True)
+        yield f"gla {name} K=64 V=64 decay of values", gla_launches(dtype, on_values=True)
         yield f"mlstm {name} K=64 V=64 packed", mlstm_launches(dtype, packed=True)
         yield f"mlstm {name} K=64 V=64 sigmoid", mlstm_launches(dtype, activation="sigmoid")
         for keys, values in ((64, 64), (128, 128)):
