@@ -236,7 +236,9 @@ class S4(Mixer):
     def init_weights(self) -> None:
         self.layer.kernel.reset_parameters(self._start(), self.dt_min, self.dt_max)
         nn.init.normal_(self.layer.D)
-        self.output_linear[0].reset_parameters()
+        for layer in self.output_linear:
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
         for name in SPECIAL:
             parameter = getattr(self.layer.kernel, name)
             if parameter is not None:
@@ -255,7 +257,7 @@ class S4(Mixer):
 
     def prefill(self, x: Tensor, state: LTIState | None = None) -> tuple[Tensor, LTIState]:
         if self.two_sided:
-            return super().prefill(x, state)
+            super().prefill(x)  # which refuses
         y, hidden = self._mix(x, None if state is None else state.hidden, None)
         return y, LTIState(hidden)
 
@@ -263,7 +265,7 @@ class S4(Mixer):
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> LTIState:
         if self.two_sided:
-            return super().initial_state(batch_size, device, dtype)
+            super().initial_state(batch_size)  # which refuses
         like = self.layer.D
         dtype = like.dtype if dtype is None else dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32

@@ -237,4 +237,5 @@ def low_rank_response(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, P: Tensor, le
     eye = torch.eye(P.shape[0], dtype=sums.dtype, device=dt.device)
     corrected = torch.linalg.solve(eye + f[:, None, None] * sums[..., 1:, 1:], sums[..., 1:, :1])
     spectrum = sums[..., 0, 0] - f * (sums[..., :1, 1:] @ corrected)[..., 0, 0]
-    return torch.fft.irfft(spectrum, n=length)
+    response: Tensor = torch.fft.irfft(spectrum, n=length)
+    return response

@@ -114,8 +114,8 @@ def _check(
     if P is not None:
         if P.ndim not in (3, 4) or P.shape[0] < 1:
             raise ValueError(f"P must have shape [R, D, M, 2] or [R, M, 2] with R ≥ 1 (got {list(P.shape)})")
-        wanted = (P.shape[0], modes, 2) if P.ndim == 3 else (P.shape[0], width, modes, 2)
-        check_shape("P", P, wanted, "[R, D, M, 2], or [R, M, 2] where all channels have the same")
+        own = (modes, 2) if P.ndim == 3 else (width, modes, 2)
+        check_shape("P", P, (P.shape[0], *own), "[R, D, M, 2], or [R, M, 2] where all channels have the same")
         if discretization != "bilinear":
             raise ValueError("zero-order hold is for a diagonal A; with P pass discretization='bilinear'")
     check_shape("D", D, (width,), "one skip weight per channel")

@@ -116,4 +116,5 @@ def matrix(factor: Tensor, p: Tensor, q: Tensor) -> Tensor:
     diagonal = torch.eye(modes, dtype=real.dtype, device=real.device)[:, None, :, None]
     blocks = rotations[:, :, :, None, :] * diagonal
     low_rank = p.flatten(2).unsqueeze(-1) * (2 * q.flatten(2)).unsqueeze(-2)
-    return blocks.reshape(width, 2 * modes, 2 * modes) - low_rank.sum(0)
+    found: Tensor = blocks.reshape(width, 2 * modes, 2 * modes) - low_rank.sum(0)
+    return found

@@ -16,7 +16,8 @@ over many steps; autograd passes their gradients on to the parameters.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,10 @@ class _Operators(NamedTuple):
     @property
     def flat(self) -> tuple[Tensor, ...]:
         return self.response, self.rows, self.columns, *self.powers
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> _Operators:
+        response, rows, columns, *powers = (function(t) for t in self.flat)
+        return _Operators(response, rows, columns, tuple(powers))
 
 
 def _operators(
@@ -100,7 +105,8 @@ def _sums_of_diagonals(t: Tensor) -> Tensor:
     """The transpose of `_toeplitz`."""
     length = t.shape[1]
     skewed = F.pad(t.flip(1), (0, length)).flatten(1)[:, : length * (2 * length - 1)]
-    return skewed.unflatten(1, (length, 2 * length - 1)).sum(1)[:, length - 1 :]
+    sums: Tensor = skewed.unflatten(1, (length, 2 * length - 1)).sum(1)
+    return sums[:, length - 1 :]
 
 
 class _Piece(NamedTuple):
@@ -111,7 +117,7 @@ class _Piece(NamedTuple):
     power: int
 
     @property
-    def count(self) -> int:
+    def blocks(self) -> int:
         return (self.stop - self.start) >> self.power
 
 
@@ -165,20 +171,24 @@ def _states(block: _Block, state: Tensor, added: Tensor) -> tuple[Tensor, Tensor
 
 def _blocks_of(t: Tensor, piece: _Piece, dtype: torch.dtype) -> Tensor:
     """`[D, I·B, c]` from `[B, T, D]`: channels first, and each block a row."""
-    length, count = 2**piece.power, piece.count
+    length, count = 2**piece.power, piece.blocks
     blocks = t[:, piece.start : piece.stop].unflatten(1, (count, length))
-    return blocks.permute(3, 1, 0, 2).to(dtype).reshape(t.shape[2], count * t.shape[0], length)
+    found: Tensor = blocks.permute(3, 1, 0, 2).to(dtype).reshape(t.shape[2], count * t.shape[0], length)
+    return found
 
 
 def _write(t: Tensor, piece: _Piece, blocks: Tensor) -> None:
     """The inverse of `_blocks_of`."""
-    sizes = (piece.count, t.shape[0])
-    t[:, piece.start : piece.stop].unflatten(1, (piece.count, -1)).copy_(blocks.unflatten(1, sizes).permute(2, 1, 3, 0))
+    sizes = (piece.blocks, t.shape[0])
+    t[:, piece.start : piece.stop].unflatten(1, (piece.blocks, -1)).copy_(
+        blocks.unflatten(1, sizes).permute(2, 1, 3, 0)
+    )
 
 
 def _by_block(t: Tensor, batch: int) -> Tensor:
     """`[D, I, B, N]` from `[D, I·B, N]`."""
-    return t.unflatten(1, (t.shape[1] // max(batch, 1), batch))
+    found: Tensor = t.unflatten(1, (t.shape[1] // max(batch, 1), batch))
+    return found
 
 
 def _forward_piece(block: _Block, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,10 +314,9 @@ def backward(
 
     parameters = {"dt": dt, "A": A, "B": B, "C": C, "P": P, "D": D}
     with autograd_inside_an_op():
-        leaves = {n: None if t is None else t.detach().requires_grad_() for n, t in parameters.items()}
+        leaves: dict[str, Any] = {n: None if t is None else t.detach().requires_grad_() for n, t in parameters.items()}
         operators = _operators(_longest(runs), state.dtype, discretization, **leaves)
-    plain = _Operators(*(t.detach() for t in operators[:3]), tuple(t.detach() for t in operators.powers))
-    sums = _Operators(*(torch.zeros_like(t) for t in plain[:3]), tuple(torch.zeros_like(t) for t in plain.powers))
+    plain, sums = operators.map(Tensor.detach), operators.map(torch.zeros_like)
     blocks = {power: _Block.of(plain, power) for power in {p.power for run in runs for p in run.pieces}}
     for run in runs:
         carried, starts = _rows(state, run, bounds), []
