@@ -30,6 +30,7 @@ from sinuous.core.mixers.mamba2 import Mamba2
 from sinuous.core.mixers.matrix_mixer import MatrixState
 from sinuous.core.mixers.min_rnn import MinGRU, MinLSTM
 from sinuous.core.mixers.mlstm import MLSTM, MLSTMLarge, MLSTMState
+from sinuous.core.mixers.plstm import PLSTMGrid
 from sinuous.core.mixers.rg_lru import RGLRU, RGLRUState
 from sinuous.core.mixers.rwkv6 import RWKV6
 from sinuous.core.mixers.rwkv7 import RWKV7
@@ -81,6 +82,7 @@ __all__ = [
     "MinGRU",
     "MinLSTM",
     "Mixer",
+    "PLSTMGrid",
     "RGLRUState",
     "Retention",
     "RetentionState",
