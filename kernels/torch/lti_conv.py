@@ -7,8 +7,8 @@ Over N = 2M real numbers of state a block of c steps is four matrix products per
 
 where U has the blocks as its rows: all of them are multiplied at once and only `X' = Ā^c X + S` goes from block to
 block. Time and memory are linear in T, and nothing of T × N is made: there is one state per block of `BLOCK` steps. A
-Fourier transform over all of T, the other way to convolve, takes more time here, and has no state to begin with or to
-end with. What is left of T after the full blocks goes in blocks of 32, 16, … 1.
+Fourier transform over all of T, the other way to convolve, needs the response over all of T and has no state to begin
+with or to end with. What is left of T after the full blocks goes in blocks of 32, 16, … 1.
 
 K, E, W and the powers of Ā come from a few products by doubling, in double precision, so that a slow mode stays exact
 over many steps; autograd passes their gradients on to the parameters.
