@@ -29,7 +29,7 @@ def tiles(kernel: object, dtype: torch.dtype, keys: int, values: int) -> dict[st
     half, carries = dtype in (torch.bfloat16, torch.float16), kernel in (carry, carry_adjoint)
     rows, block_k, block_v, warps, stages = 64, 64, 64, 4, 2
     if kernel is sides:
-        block_k, block_v, warps = 32, 32, 8
+        block_k, block_v, warps, stages = 32, 16, 8, 1
     elif carries:
         block_v = 32
         if kernel is carry_adjoint and keys > 64:
