@@ -50,7 +50,8 @@ def _of_own_slices(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`[…, dim]` to `[…, H, 4]`: each gate reads its own slice of x."""
     weight = weight.flatten(0, -2)
     values = (x.unflatten(-1, [weight.shape[0], weight.shape[1]]) * weight).sum(-1)
-    return norms.at_least_fp32(values + bias.flatten()).unflatten(-1, [-1, 4])
+    found: Tensor = norms.at_least_fp32(values + bias.flatten()).unflatten(-1, [-1, 4])
+    return found
 
 
 class Gate(nn.Module):
@@ -120,7 +121,8 @@ class HeadProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         heads, width = self.weight.shape[:2]
-        return F.linear(x, self.weight.flatten(0, 3), self.bias.flatten()).unflatten(-1, [heads, width])
+        found: Tensor = F.linear(x, self.weight.flatten(0, 3), self.bias.flatten()).unflatten(-1, [heads, width])
+        return found
 
 
 class HeadScaleRMSNorm(nn.Module):
@@ -246,7 +248,8 @@ class PLSTMGrid(Mixer):
             self.query(cells), self.key(cells), v, source, transition, mark, direct, None, None, [0, 1, 2, 3], None,
             False, "",
         )  # fmt: skip
-        return self.outprojection(self.mhnorm(y).flatten(3).flatten(1, 2))
+        found: Tensor = self.outprojection(self.mhnorm(y).flatten(3).flatten(1, 2))
+        return found
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Source `[…, H, 4, 2]`, transition `[…, H, 4, 2, 2]` and mark `[…, H, 4, 2]`."""

@@ -85,7 +85,8 @@ class Blocks(NamedTuple):
         if fill is not None:
             whole = whole + fill
         whole[:, : t.shape[1], : t.shape[2]] = t
-        return whole.unflatten(2, (self.ny, self.cy)).unflatten(1, (self.nx, self.cx)).movedim((1, 3), (0, 1))
+        found: Tensor = whole.unflatten(2, (self.ny, self.cy)).unflatten(1, (self.nx, self.cx)).movedim((1, 3), (0, 1))
+        return found
 
     def nodes(self, t: Tensor) -> Tensor:
         """`[N, X, Y, D]` to `[nx, ny, N, nodes, D]`, x running fastest."""
@@ -94,7 +95,8 @@ class Blocks(NamedTuple):
     def uncut(self, t: Tensor, width: int, height: int) -> Tensor:
         """The inverse of `nodes`: `[N, X, Y, D]`."""
         cells = t.unflatten(3, (self.cy, self.cx)).transpose(3, 4).movedim((0, 1), (1, 3))
-        return cells.flatten(3, 4).flatten(1, 2)[:, :width, :height]
+        found: Tensor = cells.flatten(3, 4).flatten(1, 2)[:, :width, :height]
+        return found
 
     def maps(self, source: Tensor, transition: Tensor, mark: Tensor) -> Tensor:
         """Gates `[N, X, Y, …]` to maps `[nx, ny, N, R, R]`; cells beyond the grid let edges pass straight."""
@@ -114,11 +116,13 @@ class Blocks(NamedTuple):
     def by_diagonal(self, t: Tensor) -> tuple[Tensor, ...]:
         """`[nx, ny, …]` to a piece for each diagonal."""
         order, sizes = self._order()
-        return t.flatten(0, 1)[order].split(sizes)
+        found: tuple[Tensor, ...] = t.flatten(0, 1)[order].split(sizes)
+        return found
 
     def from_diagonals(self, pieces: Sequence[Tensor]) -> Tensor:
         order, _ = self._order()
-        return torch.cat(list(pieces))[order.argsort()].unflatten(0, (self.nx, self.ny))
+        found: Tensor = torch.cat(list(pieces))[order.argsort()].unflatten(0, (self.nx, self.ny))
+        return found
 
     def _order(self) -> tuple[Tensor, list[int]]:
         blocks = [
@@ -132,8 +136,10 @@ def cut_edges(t: Tensor, count: int, side: int) -> Tensor:
     """States `[N, edges, K, V]` to `[count, N, side, K, V]`, zeros beyond the grid."""
     whole = t.new_zeros(t.shape[0], count * side, *t.shape[2:])
     whole[:, : t.shape[1]] = t
-    return whole.unflatten(1, (count, side)).movedim(1, 0).contiguous()
+    found: Tensor = whole.unflatten(1, (count, side)).movedim(1, 0).contiguous()
+    return found
 
 
 def uncut_edges(t: Tensor, length: int) -> Tensor:
-    return t.movedim(0, 1).flatten(1, 2)[:, :length]
+    found: Tensor = t.movedim(0, 1).flatten(1, 2)[:, :length]
+    return found

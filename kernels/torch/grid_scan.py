@@ -97,7 +97,8 @@ def _weights(source: Tensor, transition: Tensor, mark: Tensor, orientations: Seq
         for part, o in zip(cells.unbind(1), orientations, strict=True)
     ]
     total = sum(back[1:], back[0]).transpose(-1, -2).transpose(-3, -4)
-    return total.flatten(-4, -3).flatten(-2, -1)
+    found: Tensor = total.flatten(-4, -3).flatten(-2, -1)
+    return found
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -108,7 +109,8 @@ def _flat(t: Tensor) -> Tensor:
 def _whole_forward(g: _Grid) -> Tensor:
     W = _weights(*g.gates, g.orientations)
     y = (W * (_flat(g.q) @ _flat(g.k).mT)) @ _flat(g.v)
-    return y.transpose(1, 2).unflatten(1, g.v.shape[1:3])
+    found: Tensor = y.transpose(1, 2).unflatten(1, g.v.shape[1:3])
+    return found
 
 
 def _with_gates(
@@ -127,14 +129,15 @@ def _with_gates(
 
 
 def _whole_backward(g: _Grid, dy: Tensor) -> _Gradients:
-    W, pull = _with_gates(lambda *gates: _weights(*gates, g.orientations), g.gates)
+    W, pull = _with_gates(lambda source, transition, mark: _weights(source, transition, mark, g.orientations), g.gates)
     q, k, v, dy = _flat(g.q), _flat(g.k), _flat(g.v), _flat(dy)
     scores, inside = q @ k.mT, dy @ v.mT
     dgates = pull(scores * inside)
     dv = (W * scores).mT @ dy
     inside *= W
     dq, dk = inside @ k, inside.mT @ q
-    return _Gradients(*(t.transpose(1, 2).unflatten(1, g.v.shape[1:3]) for t in (dq, dk, dv)), dgates)
+    dq, dk, dv = (t.transpose(1, 2).unflatten(1, g.v.shape[1:3]) for t in (dq, dk, dv))
+    return _Gradients(dq, dk, dv, dgates)
 
 
 class _Walk:
@@ -204,13 +207,14 @@ class _Walk:
             b.diagonals(), *(b.by_diagonal(t) for t in (W, self.q, self.k, self.v, self.nodes(dy))), strict=True
         )
         found = []
-        for (i, j), *inputs in reversed(list(pieces)):
+        for (i, j), W, q, k, v, dy in reversed(list(pieces)):
             dout = torch.cat([up[i], left[j]], 2)
-            dW, dC, *rest = _pass_back(inputs[0], kept.pop(), *inputs[1:], dout)
+            dW, dC, *rest = _pass_back(W, kept.pop(), q, k, v, dy, dout)
             found.append((dW, *rest))
             up[i], left[j] = dC[:, :, : b.cx], dC[:, :, b.cx :]
         dW, *rest = (b.from_diagonals(t[::-1]) for t in zip(*found, strict=True))
-        return _Gradients(*map(self.from_nodes, rest), pull(dW), *self.from_edges(left, up))
+        dq, dk, dv = map(self.from_nodes, rest)
+        return _Gradients(dq, dk, dv, pull(dW), *self.from_edges(left, up))
 
 
 def _is_whole(q: Tensor, left: Tensor | None, up: Tensor | None, with_state: bool) -> bool:
