@@ -35,7 +35,8 @@ def tiles(kernel: object, dtype: torch.dtype, keys: int, values: int) -> dict[st
         if kernel is carry_adjoint and keys > 64:
             block_v, stages = 16, 1
     if not half:
-        rows, block_k, block_v, warps, stages = 32, 32, 16, 4 if kernel is sides else 8, 1
+        rows, block_k, block_v, warps = 32, 16 if kernel is sides else 32, 16, 8
+        stages = 2 if kernel is carry_adjoint and keys <= 64 else 1
     elif keys > 128:
         rows, block_v = 32, 16 if carries else block_v
     wide = max(16, triton.next_power_of_2(keys))
