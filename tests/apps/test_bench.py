@@ -75,6 +75,10 @@ def _rows(path):
 SMALL = ["--lengths", "48,96", "--batch", "2", "--dim", "8", "--state", "4", "--repeats", "1"]
 
 
+def test_every_op_is_compared():
+    assert set(op_cases.CASES) == set(LAWS)
+
+
 def test_ops_compares_every_backend_and_peer_on_the_same_function(tmp_path):
     path = tmp_path / "ops.csv"
     assert main(["ops", *SMALL, "--no-memory", "--csv", str(path)]) == 0
