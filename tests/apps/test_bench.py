@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sinuous.apps.bench import backbones, main, measure, op_cases, ops, state_tracking
+from sinuous.core.ops.laws import LAWS
 
 CPU = torch.device("cpu")
 MEGABYTE = 1_000_000
