@@ -31,11 +31,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", default="float32", help="the dtype asked about (default: float32)")
     options = parser.parse_args(argv)
     console = Console()
+    if options.markdown is not None and options.topic != "recurrences":
+        parser.error("--markdown goes with the topic recurrences")
     if options.topic is None:
         console.print(machine())
         return 0
     if options.topic == "recurrences":
-        recurrences.show(console) if options.markdown is None else recurrences.write(options.markdown)
+        recurrences.show() if options.markdown is None else recurrences.write(options.markdown)
         return 0
     dtype = getattr(torch, options.dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:

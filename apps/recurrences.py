@@ -7,11 +7,10 @@ import re
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.utils._pytree import tree_leaves
 
 from sinuous.apps import backends
+from sinuous.apps.bench import report
 from sinuous.apps.bench.report import Row
 from sinuous.core import mixers
 from sinuous.core.ops.laws import LAWS, Laws
@@ -98,7 +97,7 @@ def _mixer(name: str) -> Row:
         "ops": ", ".join(used) or "attention",
         "state": "looks both ways" if state is None else f"{state:,}" + ("" if cls.constant_state else ", grows"),
         "parameters": f"{sum(p.numel() for p in mixer.parameters()):,}",
-        "source": ", ".join(f"[{number}](https://arxiv.org/abs/{number})" for number in papers),
+        "source": ", ".join(f"arXiv {number}" for number in papers),
     }
 
 
@@ -106,15 +105,10 @@ def _papers(doc: str | None) -> list[str]:
     return list(dict.fromkeys(re.findall(r"\b\d{4}\.\d{5}\b", doc or "")))
 
 
-def show(console: Console) -> None:
+def show() -> None:
     """Print both tables."""
     for title, rows in (("ops", ops()), ("mixers", all_mixers())):
-        table = Table(title=title, title_justify="left", show_lines=title == "ops")
-        for column in rows[0]:
-            table.add_column(column, overflow="fold", no_wrap=column in ("op", "mixer"))
-        for row in rows:
-            table.add_row(*row.values())
-        console.print(table)
+        report.show(rows, list(rows[0]), title=title, group=list(rows[0])[:1])
 
 
 def markdown() -> str:
@@ -129,15 +123,14 @@ def write(path: Path) -> None:
 
 
 def _table(rows: list[Row]) -> str:
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    for row in rows:
-        cells = [_cell(column, str(value)) for column, value in row.items()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    cells = [{column: _cell(column, text) for column, text in row.items()} for row in rows]
+    return report.markdown_table(cells, list(rows[0]))
 
 
 def _cell(column: str, text: str) -> str:
     text = text.replace("|", "\\|")
     if column == "equation":
         return "<br>".join(f"`{re.sub(' {2,}', '   ', line)}`" for line in text.splitlines())
-    return f"`{text}`" if column in ("op", "mixer", "cost") else text
+    if column in ("op", "mixer", "cost"):
+        return f"`{text}`"
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)

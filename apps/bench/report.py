@@ -54,12 +54,21 @@ def write_markdown(
 ) -> None:
     """Write a page with the table, how it was measured, and the command that measures it again."""
     head = [f"# {title}", "", method, "", *(f"- {note}" for note in notes), *([""] if notes else [])]
-    table = ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        cells = [f"**{_text(row[c])}**" if row.get("ours") and c == "median_ms" else _text(row[c]) for c in columns]
-        table.append("| " + " | ".join(cells) + " |")
+    table = markdown_table(
+        [
+            {c: f"**{_text(row[c])}**" if row.get("ours") and c == "median_ms" else _text(row[c]) for c in columns}
+            for row in rows
+        ],
+        columns,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([*head, *table, ""]))
+    path.write_text("\n".join([*head, table]))
+
+
+def markdown_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """A table of cells that are text already."""
+    head = ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join([*head, *("| " + " | ".join(row[c] for c in columns) + " |" for row in rows), ""])
 
 
 def command(verb: str, options: argparse.Namespace) -> str:

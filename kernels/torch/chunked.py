@@ -46,6 +46,15 @@ def working_dtype(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
+def initial_matrix(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> State:
+    """The one matrix `[sequences, H, K, V]` before the first step, zeros if it is not given."""
+    dtype = working_dtype(q)
+    if initial_state is not None:
+        return (initial_state.to(dtype),)
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (torch.zeros(sequences, v.shape[-2], q.shape[-1], v.shape[-1], dtype=dtype, device=q.device),)
+
+
 def _place(segment: Segment, length: int, reverse: bool) -> slice:
     return slice(length - segment.stop, length - segment.start) if reverse else slice(segment.start, segment.stop)
 

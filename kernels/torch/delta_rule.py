@@ -134,14 +134,6 @@ def _factors_last(k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, T
     return k.unsqueeze(3), v.unsqueeze(3), beta.unsqueeze(3)
 
 
-def _initial(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> State:
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype = chunked.working_dtype(q)
-    if initial_state is not None:
-        return (initial_state.to(dtype),)
-    return (torch.zeros(sequences, q.shape[2], q.shape[3], v.shape[-1], dtype=dtype, device=q.device),)
-
-
 def forward(
     q: Tensor,
     k: Tensor,
@@ -159,7 +151,7 @@ def forward(
         _recurrence(q.shape[-1] ** -0.5 if scale is None else scale),
         (q, *_factors_last(k, v, beta), log_decay),
         (),
-        _initial(q, v, initial_state, cu_seqlens),
+        chunked.initial_matrix(q, v, initial_state, cu_seqlens),
         torch.empty((*q.shape[:3], v.shape[-1]), dtype=v.dtype, device=v.device),
         cu_seqlens,
         reverse,
@@ -190,7 +182,7 @@ def backward(
         _recurrence(q.shape[-1] ** -0.5 if scale is None else scale),
         (q, *_factors_last(k, v, beta), log_decay),
         (),
-        _initial(q, v, initial_state, cu_seqlens),
+        chunked.initial_matrix(q, v, initial_state, cu_seqlens),
         (chunk_states,),
         dy,
         (dfinal,),

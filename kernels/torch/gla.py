@@ -159,14 +159,6 @@ def _recurrence(q: Tensor, scale: float | None, on_values: bool) -> Recurrence:
     return chunked.in_pieces(passes, gate=3)
 
 
-def _initial(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> State:
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype = chunked.working_dtype(q)
-    if initial_state is not None:
-        return (initial_state.to(dtype),)
-    return (torch.zeros(sequences, v.shape[2], q.shape[3], v.shape[3], dtype=dtype, device=q.device),)
-
-
 def forward(
     q: Tensor,
     k: Tensor,
@@ -185,7 +177,7 @@ def forward(
         _recurrence(q, scale, on_values),
         (q, k, v, log_decay),
         (bonus,),
-        _initial(q, v, initial_state, cu_seqlens),
+        chunked.initial_matrix(q, v, initial_state, cu_seqlens),
         torch.empty_like(v),
         cu_seqlens,
         reverse,
@@ -215,7 +207,7 @@ def backward(
         _recurrence(q, scale, on_values),
         (q, k, v, log_decay),
         (bonus,),
-        _initial(q, v, initial_state, cu_seqlens),
+        chunked.initial_matrix(q, v, initial_state, cu_seqlens),
         (chunk_states,),
         dy,
         (dfinal,),

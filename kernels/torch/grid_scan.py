@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sinuous.kernels.torch.chunked import working_dtype
 from sinuous.kernels.torch.differentiation import autograd_inside_an_op
 from sinuous.kernels.torch.grid_blocks import Blocks, block_maps, cut_edges, uncut_edges
 from sinuous.kernels.torch.orientations import unwalked, walked
@@ -233,7 +234,7 @@ def _parts(
     whole: bool,
 ) -> Iterator[tuple[slice, _Grid]]:
     """The batch in parts of about `ELEMENTS` elements."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = working_dtype(q)
     cells = q.shape[1] * q.shape[2]
     per_cell = 4 * cells if whole else q.shape[-1] * v.shape[-1] // 2 + 4 * SIDE * SIDE
     rows = max(1, ELEMENTS // max(1, cells * per_cell * q.shape[3] * len(orientations)))
@@ -256,7 +257,7 @@ def _parts(
 
 def _boundary(q: Tensor, v: Tensor, length: int, orientations: Sequence[int], given: Tensor | None) -> Tensor:
     """The states on one side of the grid, as given or zeros, to be filled."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = working_dtype(q)
     if given is not None:
         return given.to(dtype, copy=True)
     shape = (q.shape[0], length, q.shape[3], len(orientations), q.shape[-1], v.shape[-1])

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sinuous.kernels.torch.chunked import working_dtype
 from sinuous.kernels.torch.differentiation import autograd_inside_an_op
 from sinuous.kernels.torch.discretization import conj, discretize, matrix, times
 from sinuous.kernels.torch.packing import flip_sequences, flip_time, mirror, rows, segments
@@ -241,7 +242,7 @@ def _channels_first(states: Tensor) -> Tensor:
 
 def _initial(u: Tensor, A: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, reverse: bool) -> Tensor:
     """States before the first step, `[D, sequences, N]`, in the order in which the sequences are processed."""
-    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    dtype = working_dtype(u)
     if initial_state is None:
         count = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         return torch.zeros(u.shape[2], count, 2 * A.shape[-2], dtype=dtype, device=u.device)

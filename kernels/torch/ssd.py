@@ -88,14 +88,6 @@ def _over_time(log_decay: Tensor | None, v: Tensor) -> Tensor | None:
     return log_decay if log_decay is None or log_decay.ndim == 3 else log_decay.expand(v.shape[:3])
 
 
-def _initial(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> State:
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype = chunked.working_dtype(q)
-    if initial_state is not None:
-        return (initial_state.to(dtype),)
-    return (torch.zeros(sequences, v.shape[2], q.shape[3], v.shape[3], dtype=dtype, device=q.device),)
-
-
 def forward(
     q: Tensor,
     k: Tensor,
@@ -109,7 +101,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)`; see sinuous.core.ops.ssd."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    initial = _initial(q, v, initial_state, cu_seqlens)
+    initial = chunked.initial_matrix(q, v, initial_state, cu_seqlens)
     y, (final,), (kept,) = chunked.forward(
         _recurrence(scale),
         (q, k, v, _over_time(log_decay, v)),
@@ -139,7 +131,7 @@ def backward(
     """Gradients of q, k, v, log_decay and initial_state."""
     dy, dfinal = grads
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    initial = _initial(q, v, initial_state, cu_seqlens)
+    initial = chunked.initial_matrix(q, v, initial_state, cu_seqlens)
     over_time = _over_time(log_decay, v)
     (dq, dk, dv, dlog_decay), _, (dinitial,) = chunked.backward(
         _recurrence(scale),

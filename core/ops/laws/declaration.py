@@ -54,8 +54,8 @@ class Laws:
     wide: Sample
     time: tuple[str, ...]
     holds: frozenset[str]
-    state: str = ""
-    cost: str = ""
+    state: str
+    cost: str
     refusals: dict[str, Callable[[Arguments], Arguments]] = field(default_factory=dict)
     bf16: tuple[float, float] = (5e-3, 2e-2)
     fails: dict[str, frozenset[str]] = field(default_factory=dict)
