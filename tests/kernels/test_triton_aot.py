@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import sys
 sys.path.insert(0, {tools!r})
-import torch, aot_table
-of = [aot_table.scan_launches, aot_table.convolution_launches, aot_table.ssd_launches, aot_table.mlstm_launches]
-of += [aot_table.gla_launches, aot_table.delta_rule_launches]
+import torch, aot_cases, aot_compile
+of = [aot_cases.scan_launches, aot_cases.convolution_launches, aot_cases.ssd_launches, aot_cases.mlstm_launches]
+of += [aot_cases.gla_launches, aot_cases.delta_rule_launches]
 for launch in [launch for launches in of for launch in launches(torch.bfloat16)]:
-    found = aot_table.cost(launch, aot_table.TARGETS["sm_90"][0])
+    found = aot_compile.cost(launch, aot_compile.TARGETS["sm_90"][0])
     name = launch.kernel.__module__.rpartition(".")[2] + "." + launch.kernel.__name__
     print(name, found.registers, found.spilled, found.shared)
 """

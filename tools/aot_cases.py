@@ -1,0 +1,229 @@
+"""The launches in the table of tools/aot_table.py: each op's forward and backward with every optional argument."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from aot_compile import TYPES, Launch, recording
+
+from sinuous.kernels.triton import (
+    causal_conv1d,
+    delta_rule,
+    gla,
+    linear_scan,
+    mlstm,
+    selective_scan,
+    selective_scan_backward,
+    ssd,
+)
+
+
+def scan_launches(
+    dtype: torch.dtype, *, batch: int = 1, length: int = 4096, width: int = 768, state: int = 16, packed: bool = False
+) -> list[Launch]:
+    """The launches of a selective scan with every optional argument, forward and backward."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    wide, narrow = meta(batch, length, width, dtype=dtype), meta(batch, length, state, dtype=dtype)
+    arguments: dict[str, Any] = {
+        "u": wide,
+        "dt": wide,
+        "A": meta(width, state),
+        "B": narrow,
+        "C": narrow,
+        "D": meta(width),
+        "z": wide,
+        "dt_bias": meta(width),
+        "initial_state": meta(3 if packed else batch, width, state),
+        "cu_seqlens": meta(4, dtype=torch.int32) if packed else None,
+        "dt_softplus": True,
+        "reverse": False,
+        "chunk_size": 64,
+    }
+    with recording() as launches:
+        y, final, chunk_states = selective_scan.forward(**arguments)
+        selective_scan_backward.backward((y, final), chunk_states=chunk_states, **arguments)
+    return launches
+
+
+def convolution_launches(
+    dtype: torch.dtype, *, batch: int = 1, length: int = 4096, width: int = 768, taps: int = 4, packed: bool = False
+) -> list[Launch]:
+    """The launches of a causal convolution with every optional argument, forward and backward."""
+    arguments: dict[str, Any] = {
+        "x": torch.empty(batch, length, width, dtype=dtype, device="meta"),
+        "weight": torch.empty(width, taps, device="meta"),
+        "bias": torch.empty(width, device="meta"),
+        "initial_state": torch.empty(3 if packed else batch, taps - 1, width, dtype=dtype, device="meta"),
+        "cu_seqlens": torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
+        "silu": True,
+        "reverse": False,
+    }
+    with recording() as launches:
+        y, final = causal_conv1d.forward(**arguments)
+        causal_conv1d.backward((y, final), **arguments)
+    return launches
+
+
+def attention_arguments(dtype: torch.dtype, keys: int, values: int, heads: int, groups: int) -> dict[str, torch.Tensor]:
+    """Queries, keys and values of a batch of 1 and 4096 steps."""
+    shapes = {"q": (groups, keys), "k": (groups, keys), "v": (heads, values)}
+    return {name: torch.empty(1, 4096, *shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+
+
+def ssd_launches(
+    dtype: torch.dtype, *, keys: int = 64, values: int = 64, groups: int = 16, packed: bool = False
+) -> list[Launch]:
+    """The launches of ssd on 16 heads with every optional argument, forward and backward."""
+    arguments: dict[str, Any] = {
+        **attention_arguments(dtype, keys, values, 16, groups),
+        "log_decay": torch.empty(1, 4096, 16, device="meta"),
+        "initial_state": torch.empty(3 if packed else 1, 16, keys, values, device="meta"),
+        "cu_seqlens": torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
+        "scale": None,
+        "reverse": False,
+        "chunk_size": 64,
+    }
+    with recording() as launches:
+        y, final, chunk_states = ssd.forward(**arguments)
+        ssd.backward((y, final), chunk_states=chunk_states, **arguments)
+    return launches
+
+
+def linear_scan_launches(
+    dtype: torch.dtype,
+    *,
+    batch: int = 1,
+    length: int = 4096,
+    width: int = 768,
+    constant: bool = False,
+    packed: bool = False,
+) -> list[Launch]:
+    """The launches of a linear scan with every optional argument, forward and backward."""
+    x = torch.empty(batch, length, width, dtype=dtype, device="meta")
+    state = (3 if packed else batch, width)
+    arguments: dict[str, Any] = {
+        "x": x,
+        "a": x.new_empty(width) if constant else x,
+        "reset": x.new_empty(batch, length, dtype=torch.bool),
+        "initial_state": x.new_empty(state, dtype=torch.promote_types(dtype, torch.float32)),
+        "cu_seqlens": x.new_empty(4, dtype=torch.int32) if packed else None,
+        "reverse": False,
+        "chunk_size": 64,
+    }
+    with recording() as launches:
+        y, final, chunk_states = linear_scan.forward(**arguments)
+        linear_scan.backward((y, final), chunk_states=chunk_states, **arguments)
+    return launches
+
+
+def mlstm_launches(
+    dtype: torch.dtype, *, keys: int = 64, values: int = 64, activation: str = "exp", packed: bool = False
+) -> list[Launch]:
+    """The launches of mlstm on 16 heads with every optional argument, forward and backward."""
+    sequences = 3 if packed else 1
+    arguments: dict[str, Any] = {
+        **attention_arguments(dtype, keys, values, 16, 16),
+        "input_gate": torch.empty(1, 4096, 16, dtype=dtype, device="meta"),
+        "forget_gate": torch.empty(1, 4096, 16, dtype=dtype, device="meta"),
+        "initial_C": torch.empty(sequences, 16, keys, values, device="meta"),
+        "initial_n": torch.empty(sequences, 16, keys, device="meta"),
+        "initial_m": torch.empty(sequences, 16, device="meta"),
+        "cu_seqlens": torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
+        "scale": None,
+        "eps": 1e-6,
+        "input_activation": activation,
+        "normalize": True,
+        "reverse": False,
+        "chunk_size": 64,
+    }
+    with recording() as launches:
+        y, C, n, m, chunk_C, chunk_n, chunk_m = mlstm.forward(**arguments)
+        mlstm.backward((y, C, n, m), chunk_C=chunk_C, chunk_n=chunk_n, chunk_m=chunk_m, **arguments)
+    return launches
+
+
+def gla_launches(
+    dtype: torch.dtype,
+    *,
+    keys: int = 64,
+    values: int = 64,
+    gates: torch.dtype = torch.float32,
+    on_values: bool = False,
+    packed: bool = False,
+) -> list[Launch]:
+    """The launches of gla on 16 heads with every optional argument, forward and backward."""
+    arguments: dict[str, Any] = {
+        **attention_arguments(dtype, keys, values, 16, 16),
+        "log_decay": torch.empty(1, 4096, 16, values if on_values else keys, dtype=gates, device="meta"),
+        "bonus": None if on_values else torch.empty(16, keys, device="meta"),
+        "initial_state": torch.empty(3 if packed else 1, 16, keys, values, device="meta"),
+        "cu_seqlens": torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
+        "scale": None,
+        "on_values": on_values,
+        "reverse": False,
+        "chunk_size": 64,
+    }
+    with recording() as launches:
+        y, final, chunk_states = gla.forward(**arguments)
+        gla.backward((y, final), chunk_states=chunk_states, **arguments)
+    return launches
+
+
+def delta_rule_launches(
+    dtype: torch.dtype, *, keys: int = 64, values: int = 64, factors: int = 1, packed: bool = False
+) -> list[Launch]:
+    """The launches of delta_rule on 16 heads with every optional argument, forward and backward."""
+    given = attention_arguments(dtype, keys, values, 16, 16)
+    arguments: dict[str, Any] = {
+        **given,
+        **{name: given[name].unsqueeze(2).expand(-1, -1, factors, -1, -1) for name in ("k", "v")},
+        "beta": torch.empty(1, 4096, factors, 16, dtype=dtype, device="meta"),
+        "log_decay": torch.empty(1, 4096, 16, device="meta"),
+        "initial_state": torch.empty(3 if packed else 1, 16, keys, values, device="meta"),
+        "cu_seqlens": torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
+        "scale": None,
+        "reverse": False,
+        "chunk_size": 64,
+    }
+    with recording() as launches:
+        y, final, chunk_states = delta_rule.forward(**arguments)
+        delta_rule.backward((y, final), chunk_states=chunk_states, **arguments)
+    return launches
+
+
+def cases() -> Iterator[tuple[str, list[Launch]]]:
+    """The configurations in the table."""
+    for dtype in (torch.float32, torch.bfloat16):
+        name = TYPES[dtype]
+        for state in (1, 16, 64):
+            yield f"selective_scan {name} N={state}", scan_launches(dtype, state=state)
+        yield f"selective_scan {name} N=16 packed", scan_launches(dtype, packed=True)
+        yield f"selective_scan {name} N=16 B=256", scan_launches(dtype, batch=256, length=256)
+        for taps in (4, 8):
+            yield f"causal_conv1d {name} W={taps}", convolution_launches(dtype, taps=taps)
+        yield f"causal_conv1d {name} W=4 packed", convolution_launches(dtype, packed=True)
+        yield f"linear_scan {name}", linear_scan_launches(dtype)
+        yield f"linear_scan {name} packed, constant a", linear_scan_launches(dtype, packed=True, constant=True)
+        yield f"linear_scan {name} B=256", linear_scan_launches(dtype, batch=256, length=256)
+        for keys, values in ((64, 64), (128, 128), (128, 64)):
+            yield f"ssd {name} K={keys} V={values}", ssd_launches(dtype, keys=keys, values=values)
+        yield f"ssd {name} K=128 V=64 one group", ssd_launches(dtype, keys=128, groups=1)
+        yield f"ssd {name} K=64 V=64 packed", ssd_launches(dtype, packed=True)
+        for keys, values in ((64, 64), (128, 128), (256, 512)):
+            yield f"mlstm {name} K={keys} V={values}", mlstm_launches(dtype, keys=keys, values=values)
+            yield f"gla {name} K={keys} V={values}", gla_launches(dtype, keys=keys, values=values)
+        yield f"gla {name} K=64 V=64 packed", gla_launches(dtype, packed=True)
+        yield f"gla {name} K=64 V=64 decay of values", gla_launches(dtype, on_values=True)
+        yield f"mlstm {name} K=64 V=64 packed", mlstm_launches(dtype, packed=True)
+        yield f"mlstm {name} K=64 V=64 sigmoid", mlstm_launches(dtype, activation="sigmoid")
+        for keys, values in ((64, 64), (128, 128)):
+            yield f"delta_rule {name} K={keys} V={values}", delta_rule_launches(dtype, keys=keys, values=values)
+        yield f"delta_rule {name} K=64 V=64 packed, n=2", delta_rule_launches(dtype, factors=2, packed=True)
+    yield "delta_rule bf16 K=256 V=256", delta_rule_launches(torch.bfloat16, keys=256, values=256)
+    yield "linear_scan complex64", linear_scan_launches(torch.complex64)
+    yield "linear_scan complex64 packed", linear_scan_launches(torch.complex64, packed=True)
