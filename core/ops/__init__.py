@@ -9,6 +9,7 @@ from sinuous.core.ops.dplr import dplr
 from sinuous.core.ops.gla import gla
 from sinuous.core.ops.grid_scan import grid_scan
 from sinuous.core.ops.linear_scan import linear_scan
+from sinuous.core.ops.longhorn import longhorn
 from sinuous.core.ops.lti_conv import lti_conv
 from sinuous.core.ops.mlstm import mlstm
 from sinuous.core.ops.selective_scan import selective_scan
@@ -23,6 +24,7 @@ __all__ = [
     "gla",
     "grid_scan",
     "linear_scan",
+    "longhorn",
     "lti_conv",
     "mlstm",
     "selective_scan",

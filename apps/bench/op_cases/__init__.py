@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sinuous.apps.bench.op_cases.cells import SLSTM
-from sinuous.apps.bench.op_cases.channels import CAUSAL_CONV1D, LINEAR_SCAN, SELECTIVE_SCAN
+from sinuous.apps.bench.op_cases.channels import CAUSAL_CONV1D, LINEAR_SCAN, LONGHORN, SELECTIVE_SCAN
 from sinuous.apps.bench.op_cases.contract import FASTEST, Case, Inputs, Peer, Prepared, Shape, backends, ours
 from sinuous.apps.bench.op_cases.grids import GRID_SCAN
 from sinuous.apps.bench.op_cases.linear_systems import LTI_CONV
@@ -13,6 +13,7 @@ CASES = {
     case.family.name: case
     for case in (
         SELECTIVE_SCAN,
+        LONGHORN,
         CAUSAL_CONV1D,
         LINEAR_SCAN,
         LTI_CONV,

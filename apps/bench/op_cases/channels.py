@@ -1,4 +1,4 @@
-"""Recurrences and filters of single channels: selective scan, causal convolution, linear scan."""
+"""Recurrences and filters of single channels: selective scan, Longhorn, causal convolution, linear scan."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from sinuous.apps.bench.op_cases.contract import Case, Inputs, Peer, Prepared, S
 from sinuous.core import ops
 from sinuous.core.ops.causal_conv1d import FAMILY as CAUSAL_CONV1D_FAMILY
 from sinuous.core.ops.linear_scan import FAMILY as LINEAR_SCAN_FAMILY
+from sinuous.core.ops.longhorn import FAMILY as LONGHORN_FAMILY
 from sinuous.core.ops.selective_scan import FAMILY as SELECTIVE_SCAN_FAMILY
 
 # Selective scan: u, dt (before softplus), A, B, C and the skip D.
@@ -87,6 +88,48 @@ SELECTIVE_SCAN = Case(
         Peer("mambapy", "mambapy", _mambapy),
         Peer("transformers", "transformers", _transformers, quadratic=True),
         Peer("mamba_ssm", "mamba_ssm", _mamba_ssm, cuda_only=True),
+        Peer("nn.LSTM", "torch", lstm, same_function=False),
+    ),
+    versus="mambapy",
+)
+
+# Longhorn: x, dt (before the sigmoid), k, q and the skip D.
+
+
+def _longhorn_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
+    g = torch.Generator().manual_seed(0)
+    batch, length, dim, state = shape
+    sizes = {"x": dim, "dt": dim, "k": state, "q": state}
+    normal = {name: torch.randn(batch, length, size, generator=g).to(device, dtype) for name, size in sizes.items()}
+    return leaves({**normal, "D": torch.ones(dim, device=device)})
+
+
+def _longhorn(backend: str, x: Tensor, dt: Tensor, k: Tensor, q: Tensor, D: Tensor) -> Tensor:
+    y = ops.longhorn(x, dt, k, q, D=D, backend=backend)
+    assert isinstance(y, Tensor)
+    return y
+
+
+def _mambapy_longhorn(inputs: Inputs) -> Prepared:
+    pscan = importlib.import_module("mambapy.pscan").pscan
+    x, dt, k, q, D = inputs.values()
+
+    def call() -> Tensor:
+        beta = torch.sigmoid(dt)
+        epsilon = (beta / (1 + beta * k.square().sum(-1, keepdim=True)))[..., None]
+        keys = k[:, :, None]
+        states = pscan(1 - epsilon * keys.square(), epsilon * x[..., None] * keys)
+        return (states @ q[..., None]).squeeze(3) + D * x
+
+    return Prepared(call, list(inputs.values()))
+
+
+LONGHORN = Case(
+    family=LONGHORN_FAMILY,
+    make=_longhorn_inputs,
+    run=_longhorn,
+    peers=(
+        Peer("mambapy", "mambapy", _mambapy_longhorn),
         Peer("nn.LSTM", "torch", lstm, same_function=False),
     ),
     versus="mambapy",

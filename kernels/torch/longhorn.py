@@ -1,0 +1,72 @@
+"""Longhorn in chunks of plain torch; the passes through time are in `channel_states`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sinuous.kernels.torch import channel_states
+from sinuous.kernels.torch.channel_states import Chunk
+
+
+class _ImplicitStep:
+    """ε = β / (1 + β |k|²) with β = sigmoid(raw), a = 1 - ε k²; here k is B and ε is Δ."""
+
+    def step_sizes(self, raw: Tensor, B: Tensor) -> Tensor:
+        beta = torch.sigmoid(raw)
+        return beta / (1 + beta * B.square().sum(-1, keepdim=True))
+
+    def decays(self, delta: Tensor, B: Tensor) -> Tensor:
+        return torch.addcmul(B.new_ones(()), delta[..., None, :], B.square()[..., None], value=-1)
+
+    def backward(self, chunk: Chunk, ddecay: Tensor, ddelta: Tensor) -> tuple[Tensor, Tensor]:
+        """∂ε/∂raw = β (1 - β) / (1 + β |k|²)² and ∂ε/∂|k|² = -ε²."""
+        k, epsilon = chunk.B, chunk.delta
+        depsilon = ddelta - (k.square()[..., None, :] @ ddecay).squeeze(-2)
+        dnorm = (depsilon * epsilon.square()).sum(-1, keepdim=True)
+        dk = -2 * k * ((ddecay @ epsilon[..., None]).squeeze(-1) + dnorm)
+        beta = torch.sigmoid(chunk.raw)
+        shrink = 1 + beta * k.square().sum(-1, keepdim=True)
+        return depsilon * beta * (1 - beta) / shrink.square(), dk
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    k: Tensor,
+    q: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(y, final_state, chunk_states)`; see sinuous.core.ops.longhorn."""
+    return channel_states.forward(
+        _ImplicitStep(), x, dt, k, q, D, z, dt_bias, initial_state, cu_seqlens, reverse, chunk_size
+    )
+
+
+def backward(
+    grads: tuple[Tensor | None, Tensor | None],
+    x: Tensor,
+    dt: Tensor,
+    k: Tensor,
+    q: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_states: Tensor,
+    reverse: bool,
+    chunk_size: int,
+) -> list[Tensor | None]:
+    """Gradients of x, dt, k, q, D, z, dt_bias and initial_state."""
+    rule = _ImplicitStep()
+    found = channel_states.backward(
+        rule, grads, x, dt, k, q, D, z, dt_bias, initial_state, cu_seqlens, chunk_states, reverse, chunk_size
+    )
+    return list(found)
