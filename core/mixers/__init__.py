@@ -24,6 +24,7 @@ from sinuous.core.mixers.hydra import Hydra
 from sinuous.core.mixers.kda import KDA
 from sinuous.core.mixers.lightnet import LightNet, LightNetNonCausal, LightNetState
 from sinuous.core.mixers.linear_attention import LinearAttention, Retention, RetentionState, SimpleGLA
+from sinuous.core.mixers.longhorn import Longhorn
 from sinuous.core.mixers.lru import LRU
 from sinuous.core.mixers.mamba import Mamba, MambaState
 from sinuous.core.mixers.mamba2 import Mamba2
@@ -73,6 +74,7 @@ __all__ = [
     "LightNetNonCausal",
     "LightNetState",
     "LinearAttention",
+    "Longhorn",
     "MLSTMLarge",
     "MLSTMState",
     "Mamba",

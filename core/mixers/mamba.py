@@ -24,7 +24,8 @@ from sinuous.core.ops import causal_conv1d, selective_scan  # noqa: F401  (regis
 
 @register_state
 class MambaState(NamedTuple):
-    """conv: the last W-1 inputs of the convolution, `[B, W-1, E]`; ssm: the scan's state, `[B, E, N]`, fp32 or fp64."""
+    """conv: the last W-1 inputs of the convolution, `[B, W-1, E]`; ssm: the recurrence's state, `[B, E, N]`, fp32 or
+    fp64."""
 
     conv: Tensor
     ssm: Tensor
@@ -82,8 +83,57 @@ def init_A_log(A_log: Tensor) -> None:
         )
 
 
+class ChannelStateMixer(Mixer):
+    """What mixers share that keep N numbers for each of E channels behind a short convolution: the state, and the calls
+    around the recurrence. A subclass gives `in_proj`, `_mix` and `init_weights`.
+
+    Args:
+        dim: width of the model.
+        d_state: N.
+        d_conv: W, taps of the convolution.
+        expand: E / dim.
+
+    Raises:
+        ValueError: if a size is less than 1.
+    """
+
+    causal: ClassVar[bool] = True
+    constant_state: ClassVar[bool] = True
+
+    def __init__(self, dim: int, d_state: int, d_conv: int, expand: float) -> None:
+        super().__init__()
+        check_sizes(dim=dim, d_state=d_state, d_conv=d_conv, d_inner=int(expand * dim))
+        self.d_inner = int(expand * dim)
+        self.d_state = d_state
+        self.d_conv = d_conv
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+        return self._mix(x, None, None, cu_seqlens)[0]
+
+    def _mix(
+        self, x: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The output, and the states of the convolution and the recurrence after the last step."""
+        raise NotImplementedError
+
+    def prefill(self, x: Tensor, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
+        conv, ssm = (None, None) if state is None else state
+        y, conv, ssm = self._mix(x, conv, ssm, None)
+        return y, MambaState(conv, ssm)
+
+    def initial_state(
+        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> MambaState:
+        like = self.get_parameter("in_proj.weight")
+        device = like.device if device is None else device
+        dtype = like.dtype if dtype is None else dtype
+        conv = torch.zeros(batch_size, self.d_conv - 1, self.d_inner, device=device, dtype=dtype)
+        inner = torch.float64 if dtype == torch.float64 else torch.float32
+        return MambaState(conv, torch.zeros(batch_size, self.d_inner, self.d_state, device=device, dtype=inner))
+
+
 @register_mixer("mamba")
-class Mamba(Mixer):
+class Mamba(ChannelStateMixer):
     """Mamba's mixer.
 
     Args:
@@ -97,9 +147,6 @@ class Mamba(Mixer):
         ValueError: if a size is less than 1.
     """
 
-    causal: ClassVar[bool] = True
-    constant_state: ClassVar[bool] = True
-
     def __init__(
         self,
         dim: int,
@@ -110,12 +157,8 @@ class Mamba(Mixer):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(dim, d_state, d_conv, expand)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        check_sizes(dim=dim, d_state=d_state, d_conv=d_conv, d_inner=int(expand * dim))
-        self.d_inner = int(expand * dim)
-        self.d_state = d_state
-        self.d_conv = d_conv
         rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.in_proj = nn.Linear(dim, 2 * self.d_inner, bias=False, **dd)
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, **dd)
@@ -135,9 +178,6 @@ class Mamba(Mixer):
 
     def no_weight_decay(self) -> set[str]:
         return {"A_log", "D"}
-
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
-        return self._mix(x, None, None, cu_seqlens)[0]
 
     def _mix(
         self, x: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, cu_seqlens: Tensor | None
@@ -159,21 +199,6 @@ class Mamba(Mixer):
             False,
         )
         return self.out_proj(y), conv_state, ssm_state
-
-    def prefill(self, x: Tensor, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
-        conv, ssm = (None, None) if state is None else state
-        y, conv, ssm = self._mix(x, conv, ssm, None)
-        return y, MambaState(conv, ssm)
-
-    def initial_state(
-        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> MambaState:
-        weight = self.in_proj.weight
-        device = weight.device if device is None else device
-        dtype = weight.dtype if dtype is None else dtype
-        conv = torch.zeros(batch_size, self.d_conv - 1, self.d_inner, device=device, dtype=dtype)
-        inner = torch.float64 if dtype == torch.float64 else torch.float32
-        return MambaState(conv, torch.zeros(batch_size, self.d_inner, self.d_state, device=device, dtype=inner))
 
 
 def check_sizes(**sizes: int) -> None:
