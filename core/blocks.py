@@ -112,3 +112,20 @@ class ResidualBlock(nn.Module):
             return x + update
         normed: Tensor = norm(x + self.drop_path(y))
         return norms.at_least_fp32(normed) if self.fp32_stream else normed
+
+
+class SharingBlock(ResidualBlock):
+    """A `ResidualBlock` around a mixer that shares: its calls take, behind the usual arguments, what the block with the
+    mixer of that name before it gave, and return, behind the usual results, what the next one gets."""
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, *shared: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        y, _, given = self.mixer.mix_sharing(self._enter(x, self.norm), shared, None, cu_seqlens)
+        return self._after_mixer(x, y), *given
+
+    def prefill(self, x: Tensor, state: Any = None, *shared: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        y, state, given = self.mixer.mix_sharing(self._enter(x, self.norm), shared, state)
+        return self._after_mixer(x, y), state, *given
+
+    def step(self, x_t: Tensor, state: Any, *shared: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, state, *given = self.prefill(x_t.unsqueeze(1), state, *shared)
+        return x.squeeze(1), state, *given

@@ -23,7 +23,7 @@ from timm.models import checkpoint
 from torch import Tensor, nn
 
 from sinuous.core import norms
-from sinuous.core.blocks import PLACEMENTS, ResidualBlock
+from sinuous.core.blocks import PLACEMENTS, ResidualBlock, SharingBlock
 from sinuous.core.mixers import Bidirectional, Mixer, build_mixer, list_mixers, mixer_class
 from sinuous.core.mixers import mixer_options as options_of
 
@@ -38,6 +38,8 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
     "layer_no_bias": functools.partial(norms.LayerNorm, bias=False),
 }
 WRITE_TO_THE_STREAM = ("out_proj.weight", "o_proj.weight", "linear_out.weight", "to_out.weight", "fc2.weight")
+PLACE = {"block_index", "num_blocks"}
+"""Options of mixers that start differently for their place in a model."""
 
 State = tuple[Any, ...]
 """The states of all mixers, first block first."""
@@ -52,7 +54,8 @@ class SequenceModel(nn.Module):
         depth: number of blocks.
         pattern: names of mixers, taken in turn and over again; one name stands for itself.
         mixer_options: for each name of the pattern that needs any, keyword arguments of its constructor. Mixers that
-            have `num_blocks` or `block_index` are told `depth` and their place.
+            have `num_blocks` or `block_index` are told `depth` and their place; those that share with their name in
+            later blocks (rwkv7 its first values) read, in each but the first of them, what it shares.
         mlp: `"none"`, `"gelu"`, `"geglu"` or `"swiglu"`, after every mixer; or one of them for each name whose mixers
             have one, others having none.
         mlp_ratio: width of the MLP between its layers, over `dim`.
@@ -134,8 +137,8 @@ class SequenceModel(nn.Module):
         self.drop = nn.Dropout(drop_rate)
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.layers = nn.ModuleList(
-            ResidualBlock(
-                _mixer(name, dim, {**_of_depth(name, i, depth), **options.get(name, {}), **dd}, causal),
+            (SharingBlock if mixer_class(name).reads_shared else ResidualBlock)(
+                _mixer(name, dim, {**_of_place(self._names(), i), **options.get(name, {}), **dd}, causal),
                 _mlp(mlps[name], dim, hidden, mlp_options),
                 make_norm,
                 norm_placement,
@@ -159,7 +162,7 @@ class SequenceModel(nn.Module):
         summands = sum(1 + block.mixes_channels for block in self._blocks())
         with torch.no_grad():
             for name, block in zip(self._names(), self._blocks(), strict=True):
-                for part in (block.mlp,) if _of_depth(name, 0, 1) else (block.mlp, block.mixer):
+                for part in (block.mlp,) if PLACE & options_of(name) else (block.mlp, block.mixer):
                     for key, parameter in part.named_parameters():
                         if key.endswith(WRITE_TO_THE_STREAM):
                             parameter.div_(math.sqrt(summands))
@@ -191,11 +194,13 @@ class SequenceModel(nn.Module):
     def forward_features(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """What the head reads, `[B, T, dim]`, of ids `[B, T]` or embeddings `[B, T, dim]`."""
         x = self._embed(x, 2)
-        for block in self.layers:
-            if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
-                x = checkpoint(block, x, cu_seqlens)
+        shared: dict[str, list[Tensor]] = {}
+        for name, block in zip(self._names(), self._blocks(), strict=True):
+            run = functools.partial(checkpoint, block) if self.grad_checkpointing else block
+            if isinstance(block, SharingBlock):
+                x, *shared[name] = run(x, cu_seqlens, *shared.get(name, ()))
             else:
-                x = block(x, cu_seqlens)
+                x = run(x, cu_seqlens)
         return self._finish(x)
 
     def forward_head(self, x: Tensor) -> Tensor:
@@ -218,10 +223,10 @@ class SequenceModel(nn.Module):
             NotImplementedError: if the model is not causal.
         """
         x = self._embed(x, 2)
-        states = self._states(state)
+        shared: dict[str, list[Tensor]] = {}
         after = []
-        for block, before in zip(self._blocks(), states, strict=True):
-            x, new = block.prefill(x, before)
+        for name, block, before in zip(self._names(), self._blocks(), self._states(state), strict=True):
+            x, new, *shared[name] = block.prefill(x, before, *shared.get(name, ()))
             after.append(new)
         return self.forward_head(self._finish(x[:, -1:] if last_only else x)), tuple(after)
 
@@ -232,9 +237,10 @@ class SequenceModel(nn.Module):
             NotImplementedError: if the model is not causal.
         """
         x = self._embed(x_t, 1)
+        shared: dict[str, list[Tensor]] = {}
         after = []
-        for block, before in zip(self._blocks(), self._states(state), strict=True):
-            x, new = block.step(x, before)
+        for name, block, before in zip(self._names(), self._blocks(), self._states(state), strict=True):
+            x, new, *shared[name] = block.step(x, before, *shared.get(name, ()))
             after.append(new)
         return self.forward_head(self._finish(x)), tuple(after)
 
@@ -282,10 +288,10 @@ def _mixer(name: str, dim: int, options: dict[str, Any], causal: bool) -> Mixer:
     return Bidirectional(name, dim, **options)
 
 
-def _of_depth(name: str, block_index: int, num_blocks: int) -> dict[str, int]:
-    """Where a mixer stands, for those that start differently for it."""
-    known = {"block_index": block_index, "num_blocks": num_blocks}
-    return {option: value for option, value in known.items() if option in options_of(name)}
+def _of_place(names: Sequence[str], i: int) -> dict[str, int]:
+    """Where the mixer of block i stands among those of all blocks, for those that differ for it."""
+    known = {"block_index": i, "num_blocks": len(names), mixer_class(names[i]).reads_shared: names[i] in names[:i]}
+    return {option: value for option, value in known.items() if option in options_of(names[i])}
 
 
 def _mlp(kind: str, dim: int, hidden: int, options: dict[str, Any]) -> nn.Module | None:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sinuous.core.mixers.contract import Mixer, build_mixer
+from sinuous.core.mixers.contract import Mixer, Shared, build_mixer
 from sinuous.kernels.torch.packing import mirror
 
 
@@ -44,3 +44,14 @@ class Bidirectional(Mixer):
         past: Tensor = self.past(x, cu_seqlens, grid)
         future: Tensor = self.future(x.flip(1), bounds, grid)
         return (past + future.flip(1)) / 2
+
+    def mix_sharing(
+        self, x: Tensor, shared: Shared = (), state: None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, None, Shared]:
+        """Each mixer shares with that of its own direction; what the second one gives stays from the end to the
+        beginning."""
+        half = len(shared) // 2
+        past, _, of_past = self.past.mix_sharing(x, shared[:half], None, cu_seqlens)
+        bounds = mirror(cu_seqlens, x.shape[1])
+        future, _, of_future = self.future.mix_sharing(x.flip(1), shared[half:], None, bounds)
+        return (past + future.flip(1)) / 2, None, (*of_past, *of_future)

@@ -14,6 +14,9 @@ from torch.utils import _pytree
 State = Any
 """A NamedTuple of tensors, batch first; each family has its own."""
 
+Shared = tuple[Tensor, ...]
+"""What a mixer hands on to those of its name in later blocks of a model, of its own input, steps on axis 1."""
+
 MixerClass = TypeVar("MixerClass", bound="type[Mixer]")
 StateClass = TypeVar("StateClass", bound=type)
 
@@ -29,10 +32,13 @@ class Mixer(nn.Module):
     Attributes:
         causal: output t depends on inputs up to t only.
         constant_state: the state's size does not grow with the length of the past.
+        reads_shared: of mixers that share tensors with those of their name in later blocks of a model: the option of
+            the constructor that makes one of the later ones, which reads them. Empty for mixers that share nothing.
     """
 
     causal: ClassVar[bool]
     constant_state: ClassVar[bool]
+    reads_shared: ClassVar[str] = ""
 
     def forward(
         self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None
@@ -54,6 +60,22 @@ class Mixer(nn.Module):
         """One step: `[B, dim]` and a state to `[B, dim]` and the next state."""
         y, state = self.prefill(x_t.unsqueeze(1), state)
         return y.squeeze(1), state
+
+    def mix_sharing(
+        self, x: Tensor, shared: Shared = (), state: State | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State, Shared]:
+        """`forward` and `prefill` in one, of a mixer that shares: the output, the state after the last step, and what
+        the next mixer of its name gets.
+
+        Nothing shared is carried from step to step: what a step reads is of the same step of an earlier block.
+
+        Args:
+            x: `[B, T, dim]`; a single step has T = 1.
+            shared: what the mixer of its name in the block before gave; empty for the first of them.
+            state: before the first step, for a causal mixer.
+            cu_seqlens: boundaries of packed sequences, which go without a state.
+        """
+        raise NotImplementedError(f"{type(self).__name__} shares nothing with other blocks; call it, or prefill")
 
     def initial_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -8,13 +8,11 @@ r"""RWKV-7's time mixing: a delta rule with a decay and a rate for every channel
     S_t = diag(exp g_t) S_{t-1} - (κ ⊙ α)(κᵀ S_{t-1}) + k vᵀ;    o_t = S_tᵀ r_t
     out = o_proj((norm(o) + (Σ r ⊙ r_k ⊙ k) v) ⊙ γ)
 
-In the published model every layer but the first adds a residual to its values: v_first are the values of the first
-layer. Mixers here see nothing of each other, so a mixer by itself, and every one of a `SequenceModel`, is as the first
-layer is. A model that has the residual makes its later layers with `value_residual=True` and hands them what the first
-one gives:
+The value residual belongs to every layer but the first; v_first are the values of the first. A `SequenceModel` hands
+them from block to block. Elsewhere, layers with `value_residual=True` get them from the one before:
 
-    v_first = first.values(x_1)
-    y_1 = first(x_1);    y_n = later(x_n, v_first=v_first)
+    y, _, shared = first.mix_sharing(x)
+    y, _, shared = later.mix_sharing(y, shared)           or later(y, v_first=shared[0])
 
 Source: Peng et al., "RWKV-7 Goose" (arXiv 2503.14456), section 4.1, and BlinkDL/RWKV-LM for the initialisation; names
 of parameters as in fla-org/flash-linear-attention's `RWKV7Attention`.
@@ -23,14 +21,14 @@ of parameters as in fla-org/flash-linear-attention's `RWKV7Attention`.
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core import norms
-from sinuous.core.mixers.contract import register_mixer
+from sinuous.core.mixers.contract import Shared, register_mixer
 from sinuous.core.mixers.matrix_mixer import MatrixMixer, MatrixState, heads_of, per_head
 from sinuous.core.mixers.rwkv6 import HEAD_SIZE, LowRank
 from sinuous.core.ops import causal_conv1d, dplr  # noqa: F401  (registers torch.ops.sinuous)
@@ -60,6 +58,8 @@ class RWKV7(MatrixMixer):
     Raises:
         ValueError: if a width is no multiple of the heads, or `block_index` is not one of `num_blocks`.
     """
+
+    reads_shared: ClassVar[str] = "value_residual"
 
     def __init__(
         self,
@@ -158,26 +158,27 @@ class RWKV7(MatrixMixer):
         grid: tuple[int, int] | None = None,
         v_first: Tensor | None = None,
     ) -> Tensor:
-        """Mix a batch of sequences; with a value residual, `v_first` are the `values` of the first layer."""
+        """Mix a batch of sequences; with a value residual, `v_first` are the values of the first layer."""
         return self._mix_with(x, None, None, cu_seqlens, v_first)[0]
 
     def prefill(
         self, x: Tensor, state: MatrixState | None = None, v_first: Tensor | None = None
     ) -> tuple[Tensor, MatrixState]:
         conv, memory = (None, None) if state is None else state
-        y, conv, memory = self._mix_with(x, conv, memory, None, v_first)
+        y, conv, memory, _ = self._mix_with(x, conv, memory, None, v_first)
         return y, MatrixState(conv, memory)
 
     def step(self, x_t: Tensor, state: MatrixState, v_first: Tensor | None = None) -> tuple[Tensor, MatrixState]:
         y, state = self.prefill(x_t.unsqueeze(1), state, None if v_first is None else v_first.unsqueeze(1))
         return y.squeeze(1), state
 
-    def values(self, x: Tensor, cu_seqlens: Tensor | None = None, state: MatrixState | None = None) -> Tensor:
-        """What the first layer hands to those with a value residual, `[B, T, value_dim]`, of its own input; `state` is
-        the one before it."""
-        delta, _ = self._shift(x, None if state is None else state.conv, cu_seqlens)
-        v: Tensor = self.v_proj(x + delta * self.x_v)
-        return v
+    def mix_sharing(
+        self, x: Tensor, shared: Shared = (), state: MatrixState | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, MatrixState, Shared]:
+        """Shared are the values of the first layer, `[B, T, value_dim]`."""
+        conv, memory = (None, None) if state is None else state
+        y, conv, memory, v = self._mix_with(x, conv, memory, cu_seqlens, shared[0] if shared else None)
+        return y, MatrixState(conv, memory), shared or (v,)
 
     def _shift(self, x: Tensor, conv: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         one = x.new_ones([self.dim])
@@ -193,13 +194,14 @@ class RWKV7(MatrixMixer):
         memory: Tensor | None,
         cu_seqlens: Tensor | None,
         v_first: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The output, the states after the last step, and the values."""
         delta, conv = self._shift(x, conv, cu_seqlens)
         values_in = x + delta * self.x_v
         r, k, v = self.r_proj(x + delta * self.x_r), self.k_proj(x + delta * self.x_k), self.v_proj(values_in)
         if self.v_lora is not None:
             if v_first is None:
-                raise ValueError("a mixer with value_residual needs v_first; pass values(x) of the first layer")
+                raise ValueError("a mixer with value_residual needs v_first; pass what mix_sharing of the first gives")
             v = torch.lerp(v, v_first, torch.sigmoid(self.v_lora(values_in)).to(v.dtype))
         log_decay = self.least_log_decay * torch.sigmoid(self.w_lora(x + delta * self.x_w))
         rate = torch.sigmoid(self.a_lora(x + delta * self.x_a))
@@ -208,14 +210,14 @@ class RWKV7(MatrixMixer):
         keys, wide = [-1, self.head_k_dim], norms.at_least_fp32(k)
         kappa = F.normalize((wide * self.k_k).unflatten(-1, keys), dim=-1)
         k = torch.addcmul(wide, wide * (rate - 1), self.k_a.to(wide.dtype)).to(k.dtype).unflatten(-1, keys)
-        r, v = r.unflatten(-1, keys), v.unflatten(-1, [-1, self.head_v_dim])
+        r, heads = r.unflatten(-1, keys), v.unflatten(-1, [-1, self.head_v_dim])
         o, memory, _ = torch.ops.sinuous.dplr(
-            r, k, v, log_decay.unflatten(-1, keys), -kappa, kappa * rate.unflatten(-1, keys), memory, cu_seqlens, 1.0,
-            False, "",
+            r, k, heads, log_decay.unflatten(-1, keys), -kappa, kappa * rate.unflatten(-1, keys), memory, cu_seqlens,
+            1.0, False, "",
         )  # fmt: skip
-        own = (norms.at_least_fp32(r) * k * self.r_k).sum(-1, keepdim=True) * v
+        own = (norms.at_least_fp32(r) * k * self.r_k).sum(-1, keepdim=True) * heads
         mixed = self.g_norm(o) + own.flatten(-2).to(o.dtype)
-        return self.o_proj(mixed * gate), conv, memory
+        return self.o_proj(mixed * gate), conv, memory, v
 
 
 def _bias(lora: LowRank) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from typing import Any
@@ -164,32 +165,156 @@ def test_options_script_and_trace(name: str, options: dict[str, Any]) -> None:
     torch.testing.assert_close(torch.jit.script(mixer)(x, **given), wanted)
 
 
-# The value residual.
+# The value residual, and how a model hands the first layer's values on.
 
 
-def test_a_stack_with_a_value_residual() -> None:
-    """As the published model: every layer after the first mixes in the values of the first, also step by step."""
-    first, later = build("rwkv7", {}), build("rwkv7", {"value_residual": True})
-    x = sequence(length=6)
-    v_first = first.values(x)
-    hidden = x + first(x)
-    whole = hidden + later(hidden, v_first=v_first)
-    states = [first.initial_state(2), later.initial_state(2)]
-    for t in range(6):
-        v_t = first.values(x[:, t : t + 1], state=states[0])[:, 0]
-        torch.testing.assert_close(v_t, v_first[:, t], atol=1e-12, rtol=0)
-        y, states[0] = first.step(x[:, t], states[0])
-        h = x[:, t] + y
-        y, states[1] = later.step(h, states[1], v_first=v_t)
-        torch.testing.assert_close(h + y, whole[:, t], atol=1e-10, rtol=0)
-    packed = first.values(x[:1], cu_seqlens=torch.tensor([0, 2, 6]))
-    separate = torch.cat([first.values(x[:1, :2]), first.values(x[:1, 2:])], 1)
-    torch.testing.assert_close(packed, separate, atol=1e-12, rtol=0)
+def first_and_later(**options: Any) -> tuple[Any, Any]:
+    return build("rwkv7", options), build("rwkv7", {"value_residual": True, **options})
+
+
+def test_layers_share_the_values_of_the_first() -> None:
+    (first, later), x = first_and_later(num_heads=3, value_dim=18), sequence(length=6)
+    y, state, shared = first.mix_sharing(x)
+    before = torch.cat([torch.zeros(2, 1, DIM, dtype=x.dtype), x[:, :-1]], 1)
+    torch.testing.assert_close(shared[0], first.v_proj(torch.lerp(x, before, first.x_v)))
+    torch.testing.assert_close((y, *state), (first(x), *first.prefill(x)[1]), atol=0, rtol=0)
+    hidden = x + y
+    found, _, handed_on = later.mix_sharing(hidden, shared)
+    assert handed_on is shared
+    torch.testing.assert_close(found, later(hidden, v_first=shared[0]), atol=0, rtol=0)
+    torch.testing.assert_close(found, rwkv7(later, hidden, shared[0]), atol=1e-9, rtol=1e-9)
 
 
 def test_a_value_residual_without_values_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"value_residual needs v_first; pass values\(x\)"):
+    with pytest.raises(ValueError, match=r"value_residual needs v_first; pass what mix_sharing of the first"):
         build("rwkv7", {"value_residual": True})(sequence())
+
+
+def test_a_mixer_that_shares_nothing_says_so() -> None:
+    with pytest.raises(NotImplementedError, match="KDA shares nothing"):
+        build("kda", {}).mix_sharing(sequence())
+
+
+VOCAB = 11
+
+
+def model_of(pattern: Any = "rwkv7", depth: int = 3, **options: Any) -> SequenceModel:
+    """In float64, with no two parameters alike."""
+    model = SequenceModel(VOCAB, DIM, depth, pattern, dtype=torch.float64, **options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def ids_of(batch: int = 2, length: int = 12) -> Tensor:
+    return torch.randint(VOCAB, (batch, length))
+
+
+def written_out(model: Any, ids: Tensor) -> Tensor:
+    """Blocks in turn, with RWKV-7's equations and the first values of all."""
+    x, v_first = model.embedding(ids), None
+    for block in model.layers:
+        z, m = block.norm(x), block.mixer
+        if isinstance(m, mixers.RWKV7):
+            x = x + rwkv7(m, z, v_first)
+            if v_first is None:
+                before = torch.cat([torch.zeros(z.shape[0], 1, DIM, dtype=z.dtype), z[:, :-1]], 1)
+                v_first = m.v_proj(torch.lerp(z, before, m.x_v))
+        else:
+            x = x + m(z)
+        if block.mixes_channels:
+            x = x + block.mlp(block.norm2(x))
+    return model.norm_f(x) @ model.embedding.weight.mT
+
+
+@pytest.mark.parametrize(
+    ("pattern", "later"),
+    [("rwkv7", [None, True, True, True]), (("gla", "rwkv7"), [None, None, None, True])],
+)
+def test_a_model_hands_the_first_values_to_later_blocks(pattern: Any, later: list[bool | None]) -> None:
+    model, ids = model_of(pattern, 4, mlp="gelu", mixer_options={"rwkv7": {"num_heads": 3}}), ids_of()
+    assert [getattr(block.mixer, "v_lora", None) is not None or None for block in model.layers] == later
+    torch.testing.assert_close(model(ids), written_out(model, ids), atol=1e-9, rtol=1e-9)
+
+
+def test_a_model_without_the_residual_has_first_layers_only() -> None:
+    model, ids = model_of(mixer_options={"rwkv7": {"value_residual": False}}), ids_of()
+    assert all(block.mixer.v_lora is None for block in model.layers)
+    x = model.embedding(ids)
+    for block in model.layers:
+        x = x + rwkv7(block.mixer, block.norm(x))
+    torch.testing.assert_close(model(ids), model.norm_f(x) @ model.embedding.weight.mT, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_a_model_hands_them_on_step_by_step(prefix: int) -> None:
+    model, ids = model_of(("rwkv7", "gla"), 4), ids_of()
+    y, state = model.prefill(ids[:, :prefix], model.initial_state(2))
+    outputs = [y]
+    for t in range(prefix, ids.shape[1]):
+        y_t, state = model.step(ids[:, t], state)
+        outputs.append(y_t[:, None])
+    torch.testing.assert_close(torch.cat(outputs, 1), model(ids), atol=1e-10, rtol=0)
+
+
+def test_a_model_of_packed_sequences_hands_them_on() -> None:
+    model, ids, edges = model_of(), ids_of(1), [0, 3, 3, 12]
+    separate = torch.cat([model(ids[:, a:b]) for a, b in itertools.pairwise(edges)], 1)
+    torch.testing.assert_close(model(ids, torch.tensor(edges)), separate, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_of_recomputed_blocks_reach_the_first_values(causal: bool) -> None:
+    model, ids, edges = model_of(causal=causal, mlp="gelu"), ids_of(1), torch.tensor([0, 3, 12])
+    model(ids, edges).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert all(grad.any() for grad in expected.values())
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    model(ids, edges).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-10, rtol=1e-10)
+
+
+def test_a_model_of_both_directions_shares_in_each() -> None:
+    model, ids = model_of(depth=2, causal=False), ids_of()
+    x = model.embedding(ids)
+    v_first: dict[str, Tensor] = {}
+    for block in model.layers:
+        z, sides = block.norm(x), []
+        for side, turn in (("past", lambda t: t), ("future", lambda t: t.flip(1))):
+            m = getattr(block.mixer, side)
+            sides.append(turn(rwkv7(m, turn(z), v_first.get(side))))
+            v_first.setdefault(side, m.mix_sharing(turn(z))[2][0]) if m.v_lora is None else None
+        x = x + (sides[0] + sides[1]) / 2
+    torch.testing.assert_close(model(ids), model.norm_f(x) @ model.embedding.weight.mT, atol=1e-9, rtol=1e-9)
+    edges = [0, 5, 12]
+    separate = torch.cat([model(ids[:1, a:b]) for a, b in itertools.pairwise(edges)], 1)
+    torch.testing.assert_close(model(ids[:1], torch.tensor(edges)), separate, atol=1e-10, rtol=0)
+
+
+def test_a_model_that_shares_compiles_whole_and_its_step_exports() -> None:
+    class Step(torch.nn.Module):
+        def __init__(self, model: SequenceModel) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x_t: Tensor, state: Any) -> Any:
+            return self.model.step(x_t, state)
+
+    model, ids, file = model_of(depth=2), ids_of(), io.BytesIO()
+    state = model.initial_state(2)
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected, step = model(ids), model.step(ids[:, 0], state)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(ids), expected)
+        torch.testing.assert_close(torch.export.export(model, (ids,)).module()(ids), expected)
+        torch.export.save(torch.export.export(Step(model), (ids[:, 0], state)), file)
+        file.seek(0)
+        found = torch.export.load(file).module()(ids[:, 0], state)
+    torch.testing.assert_close(found[0], step[0])
+    assert [type(one) for one in found[1]] == [type(one) for one in step[1]]
 
 
 # What is published.
@@ -270,7 +395,7 @@ def test_a_sequence_model_tells_rwkv7_its_place() -> None:
     model = SequenceModel(11, 16, 3, "rwkv7")
     weights = [block.mixer.g_norm.weight[0].item() for block in model.layers]
     assert weights == pytest.approx([((i + 1) / 3) ** 0.7 for i in range(3)])
-    assert all(block.mixer.v_lora is None for block in model.layers)
+    assert [block.mixer.v_lora is None for block in model.layers] == [True, False, False]
 
 
 @pytest.mark.parametrize("decay", [-5.0, -0.01])
