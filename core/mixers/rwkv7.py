@@ -52,8 +52,7 @@ class RWKV7(MatrixMixer):
             multiple of 32.
         value_residual: a layer after the first, which mixes `v_first` into its values.
         norm_eps: the norm adds K times this to the variance.
-        block_index: of the layer in its model; how mixings and decays spread at the start depends on it.
-        num_blocks: of the model; o_proj starts smaller by the root of twice this.
+        block_index: of the layer in its model of num_blocks: mixings, decays and the norm's weight start by it.
 
     Raises:
         ValueError: if a width is no multiple of the heads, or `block_index` is not one of `num_blocks`.
@@ -116,8 +115,7 @@ class RWKV7(MatrixMixer):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """As the authors' code starts them, but for o_proj, which it starts at zero: that would keep every other
-        parameter from a gradient in the first step, so that it has torch's rule here, divided by √(2 num_blocks)."""
+        """As the authors' code starts them: o_proj at zero, so that it alone gets a gradient in the first step."""
         super().init_weights()
         place = self.block_index / max(self.num_blocks - 1, 1)
         left = 1 - self.block_index / self.num_blocks
@@ -146,7 +144,7 @@ class RWKV7(MatrixMixer):
             for layer, gain in ((self.r_proj, 1.0), (self.k_proj, 0.1), (self.v_proj, 1.0)):
                 _orthogonal(layer.weight, gain)
             self.g_norm.weight.fill_(((self.block_index + 1) / self.num_blocks) ** 0.7)
-            self.o_proj.weight.div_(math.sqrt(2 * self.num_blocks))
+            self.o_proj.weight.zero_()
 
     def no_weight_decay(self) -> set[str]:
         return {"x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "k_k", "k_a", "r_k"}

@@ -374,6 +374,7 @@ def test_rwkv7_starts_as_published(index: int) -> None:
     assert not mixer.w_lora.lora["0"].weight.any()
     up = mixer.a_lora.lora["2"].weight
     torch.testing.assert_close(up.mT @ up, 0.01 * torch.eye(32), atol=1e-5, rtol=0)
+    assert not mixer.o_proj.weight.any()
     gram = mixer.k_proj.weight @ mixer.k_proj.weight.mT
     torch.testing.assert_close(gram, 0.01 * torch.eye(128), atol=1e-5, rtol=0)
     assert mixer.no_weight_decay() == {*(f"x_{n}" for n in "rwkvag"), "k_k", "k_a", "r_k"}
