@@ -137,8 +137,8 @@ def library(family: str, bits: int) -> ctypes.CDLL:
         BuildError: if there is no compiler, no place to write to, or the compiler fails.
     """
     compiler, source = _compiler(), SOURCES / f"{family}.c"
-    parts = [source.read_bytes(), (SOURCES / "vectors.h").read_bytes(), repr(FLAGS).encode(), _cpu().encode()]
-    parts += [repr((compiler, bits)).encode()]
+    parts = [path.read_bytes() for path in (source, *sorted(SOURCES.glob("*.h")))]
+    parts += [repr((FLAGS, compiler, bits)).encode(), _cpu().encode()]
     for path in _executables(compiler):  # instead of asking for versions, which would start a process each time
         stat = os.stat(path)
         parts.append(f"{path} {stat.st_size} {stat.st_mtime_ns}".encode())

@@ -4,7 +4,7 @@
  * of R, and those of one head stay in the cache of its core. Vectors run over units. Widths are padded to whole vectors
  * with weights of 0, so that no product has a tail. The backward pass knows all outputs: it computes the
  * pre-activations of a chunk again in one product, with steps as rows, and leaves the gradients of R and of the bias to
- * the caller, who has them from dgates in one product over all time. Time is processing time, as in selective_scan.c. */
+ * the caller, who has them from dgates in one product over all time. Time is processing time, as in channel_states.h. */
 #include "vectors.h"
 
 enum { ROWS = 4 /* sequences of a task */, GATES = 4, STATES = 4, SLSTM = 0, LSTM = 1, GRU = 2 };
