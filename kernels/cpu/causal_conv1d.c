@@ -1,7 +1,7 @@
 /* Depthwise causal convolution, y_t = act(bias + Σ_j weight_j x_{t-W+1+j}); forward and backward.
  *
  * A task is one sequence and one block of channels, with the last W inputs of a vector of channels in registers.
- * Time is processing time, as in selective_scan.c. */
+ * Time is processing time, as in channel_states.h. */
 #include "vectors.h"
 
 enum { MAX_WIDTH = 8, BLOCK = 64 /* channels of a task */, CHUNK = 64 /* steps */ };

@@ -4,7 +4,7 @@
  * long pieces, with their states in registers; it is bound by memory, so every row is read and written once. The
  * backward pass computes the states of a chunk again, while its rows are in the cache for the gradients anyway.
  * Complex numbers lie interleaved, as they do in a tensor: an even lane is a real part, the odd one after it the
- * imaginary one, and `channels` counts both. Time is processing time, as in selective_scan.c. */
+ * imaginary one, and `channels` counts both. Time is processing time, as in channel_states.h. */
 #include "vectors.h"
 
 enum { WIDEST = 8 /* vectors of a block */ };
