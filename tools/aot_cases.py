@@ -13,9 +13,9 @@ from sinuous.kernels.triton import (
     delta_rule,
     gla,
     linear_scan,
+    longhorn,
     mlstm,
     selective_scan,
-    selective_scan_backward,
     ssd,
 )
 
@@ -24,12 +24,34 @@ def scan_launches(
     dtype: torch.dtype, *, batch: int = 1, length: int = 4096, width: int = 768, state: int = 16, packed: bool = False
 ) -> list[Launch]:
     """The launches of a selective scan with every optional argument, forward and backward."""
+    arguments = scan_arguments(dtype, batch, length, width, state, packed)
+    with recording() as launches:
+        y, final, chunk_states = selective_scan.forward(**arguments)
+        selective_scan.backward((y, final), chunk_states=chunk_states, **arguments)
+    return launches
+
+
+def longhorn_launches(
+    dtype: torch.dtype, *, batch: int = 1, length: int = 4096, width: int = 768, state: int = 16, packed: bool = False
+) -> list[Launch]:
+    """The launches of Longhorn with every optional argument, forward and backward."""
+    names = {"u": "x", "B": "k", "C": "q"}
+    scan = scan_arguments(dtype, batch, length, width, state, packed)
+    arguments = {names.get(n, n): v for n, v in scan.items() if n not in ("A", "dt_softplus")}
+    with recording() as launches:
+        y, final, chunk_states = longhorn.forward(**arguments)
+        longhorn.backward((y, final), chunk_states=chunk_states, **arguments)
+    return launches
+
+
+def scan_arguments(dtype: torch.dtype, batch: int, length: int, width: int, state: int, packed: bool) -> dict[str, Any]:
+    """All arguments of a selective scan."""
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     wide, narrow = meta(batch, length, width, dtype=dtype), meta(batch, length, state, dtype=dtype)
-    arguments: dict[str, Any] = {
+    return {
         "u": wide,
         "dt": wide,
         "A": meta(width, state),
@@ -44,10 +66,6 @@ def scan_launches(
         "reverse": False,
         "chunk_size": 64,
     }
-    with recording() as launches:
-        y, final, chunk_states = selective_scan.forward(**arguments)
-        selective_scan_backward.backward((y, final), chunk_states=chunk_states, **arguments)
-    return launches
 
 
 def convolution_launches(
@@ -204,6 +222,10 @@ def cases() -> Iterator[tuple[str, list[Launch]]]:
             yield f"selective_scan {name} N={state}", scan_launches(dtype, state=state)
         yield f"selective_scan {name} N=16 packed", scan_launches(dtype, packed=True)
         yield f"selective_scan {name} N=16 B=256", scan_launches(dtype, batch=256, length=256)
+        for state in (16, 64):
+            yield f"longhorn {name} N={state}", longhorn_launches(dtype, state=state)
+        yield f"longhorn {name} N=16 packed", longhorn_launches(dtype, packed=True)
+        yield f"longhorn {name} N=16 B=256", longhorn_launches(dtype, batch=256, length=256)
         for taps in (4, 8):
             yield f"causal_conv1d {name} W={taps}", convolution_launches(dtype, taps=taps)
         yield f"causal_conv1d {name} W=4 packed", convolution_launches(dtype, packed=True)

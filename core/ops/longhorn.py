@@ -120,7 +120,7 @@ FAMILY = Family(
     outputs=("y", "final_state"),
     saved={"chunk_states": _chunk_states_shape},
     integers=("cu_seqlens",),
-    forms=("cpu", "torch", "recurrent"),
+    forms=("triton", "cpu", "torch", "recurrent"),
     fake=_fake,
     check=_check,
     recurrent=recurrent,
@@ -161,7 +161,7 @@ def longhorn(
         return_state: return `(y, state)`, the state after the last step in fp32 (fp64 for fp64 input).
         reverse: run from the last step to the first; the state is then the one after step 0.
         cu_seqlens: int32 or int64 `[sequences + 1]`, the boundaries of packed sequences, starting at 0, ending at ΣT.
-        backend: `recurrent`, `torch` or `cpu`; the fastest that can run if absent.
+        backend: `recurrent`, `torch`, `cpu` or `triton`; the fastest that can run if absent.
 
     Returns:
         y `[B, T, D]` in the dtype of x, or `(y, state)`. Both are differentiable in every tensor argument.

@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sinuous.kernels.triton.channel_states import SERIAL_PROGRAMS, boundaries
 from sinuous.kernels.triton.packing import on_device
-from sinuous.kernels.triton.selective_scan import SERIAL_PROGRAMS, boundaries
 
 CHANNELS = 64
 """Channels of a program, two for each thread of its warp. A single warp needs no barrier to read what it wrote."""

@@ -1,11 +1,14 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-r"""Selective scan, backward: the adjoint is a scan that runs the other way, cut into the same chunks.
+r"""Recurrences with N numbers per channel, backward: the adjoint runs the other way, cut into the same chunks.
 
-With a_t = exp(Δ_t A), g_t the gradient of C_t · h_t, and λ_t that of h_t:
+With g_t the gradient of C_t · h_t, λ_t that of h_t, and for the selective scan, a_t = exp(Δ_t A):
 
     λ_t = C_t g_t + a_{t+1} λ_{t+1}          (λ_T also gets the gradient of the final state)
     dB_t = Σ_d λ Δ u      dC_t = Σ_d g h_t     du_t = Δ Σ_n λ B + D g     dΔ_t = Σ_n λ (A a h_{t-1} + B u)
     dA = Σ_t λ Δ a h_{t-1}                     dh_0 = a_1 λ_1
+
+For Longhorn, a_t = 1 - Δ_t B_t², they are dΔ_t = Σ_n λ (B u - B² h_{t-1}) and
+dB_t = Σ_d (λ Δ u - 2 B (λ Δ h_{t-1} + dΔ Δ²)), since Δ itself depends on |B|².
 
 The states of a chunk are recomputed from its first one, `SUB` steps at a time, into a scratch area that each of at
 most some `PROGRAMS` programs owns, so that memory does not grow with B·T·D·N. Sums over channels, chunks and batch are
@@ -19,15 +22,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sinuous.kernels.triton.packing import ACCUMULATOR, on_device
-from sinuous.kernels.triton.selective_scan import (
-    LOG2_E,
+from sinuous.kernels.triton.channel_states import (
     block_of_channels,
     blocks,
     boundaries,
     carry_chunks,
+    decays_of,
+    implicit_step,
+    nothing_passed,
+    pass_step,
+    rates_of,
     step_size,
+    store_passed,
 )
+from sinuous.kernels.triton.packing import ACCUMULATOR, on_device
 
 LN_2 = tl.constexpr(0.6931471805599453)
 SUB = 16
@@ -39,12 +47,13 @@ depend on the device, since it fixes the order of sums."""
 
 @triton.jit(do_not_specialize=["length"])
 def adjoint_ends(
-    dt, A, C, z, dt_bias, grad_y, grad_final, stops, ends, summed, length, width,
+    dt, A, B, C, z, dt_bias, norm, grad_y, grad_final, stops, ends, across, length, width,
     GROUPS: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
-    SOFTPLUS: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
+    SOFTPLUS: tl.constexpr, IMPLICIT: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """What each chunk alone contributes to the gradient of the state before it, to `ends` [B, chunks, D, N]."""
+    """What each chunk alone contributes to the gradient of the state before it, to `ends` [B, chunks, D, N]; `across`
+    as in the forward pass."""
     blocks = GROUPS * tl.cdiv(width // GROUPS, BD)
     chunks = tl.cdiv(length, CHUNK)
     pid = tl.program_id(0)
@@ -54,12 +63,12 @@ def adjoint_ends(
     stop = tl.minimum(first + CHUNK, length)
     n = tl.arange(0, BN)
     dn, there_dn = d[:, None] * N + n[None, :], there[:, None] & (n < N)[None, :]
-    decay = tl.load(A + dn, mask=there_dn, other=0).to(ACC) * LOG2_E
+    rates = rates_of(A, dn, there_dn, BD, BN, IMPLICIT, ACC)
     bias = tl.zeros([BD], ACC)
     if BIASED:
         bias = tl.load(dt_bias + d, mask=there, other=0).to(ACC)
     m = tl.zeros([BD, BN], ACC)
-    total = tl.zeros([BD], ACC)
+    passed = nothing_passed(BD, BN, IMPLICIT, ACC)
     for i in range(stop - first):
         p = stop - 1 - i
         if PACKED:
@@ -68,24 +77,26 @@ def adjoint_ends(
                 m = tl.load(grad_final + ending.to(tl.int64) * width * N + dn, mask=there_dn, other=0)
         row = batch * length + (length - 1 - p if REVERSE else p)
         raw = tl.load(dt + row * width + d, mask=there, other=0).to(ACC) + bias
-        delta = step_size(raw, SOFTPLUS)
+        delta = step_size(raw, norm, row, SOFTPLUS, IMPLICIT)
         g = tl.load(grad_y + row * width + d, mask=there, other=0).to(ACC)
         if GATED:
             gate = tl.load(z + row * width + d, mask=there, other=0).to(ACC)
             g *= gate / (1 + tl.exp(-gate))
+        b = tl.load(B + (row * GROUPS + group) * N + n, mask=n < N, other=0).to(ACC)
         c = tl.load(C + (row * GROUPS + group) * N + n, mask=n < N, other=0).to(ACC)
-        m = tl.exp2(delta[:, None] * decay) * (m + g[:, None] * c[None, :])
-        total += delta
+        a = decays_of(delta, rates, b, IMPLICIT)
+        m = a * (m + g[:, None] * c[None, :])
+        passed = pass_step(passed, delta, a, IMPLICIT)
     tl.store(ends + chunk.to(tl.int64) * width * N + dn, m, mask=there_dn)
-    tl.store(summed + chunk.to(tl.int64) * width + d, total, mask=there)
+    store_passed(passed, across, chunk, width, d, there, dn, there_dn, N, IMPLICIT)
 
 
 @triton.jit(do_not_specialize=["batches", "length", "slots"])
 def gradients(
-    u, dt, A, B, C, D, z, dt_bias, initial, grad_y, grad_final, starts, stops, chunk_states, carried, scratch,
+    u, dt, A, B, C, D, z, dt_bias, norm, initial, grad_y, grad_final, starts, stops, chunk_states, carried, scratch,
     du, ddt, dA, dB, dC, dD, dz, dbias, dinitial, batches, length, width, slots,
     GROUPS: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, SUB: tl.constexpr,
-    SOFTPLUS: tl.constexpr, BIASED: tl.constexpr, SKIP: tl.constexpr, GATED: tl.constexpr,
+    SOFTPLUS: tl.constexpr, IMPLICIT: tl.constexpr, BIASED: tl.constexpr, SKIP: tl.constexpr, GATED: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """All gradients. A program takes every `slots`-th chunk of its block of channels.
@@ -105,7 +116,7 @@ def gradients(
     cell = tl.arange(0, BD)[:, None] * BN + n[None, :]
     states = scratch + pid.to(tl.int64) * (SUB + CHUNK // SUB) * BD * BN + cell
     firsts = states + SUB * BD * BN
-    decay = tl.load(A + dn, mask=there_dn, other=0).to(ACC) * LOG2_E
+    rates = rates_of(A, dn, there_dn, BD, BN, IMPLICIT, ACC)
     bias = tl.zeros([BD], ACC)
     if BIASED:
         bias = tl.load(dt_bias + d, mask=there, other=0).to(ACC)
@@ -129,10 +140,10 @@ def gradients(
                     h = tl.load(initial + start.to(tl.int64) * width * N + dn, mask=there_dn, other=0)
             row = batch * length + (length - 1 - p if REVERSE else p)
             raw = tl.load(dt + row * width + d, mask=there, other=0).to(ACC) + bias
-            delta = step_size(raw, SOFTPLUS)
+            delta = step_size(raw, norm, row, SOFTPLUS, IMPLICIT)
             x = delta * tl.load(u + row * width + d, mask=there, other=0).to(ACC)
             b = tl.load(B + (row * GROUPS + group) * N + n, mask=n < N, other=0).to(ACC)
-            h = tl.exp2(delta[:, None] * decay) * h + x[:, None] * b[None, :]
+            h = decays_of(delta, rates, b, IMPLICIT) * h + x[:, None] * b[None, :]
         tl.store(firsts + (subs - 1) * BD * BN, h)
         tl.debug_barrier()
         m = tl.load(carried + chunk_at, mask=there_dn, other=0)
@@ -149,10 +160,10 @@ def gradients(
                 tl.store(states + (p - begin) * BD * BN, h)
                 row = batch * length + (length - 1 - p if REVERSE else p)
                 raw = tl.load(dt + row * width + d, mask=there, other=0).to(ACC) + bias
-                delta = step_size(raw, SOFTPLUS)
+                delta = step_size(raw, norm, row, SOFTPLUS, IMPLICIT)
                 x = delta * tl.load(u + row * width + d, mask=there, other=0).to(ACC)
                 b = tl.load(B + (row * GROUPS + group) * N + n, mask=n < N, other=0).to(ACC)
-                h = tl.exp2(delta[:, None] * decay) * h + x[:, None] * b[None, :]
+                h = decays_of(delta, rates, b, IMPLICIT) * h + x[:, None] * b[None, :]
             tl.debug_barrier()
             for i in range(end - begin):
                 p = end - 1 - i
@@ -163,13 +174,14 @@ def gradients(
                 row = batch * length + (length - 1 - p if REVERSE else p)
                 at = row * width + d
                 raw = tl.load(dt + at, mask=there, other=0).to(ACC) + bias
-                delta = step_size(raw, SOFTPLUS)
+                delta = step_size(raw, norm, row, SOFTPLUS, IMPLICIT)
                 u_t = tl.load(u + at, mask=there, other=0).to(ACC)
                 b = tl.load(B + (row * GROUPS + group) * N + n, mask=n < N, other=0).to(ACC)
                 c = tl.load(C + (row * GROUPS + group) * N + n, mask=n < N, other=0).to(ACC)
                 g = tl.load(grad_y + at, mask=there, other=0).to(ACC)
-                a = tl.exp2(delta[:, None] * decay)
-                decayed = a * tl.load(states + (p - begin) * BD * BN)
+                a = decays_of(delta, rates, b, IMPLICIT)
+                before = tl.load(states + (p - begin) * BD * BN)
+                decayed = a * before
                 h = decayed + (delta * u_t)[:, None] * b[None, :]
                 if GATED:
                     gate = tl.load(z + at, mask=there, other=0).to(ACC)
@@ -179,16 +191,24 @@ def gradients(
                     g *= gate * sigmoid
                 adjoint = m + g[:, None] * c[None, :]
                 into_b = tl.sum(adjoint * b[None, :], 1)
-                into_decay = adjoint * decayed
-                grad_delta = LN_2 * tl.sum(into_decay * decay, 1) + u_t * into_b
-                if SOFTPLUS:
-                    grad_delta = tl.where(raw > 20, grad_delta, grad_delta / (1 + tl.exp(-raw)))
+                to_b = adjoint * (delta * u_t)[:, None]
+                if IMPLICIT:
+                    into_decay = adjoint * before
+                    grad_delta = u_t * into_b - tl.sum(into_decay * (b * b)[None, :], 1)
+                    to_b -= 2 * b[None, :] * (delta[:, None] * into_decay + (grad_delta * delta * delta)[:, None])
+                    _, slope = implicit_step(raw, tl.load(norm + row))
+                    grad_delta *= slope
+                else:
+                    into_log_decay = adjoint * decayed
+                    grad_delta = LN_2 * tl.sum(into_log_decay * rates, 1) + u_t * into_b
+                    sum_A += into_log_decay * delta[:, None]
+                    if SOFTPLUS:
+                        grad_delta = tl.where(raw > 20, grad_delta, grad_delta / (1 + tl.exp(-raw)))
                 partial = ((block.to(tl.int64) * batches + batch) * length + row - batch * length) * N + n
-                tl.store(dB + partial, tl.sum(adjoint * (delta * u_t)[:, None], 0), mask=n < N)
+                tl.store(dB + partial, tl.sum(to_b, 0), mask=n < N)
                 tl.store(dC + partial, tl.sum(h * g[:, None], 0), mask=n < N)
                 tl.store(du + at, delta * into_b + skip * g, mask=there)
                 tl.store(ddt + at, grad_delta, mask=there)
-                sum_A += into_decay * delta[:, None]
                 sum_D += g * u_t
                 sum_bias += grad_delta
                 m = a * adjoint
@@ -200,7 +220,8 @@ def gradients(
         if not PACKED:  # noqa: SIM102
             if j == 0:
                 tl.store(dinitial + batch * width * N + dn, m, mask=there_dn)
-    tl.store(dA + slot.to(tl.int64) * width * N + dn, sum_A, mask=there_dn)
+    if not IMPLICIT:
+        tl.store(dA + slot.to(tl.int64) * width * N + dn, sum_A, mask=there_dn)
     if SKIP:
         tl.store(dD + slot * width + d, sum_D, mask=there)
     if BIASED:
@@ -211,7 +232,7 @@ def backward(
     grads: tuple[Tensor | None, Tensor | None],
     u: Tensor,
     dt: Tensor,
-    A: Tensor,
+    A: Tensor | None,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
@@ -224,9 +245,10 @@ def backward(
     chunk_states: Tensor,
     chunk_size: int,
 ) -> list[Tensor | None]:
-    """Gradients of u, dt, A, B, C, D, z, dt_bias and initial_state, given those of y and of the final state."""
+    """Gradients of u, dt, A, B, C, D, z, dt_bias and initial_state, given those of y and of the final state; without A
+    the step is Longhorn's."""
     batch, length, width = u.shape
-    state = A.shape[1]
+    state = B.shape[-1]
     dtype, device = chunk_states.dtype, u.device
     chunks = triton.cdiv(length, chunk_size)
     count = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -242,8 +264,9 @@ def backward(
         return [*(None if t is None else torch.zeros_like(t) for t in given), dinitial if carries else None]
     grad_y = torch.zeros_like(u) if grad_y is None else grad_y
     groups, b_shape = (B.shape[2] if B.ndim == 4 else 1), B.shape
-    u, dt, A, B, C, grad_y = (t.contiguous() for t in (u, dt, A, B, C, grad_y))
-    D, z, dt_bias = (None if t is None else t.contiguous() for t in (D, z, dt_bias))
+    u, dt, B, C, grad_y = (t.contiguous() for t in (u, dt, B, C, grad_y))
+    A, D, z, dt_bias = (None if t is None else t.contiguous() for t in (A, D, z, dt_bias))
+    norm = B.to(dtype).square().sum(-1) if A is None else None
     # The states of unpacked chunks are all kept; only a sequence that starts within one needs its initial state.
     initial = torch.zeros_like(dinitial) if initial_state is None else initial_state.to(dtype).contiguous()
     marks = None if cu_seqlens is None else boundaries(cu_seqlens, length, chunk_size, reverse)
@@ -251,7 +274,7 @@ def backward(
 
     shape = blocks(width, groups, state, 256)
     block = {"N": state, "BD": shape.channels, "BN": shape.state, "CHUNK": chunk_size, **shape.options}
-    fixed = {"PACKED": marks is not None, "ACC": ACCUMULATOR.get(u.dtype, tl.float32)}
+    fixed = {"IMPLICIT": A is None, "PACKED": marks is not None, "ACC": ACCUMULATOR.get(u.dtype, tl.float32)}
     steps = {"GROUPS": groups, "SOFTPLUS": dt_softplus, "BIASED": dt_bias is not None, "REVERSE": reverse}
     steps["GATED"] = z is not None
     slots = max(1, min(batch * chunks, triton.cdiv(PROGRAMS, shape.total)))
@@ -260,29 +283,31 @@ def backward(
         return torch.empty(sizes, dtype=dtype, device=device)
 
     scratch = empty(slots * shape.total, SUB + chunk_size // SUB, shape.channels * shape.state)
-    carried, summed = empty(batch, chunks, width, state), empty(batch, chunks, width)
+    carried = empty(batch, chunks, width, state)
+    across = torch.empty_like(carried) if A is None else empty(batch, chunks, width)
     du, ddt, dz = torch.empty_like(u), torch.empty_like(dt), None if z is None else torch.empty_like(z)
-    dA = empty(slots, width, state)
+    dA = None if A is None else empty(slots, width, state)
     dB, dC = empty(shape.total, batch, length, state), empty(shape.total, batch, length, state)
     dD = None if D is None else empty(slots, width)
     dbias = None if dt_bias is None else empty(slots, width)
     with on_device(u):
         adjoint_ends[(batch * chunks * shape.total,)](
-            dt, A, C, z, dt_bias, grad_y, grad_final, stops, carried, summed, length, width, **block, **fixed, **steps
-        )
+            dt, A, B, C, z, dt_bias, norm, grad_y, grad_final, stops, carried, across, length, width,
+            **block, **fixed, **steps,
+        )  # fmt: skip
         carry_chunks[(batch * triton.cdiv(width, shape.channels),)](
-            carried, summed, A, grad_final, starts, cut, length, width, ADJOINT=True, **block, **fixed
+            carried, across, A, grad_final, starts, cut, length, width, ADJOINT=True, **block, **fixed
         )
         gradients[(slots * shape.total,)](
-            u, dt, A, B, C, D, z, dt_bias, initial, grad_y, grad_final, starts, stops, chunk_states, carried, scratch,
-            du, ddt, dA, dB, dC, dD, dz, dbias, dinitial, batch, length, width, slots,
+            u, dt, A, B, C, D, z, dt_bias, norm, initial, grad_y, grad_final, starts, stops, chunk_states, carried,
+            scratch, du, ddt, dA, dB, dC, dD, dz, dbias, dinitial, batch, length, width, slots,
             SUB=SUB, SKIP=D is not None, **block, **fixed, **steps,
         )  # fmt: skip
 
     def over_channels(partial: Tensor) -> Tensor:
         return partial.view(groups, -1, batch, length, state).sum(1).permute(1, 2, 0, 3).reshape(b_shape)
 
-    dD, dbias = (None if t is None else t.sum(0) for t in (dD, dbias))
+    dA, dD, dbias = (None if t is None else t.sum(0) for t in (dA, dD, dbias))
     return [
-        du, ddt, dA.sum(0), over_channels(dB), over_channels(dC), dD, dz, dbias, dinitial if carries else None
+        du, ddt, dA, over_channels(dB), over_channels(dC), dD, dz, dbias, dinitial if carries else None
     ]  # fmt: skip
