@@ -323,21 +323,26 @@ def sides(
     at, there_k = i[:, None] * STRIDE + c[None, :], there[:, None] & (c < K)[None, :]
     k, sums, pairs = k + head * K, sums + head * (K * PARTS), pairs + head * CHUNK
     dq = from_state * SCALE * decay_since_start(sums, i, count, c, K, STRIDE * PARTS, BONUS)
-    key = tl.load(k + at, mask=there_k, other=0).to(ACC)
-    query, dk, dg = tl.zeros([CHUNK, BK], ACC), to_state, from_state
+    dk, dg = to_state, from_state
     if GRADIENT:
+        key = tl.load(k + at, mask=there_k, other=0).to(ACC)
         query = tl.load(q + head * K + at, mask=there_k, other=0).to(ACC)
         dk = to_state * decay(sums, tl.minimum(i, count - 1), i * 0 + count - 1, c, K, STRIDE * PARTS, False, TWO)
         seeing = tl.where(u > t if BONUS else u >= t, 1.0, 0.0).to(DOT)
         dg = tl.dot(seeing, (query * dq).to(DOT), input_precision=PRECISION, out_dtype=ACC)
         dg += tl.dot(tl.where(u < t, 1.0, 0.0).to(DOT), (key * dk).to(DOT), input_precision=PRECISION, out_dtype=ACC)
         dg += (tl.exp(tl.load(sums + (count - 1) * (STRIDE * PARTS) + c, mask=c < K, other=0)) * whole)[None, :]
-    for level in range(levels):
+    # What is the same at every level is computed again at each, and queries and keys are loaded again, ahead of which the
+    # barrier keeps compilers from loading them: held through the loop, it takes more registers than there are.
+    for level in tl.range(levels, disable_licm=True):
+        tl.debug_barrier()
         begin, end = ends_at(level, i, count, BONUS)
         E = decay(sums, begin, end, c, K, STRIDE * PARTS, False, TWO)
         block = i >> level
         later = ((block & 1) == 1)[:, None]
-        side = tl.where(later, query, key)
+        side = tl.load(k + at, mask=there_k, other=0).to(ACC)
+        if GRADIENT:
+            side = tl.where(later, tl.load(q + head * K + at, mask=there_k, other=0).to(ACC), side)
         met = ((block ^ 1)[:, None] == block[None, :]) & there[:, None] & there[None, :]
         dA = tl.load(pairs + t * (STRIDE // K * CHUNK) + u, mask=met, other=0).to(DOT)
         Z = E * tl.dot(dA, (side * E).to(DOT), input_precision=PRECISION, out_dtype=ACC)
@@ -346,6 +351,8 @@ def sides(
             dk += tl.where(later, 0.0, Z)
             lies = tl.where((begin[None, :] < t) & (t <= end[None, :]), 1.0, 0.0).to(DOT)
             dg += tl.dot(lies, (side * Z).to(DOT), input_precision=PRECISION, out_dtype=ACC)
+    key = tl.load(k + at, mask=there_k, other=0).to(ACC)
+    query = tl.load(q + head * K + at, mask=there_k, other=0).to(ACC) if GRADIENT else tl.zeros([CHUNK, BK], ACC)
     own = tl.load(pairs + i * (STRIDE // K * CHUNK + 1), mask=there, other=0).to(ACC)[:, None]
     if BONUS:
         if GRADIENT:
