@@ -144,7 +144,7 @@ FAMILY = Family(
     outputs=("y", "right", "down"),
     saved={},
     integers=(),
-    forms=("torch", "recurrent"),
+    forms=("cpu", "torch", "recurrent"),
     fake=_fake,
     check=_check,
     recurrent=recurrent,
@@ -215,7 +215,7 @@ def grid_scan(
         return_state: return `(y, (right, down))`, the states on the edges out of the last column and row, shaped like
             `left` and `up`, in fp32 (fp64 for fp64 input): `right` is `left` of a grid that goes on along x, `down` is
             `up` of one that goes on along y.
-        backend: `recurrent` or `torch`; the fastest that can run if absent.
+        backend: `recurrent`, `torch` or `cpu`; the fastest that can run if absent.
 
     Returns:
         y `[B, X, Y, H, V]` in the dtype of v, or `(y, (right, down))`, differentiable in every tensor argument.

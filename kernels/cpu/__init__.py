@@ -14,7 +14,7 @@ import torch
 
 from sinuous.kernels.cpu import build
 
-FAMILIES = ("causal_conv1d", "linear_scan", "longhorn", "selective_scan", "slstm")
+FAMILIES = ("causal_conv1d", "grid_scan", "linear_scan", "longhorn", "selective_scan", "slstm")
 
 
 @functools.cache
