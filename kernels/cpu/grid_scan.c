@@ -113,10 +113,15 @@ static void write_gates(const Grid *s, int64_t batch, int64_t head, int64_t grou
 static void read_rows(const Walk *w, const real *first, const real *second, real *to) {
     EACH_CELL(w->s, w->batch, place, cell) {
         const int64_t at = (cell * w->s->heads + w->head) * w->all_rows + w->row;
+        const size_t bytes = (size_t)w->rows * sizeof(real);
         real *pair = to + place * 2 * ROWS;
-        for (int64_t r = 0; r < ROWS; r++) {
-            pair[r] = r < w->rows ? first[at + r] : 0;
-            pair[ROWS + r] = r < w->rows ? second[at + r] : 0;
+        if (w->rows == ROWS) {
+            memcpy(pair, first + at, ROWS * sizeof(real));
+            memcpy(pair + ROWS, second + at, ROWS * sizeof(real));
+        } else {
+            memset(pair, 0, 2 * ROWS * sizeof(real));
+            memcpy(pair, first + at, bytes);
+            memcpy(pair + ROWS, second + at, bytes);
         }
     }
 }
@@ -130,13 +135,14 @@ static void write_lanes(const Walk *w, const vec *from, real *to, int64_t apart)
     EACH_CELL(w->s, w->batch, place, cell) store(to + place_of_lanes(w, cell), from[place * apart], w->lanes);
 }
 
-/* One cell: both states from those before it to those after it; what comes first waits for `along` last. */
-INLINE void advance(const real *g, const real *rows, vec lanes, vec *along, vec *across) {
+/* One cell: both states from those before it, which go to `kept`, to those after it; `along`, just made, is used last. */
+INLINE void advance(const real *g, const real *rows, vec lanes, vec *along, vec *restrict across, vec *restrict kept) {
     const vec aa = splat(g[AA]), ac = splat(g[AC]), ca = splat(g[CA]), cc = splat(g[CC]);
     const vec to_along = splat(g[SA]) * lanes, to_across = splat(g[SC]) * lanes;
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++) {
         const vec a = along[r], c = across[r], row = splat(rows[r]);
+        if (kept) kept[r] = a, kept[ROWS + r] = c;
         along[r] = aa * a + (ac * c + to_along * row);
         across[r] = ca * a + (cc * c + to_across * row);
     }
@@ -159,7 +165,7 @@ static void forward_walk(const Walk *w, const real *gates, const real *rows, con
                 from_across += query * across[i * ROWS + r];
             }
             y[place] += splat(g[MA]) * from_along + splat(g[MC]) * from_across;
-            advance(g, keys, lanes[place], along, across + i * ROWS);
+            advance(g, keys, lanes[place], along, across + i * ROWS, NULL);
         }
         write_state(w, along, 1, j, s->along_end);
     }
@@ -192,17 +198,14 @@ static int forward_task(const Grid *s, int64_t index) {
 }
 
 #if LANES == 16
-#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#define EACH_LANE(f, d) f(0, d), f(1, d), f(2, d), f(3, d), f(4, d), f(5, d), f(6, d), f(7, d), \
+                        f(8, d), f(9, d), f(10, d), f(11, d), f(12, d), f(13, d), f(14, d), f(15, d)
 #elif LANES == 8
-#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
-#define ODD 1, 3, 5, 7, 9, 11, 13, 15
+#define EACH_LANE(f, d) f(0, d), f(1, d), f(2, d), f(3, d), f(4, d), f(5, d), f(6, d), f(7, d)
 #elif LANES == 4
-#define EVEN 0, 2, 4, 6
-#define ODD 1, 3, 5, 7
+#define EACH_LANE(f, d) f(0, d), f(1, d), f(2, d), f(3, d)
 #else
-#define EVEN 0, 2
-#define ODD 1, 3
+#define EACH_LANE(f, d) f(0, d), f(1, d)
 #endif
 #if defined(__clang__)
 #define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -210,21 +213,29 @@ static int forward_task(const Grid *s, int64_t index) {
 #define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
 #endif
 
-/* Sums of neighbours, those of `a` in the first half. */
-INLINE vec halved(vec a, vec b) { return SHUFFLED(a, b, EVEN) + SHUFFLED(a, b, ODD); }
+/* Sums of lanes whose numbers differ in one bit: of `a` where it is 0, of `b` where it is 1. */
+#define OWN(lane, bit) ((lane) & (bit) ? LANES + (lane) : (lane))
+#define OTHER(lane, bit) (((lane) & (bit) ? LANES : 0) + ((lane) ^ (bit)))
+#define PAIRED(a, b, bit) (SHUFFLED(a, b, EACH_LANE(OWN, bit)) + SHUFFLED(a, b, EACH_LANE(OTHER, bit)))
 
-/* Adds the sums over the lanes of 8 vectors to 8 numbers. */
+typedef real eight __attribute__((vector_size(8 * sizeof(real)), aligned(sizeof(real)), may_alias));
+
+/* Adds the sums over the lanes of 8 vectors to 8 numbers: each bit of a vector's number becomes that of a lane's. */
 INLINE void add_sums(vec *v, real *to) {
-    int count = 8;
-#pragma GCC unroll 4
-    for (int width = LANES; width > 1 && count > 1; width /= 2) {
-        count /= 2;
-#pragma GCC unroll 4
-        for (int n = 0; n < count; n++) v[n] = halved(v[2 * n], v[2 * n + 1]);
-    }
-    if (LANES == 16) v[0] = halved(v[0], v[0]);
-#pragma GCC unroll 8
-    for (int n = 0; n < 8; n++) to[n] += v[n / LANES][n % LANES];
+    v[0] = PAIRED(v[0], v[1], 1), v[1] = PAIRED(v[2], v[3], 1);
+    v[2] = PAIRED(v[4], v[5], 1), v[3] = PAIRED(v[6], v[7], 1);
+#if LANES > 2
+    v[0] = PAIRED(v[0], v[1], 2), v[1] = PAIRED(v[2], v[3], 2);
+#endif
+#if LANES > 4
+    v[0] = PAIRED(v[0], v[1], 4);
+#endif
+#if LANES > 8
+    v[0] = PAIRED(v[0], v[0], 8);
+#endif
+    eight sums;
+    memcpy(&sums, v, sizeof sums);
+    *(eight *)to += sums;
 }
 
 /* What a tile of the backward pass reads and adds to; vectors run over keys, rows over values. */
@@ -245,12 +256,9 @@ INLINE void advance_band(const Walk *w, const Tile *t, int64_t from, int64_t to,
     for (int64_t j = from; j < to; j++) {
         read_state(w, s->along, 1, j, along);
         for (int64_t i = 0, place = w->first + j * w->line; i < s->inner; i++, place += w->step) {
-            if (kept) {
-#pragma GCC unroll 8
-                for (int r = 0; r < ROWS; r++) kept[r] = along[r], kept[ROWS + r] = across[i * ROWS + r];
-                kept += 2 * ROWS;
-            }
-            advance(t->gates + place * GATES, t->rows + place * 2 * ROWS, t->lanes[2 * place], along, across + i * ROWS);
+            const real *rows = t->rows + place * 2 * ROWS;
+            advance(t->gates + place * GATES, rows, t->lanes[2 * place], along, across + i * ROWS, kept);
+            if (kept) kept += 2 * ROWS;
         }
     }
 }
@@ -320,10 +328,13 @@ static int64_t lines_of_band(const Grid *s) {
     return lines < s->outer ? lines : s->outer ? s->outer : 1;
 }
 
-static void add_rows(const Walk *w, const real *from, real *to, int first) {
+static void add_rows(const Walk *w, const real *from, real *to) {
     EACH_CELL(w->s, w->batch, place, cell) {
         real *row = to + (cell * w->s->heads + w->head) * w->all_rows + w->row;
-        for (int64_t r = 0; r < w->rows; r++) row[r] = (first ? 0 : row[r]) + from[place * ROWS + r];
+        if (w->rows == ROWS)
+            *(eight *)row += *(const eight *)(from + place * ROWS);
+        else
+            for (int64_t r = 0; r < w->rows; r++) row[r] += from[place * ROWS + r];
     }
 }
 
@@ -358,7 +369,7 @@ static int backward_task(const Grid *s, int64_t index) {
                 t.gates = gates + o * n * GATES, t.dgates = dgates + o * n * GATES;
                 backward_walk(&w, &t);
             }
-            add_rows(&w, t.dv, dv, block == group * share);
+            add_rows(&w, t.dv, dv);
         }
         write_lanes(&w, t.dlanes, s->dk, 2);
         write_lanes(&w, t.dlanes + 1, s->dq, 2);

@@ -144,13 +144,11 @@ def backward(
     groups = call.groups()
     call.arguments["groups"] = groups
     dq, dk = torch.empty_like(call.q), torch.empty_like(call.k)
-    parts = {
-        name: torch.empty(groups, *t.shape, dtype=call.dtype)
-        for name, t in (("dv", v), ("dsource", source), ("dtransition", transition), ("dmark", mark))
-    }
-    call.give(dy=dy, dq=dq, dk=dk, **parts)
+    dv = torch.zeros(groups, *v.shape, dtype=call.dtype)
+    dgates = [torch.empty(groups, *t.shape, dtype=call.dtype) for t in (source, transition, mark)]
+    call.give(dy=dy, dq=dq, dk=dk, dv=dv, dsource=dgates[0], dtransition=dgates[1], dmark=dgates[2])
     run(call.library.backward, call.arguments)
-    dv, *dgates = (t[0] if groups == 1 else t.sum(0) for t in parts.values())
+    dv, *dgates = (t[0] if groups == 1 else t.sum(0) for t in (dv, *dgates))
     ddirect = None
     if direct is not None:
         match, wanted = (call.q * call.k).sum(-1), (dy * call.v).sum(-1)
