@@ -33,6 +33,7 @@ from sinuous.core.mixers.min_rnn import MinGRU, MinLSTM
 from sinuous.core.mixers.mlstm import MLSTM, MLSTMLarge, MLSTMState
 from sinuous.core.mixers.plstm import PLSTMGrid
 from sinuous.core.mixers.rg_lru import RGLRU, RGLRUState
+from sinuous.core.mixers.rwkv4 import RWKV4, RWKV4State
 from sinuous.core.mixers.rwkv6 import RWKV6
 from sinuous.core.mixers.rwkv7 import RWKV7
 from sinuous.core.mixers.s4 import S4, S4D, LTIState, S4Bidirectional, S4DBidirectional
@@ -50,6 +51,7 @@ __all__ = [
     "LRU",
     "MLSTM",
     "RGLRU",
+    "RWKV4",
     "RWKV6",
     "RWKV7",
     "S4",
@@ -86,6 +88,7 @@ __all__ = [
     "Mixer",
     "PLSTMGrid",
     "RGLRUState",
+    "RWKV4State",
     "Retention",
     "RetentionState",
     "S4Bidirectional",
