@@ -239,15 +239,10 @@ class PLSTMGrid(Mixer):
         else:
             cells = x.unsqueeze(1)
         source, transition, mark = self._gates(cells)
-        if cu_seqlens is not None:
-            inside = _inside(cu_seqlens, x.shape[1], mark.dtype)
-            transition, mark = transition * inside.unsqueeze(-1), mark * inside
         v = self.value_(cells)
         direct = self.direct().expand(v.shape[:4])
-        y, _, _ = torch.ops.sinuous.grid_scan(
-            self.query(cells), self.key(cells), v, source, transition, mark, direct, None, None, [0, 1, 2, 3], None,
-            False, "",
-        )  # fmt: skip
+        scanned = [self.query(cells), self.key(cells), v, source, transition, mark, direct]
+        y = _scan(scanned) if cu_seqlens is None else _scan_packed(scanned, cu_seqlens)
         found: Tensor = self.outprojection(self.mhnorm(y).flatten(3).flatten(1, 2))
         return found
 
@@ -272,9 +267,28 @@ class PLSTMGrid(Mixer):
         return source, torch.stack(rows, -2), torch.stack([self.mark_l(x), self.mark_u(x)], -1)
 
 
-def _inside(cu_seqlens: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """`[length, 1, 4, 1]`: 0 at the step of a packed sequence at which a corner's walk comes into it, 1 elsewhere."""
-    edges = torch.ones(length + 1, dtype=dtype, device=cu_seqlens.device)
-    starts = edges.index_fill(0, cu_seqlens[:-1].long(), 0.0)[:length]
-    ends = edges.index_fill(0, cu_seqlens[1:].long(), 0.0)[1:]
-    return torch.stack([starts, starts, ends, ends], -1)[:, None, :, None]
+def _scan(tensors: list[Tensor]) -> Tensor:
+    q, k, v, source, transition, mark, direct = tensors
+    y, _, _ = torch.ops.sinuous.grid_scan(
+        q, k, v, source, transition, mark, direct, None, None, [0, 1, 2, 3], None, False, ""
+    )
+    return y
+
+
+def _scan_packed(tensors: list[Tensor], cu_seqlens: Tensor) -> Tensor:
+    """The scan of one row, `[1, 1, T, …]`, of packed sequences: those of one length as a batch, at a time.
+
+    Gates of 0 where sequences touch would take fewer calls, but 0 times what is not a number is not one."""
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
+    sizes: list[int] = torch.unique(lengths[lengths > 0]).tolist()
+    batches = [starts[lengths == n].unsqueeze(1) + torch.arange(n, device=starts.device) for n in sizes]
+    if len(batches) == 0:
+        return tensors[2]
+    order = torch.cat([steps.flatten() for steps in batches])
+    # One gather of all batches and not one for each, whose gradients would each be as long as the row.
+    cut = [t[0, 0].index_select(0, order).split([steps.numel() for steps in batches]) for t in tensors]
+    found: list[Tensor] = []
+    for i, steps in enumerate(batches):
+        rows = [parts[i].unflatten(0, [steps.shape[0], 1, steps.shape[1]]) for parts in cut]
+        found.append(_scan(rows).flatten(0, 2))
+    return torch.cat(found).index_select(0, order.argsort()).unsqueeze(0).unsqueeze(0)

@@ -106,6 +106,30 @@ def test_without_a_grid_the_tokens_are_one_row(mode: str) -> None:
     torch.testing.assert_close(mixer(x), mixer(x, grid=(1, 11)), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"stable": False}, {"mode": "D"}])
+def test_packed_sequences_do_not_meet(options: dict[str, object]) -> None:
+    mixer, edges = build(**options), [0, 5, 5, 8, 13, 14, 19]
+    x = torch.randn(1, 19, DIM, dtype=torch.float64, requires_grad=True)
+    with torch.no_grad():
+        x[:, 6], x[:, 18] = float("nan"), 1e200  # one sequence is no number, one overflows on its way
+    y, clean = mixer(x, torch.tensor(edges)), [(0, 5), (8, 13), (13, 14)]
+    assert y[:, 5:8].isnan().all()
+    assert not y[:, 14:].isfinite().all()
+    grads = torch.autograd.grad(sum(y[:, a:b].square().sum() for a, b in clean), x)[0]
+    for a, b in clean:
+        alone = x.detach()[:, a:b].requires_grad_()
+        expected = mixer(alone)
+        torch.testing.assert_close(y[:, a:b], expected, atol=1e-12, rtol=0)
+        torch.testing.assert_close(grads[:, a:b], torch.autograd.grad(expected.square().sum(), alone)[0])
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script.:FutureWarning")
+def test_packed_sequences_script_and_may_all_be_empty() -> None:
+    mixer, x, edges = build(), torch.randn(1, 9, DIM, dtype=torch.float64), torch.tensor([0, 4, 6, 9])
+    torch.testing.assert_close(torch.jit.script(mixer)(x, edges), mixer(x, edges))
+    assert mixer(x[:, :0], torch.tensor([0, 0, 0])).shape == (1, 0, DIM)
+
+
 @pytest.mark.parametrize("mode", ["P", "D"])
 def test_turning_the_image_turns_the_output_if_corners_are_alike(mode: str) -> None:
     mixer = build(mode=mode, gate_weights=False)
