@@ -134,9 +134,10 @@ def _recurrence(scale: float) -> Recurrence:
     return Recurrence(forward, backward)
 
 
-def _initial(
+def initial_memory(
     q: Tensor, v: Tensor, initial_S: Tensor | None, initial_z: Tensor | None, cu_seqlens: Tensor | None
 ) -> State:
+    """S `[sequences, H, K, V]` and z `[sequences, H, K]` before the first step; S is 0 where z is -inf."""
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype, shape = chunked.working_dtype(q), (sequences, v.shape[2], q.shape[3])
     z = torch.full(shape, -torch.inf, dtype=dtype, device=q.device) if initial_z is None else initial_z.to(dtype)
@@ -232,7 +233,7 @@ def forward(
     see sinuous.core.ops.additive_decay."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     inputs, y = (q, k, v, factor), torch.empty_like(v)
-    initial = _initial(q, v, initial_S, initial_z, cu_seqlens)
+    initial = initial_memory(q, v, initial_S, initial_z, cu_seqlens)
     if causal:
         y, final, kept = chunked.forward(_recurrence(scale), inputs, (), initial, y, cu_seqlens, reverse, chunk_size)
     else:
@@ -260,7 +261,7 @@ def backward(
     """Gradients of q, k, v, factor, initial_S and initial_z."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     inputs, kept = (q, k, v, factor), (kept_S, kept_z)
-    initial = _initial(q, v, initial_S, initial_z, cu_seqlens)
+    initial = initial_memory(q, v, initial_S, initial_z, cu_seqlens)
     if causal:
         dinputs, _, (dS, dz) = chunked.backward(
             _recurrence(scale), inputs, (), initial, kept, grads[0], grads[1:], cu_seqlens, reverse, chunk_size, value=2

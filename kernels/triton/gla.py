@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from sinuous.kernels.torch.chunked import initial_matrix
 from sinuous.kernels.triton.gla_kernels import carry, outer, prepare, read, sides, sum_gates
 from sinuous.kernels.triton.matrix_states import Call
 from sinuous.kernels.triton.packing import on_device
@@ -144,6 +145,18 @@ class Decaying:
             )  # fmt: skip
         return y
 
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs, final states and those before each chunk, where keys decay."""
+        prepared = self.prepare(q, k)
+        final, kept = self.carry(prepared.keys, v, prepared.totals, initial, adjoint=False)
+        return self.read(prepared.weights, prepared.queries, v, kept, initial, keys=False), final, kept
+
+    def adjoint(self, prepared: Prepared, dy: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of the states before each sequence and after each chunk, and of the values."""
+        assert prepared.queries is not None
+        dinitial, after = self.carry(prepared.queries, dy, prepared.totals, dfinal, adjoint=True)
+        return dinitial, after, self.read(prepared.weights, prepared.keys, dy, after, dfinal, keys=True)
+
     def sides(
         self,
         q: Tensor,
@@ -153,10 +166,13 @@ class Decaying:
         states: tuple[Tensor, Tensor],
         adjoint: tuple[Tensor, Tensor],
         dq: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of keys, log_decay and bonus, and in `dq` of queries."""
+        dk: Tensor,
+        gates: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of log_decay, unless without `gates`, and bonus, and in `dq` and `dk` of queries and keys."""
         call, (key_blocks, _, sizes) = self.call, self._of(sides)
-        dk, dlog_decay, dbonus = torch.empty_like(k), torch.empty_like(self.log_decay, dtype=call.dtype), None
+        dlog_decay = torch.empty_like(self.log_decay, dtype=call.dtype) if gates else None
+        dbonus: Tensor | None = None
         if self.bonus is not None:
             dbonus = torch.zeros(call.segments, call.heads, call.keys, dtype=call.dtype, device=k.device)
         with on_device(k):
@@ -164,7 +180,7 @@ class Decaying:
                 q, k, dy, v, self.sums, self.bonus, self.outer(dy, v), *states, *adjoint, call.table,
                 dq, dk, dlog_decay, dbonus, call.length, self.levels, GRADIENT=True, **sizes,
             )  # fmt: skip
-        return dk, dlog_decay, None if dbonus is None else dbonus.sum(0)
+        return dlog_decay, None if dbonus is None else dbonus.sum(0)
 
 
 def _of_call(
@@ -184,12 +200,8 @@ def _of_call(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     decaying, other = (v, k) if on_values else (k, v)
     call = Call.of(decaying, other, cu_seqlens, scale, reverse, chunk_size)
-    shape = (call.sequences, call.heads, k.shape[-1], v.shape[-1])
-    if initial_state is None:
-        initial = torch.zeros(shape, dtype=call.dtype, device=q.device)
-    else:
-        initial = initial_state.to(call.dtype).contiguous()
-    return Decaying(call, log_decay, bonus, on_values), initial
+    (initial,) = initial_matrix(q, v, initial_state, cu_seqlens)
+    return Decaying(call, log_decay, bonus, on_values), initial.contiguous()
 
 
 def forward(
@@ -216,9 +228,7 @@ def forward(
         prepared = made.prepare(None, v)
         final, kept = made.carry(prepared.keys, k, prepared.totals, initial, adjoint=False)
         return made.outputs_of_sides(q, k, v, kept, initial), final, kept
-    prepared = made.prepare(q, k)
-    final, kept = made.carry(prepared.keys, v, prepared.totals, initial, adjoint=False)
-    return made.read(prepared.weights, prepared.queries, v, kept, initial, keys=False), final, kept
+    return made.forward(q, k, v, initial)
 
 
 def backward(
@@ -248,16 +258,11 @@ def backward(
         return [*zeros, None if initial_state is None else dfinal]
     queries, keys, dout, values = (dy, v, q, k) if on_values else (q, k, dy, v)
     prepared = made.prepare(queries, keys)
-    assert prepared.queries is not None
-    dinitial, after = made.carry(prepared.queries, dout, prepared.totals, dfinal, adjoint=True)
+    dinitial, after, dvalues = made.adjoint(prepared, dout, dfinal)
     states, adjoint = (chunk_states, initial), (after, dfinal)
-    dvalues = made.read(prepared.weights, prepared.keys, dout, *adjoint, keys=True)
+    dkeys, dqueries = torch.empty_like(keys), None if on_values else torch.empty_like(q)
+    dlog_decay, dbonus = made.sides(queries, keys, dout, values, states, adjoint, dqueries, dkeys)
     if on_values:
-        dq: Tensor | None = made.read(prepared.weights, prepared.queries, values, *states, keys=False)
-        dv, dlog_decay, dbonus = made.sides(queries, keys, dout, values, states, adjoint, None)
-        dk = dvalues
-    else:
-        dq = torch.empty_like(q)
-        dk, dlog_decay, dbonus = made.sides(queries, keys, dout, values, states, adjoint, dq)
-        dv = dvalues
-    return [dq, dk, dv, dlog_decay, dbonus, None if initial_state is None else dinitial]
+        dqueries = made.read(prepared.weights, prepared.queries, values, *states, keys=False)
+    dk, dv = (dvalues, dkeys) if on_values else (dkeys, dvalues)
+    return [dqueries, dk, dv, dlog_decay, dbonus, None if initial_state is None else dinitial]

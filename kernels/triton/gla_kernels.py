@@ -284,9 +284,9 @@ def sides(
     TRANSPOSED: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the queries, keys and log_decay of a segment, and its part of that of the bonus, [segments, H, K];
-    `left` is dy and `right` v. Without GRADIENT only that of the queries, which does not depend on them and is an
-    output where values decay."""
+    """Gradients of the queries, keys and, if `of_gates` is given, log_decay of a segment, and its part of that of the
+    bonus, [segments, H, K]; `left` is dy and `right` v. Without GRADIENT only that of the queries, which does not
+    depend on them and is an output where values decay."""
     STRIDE: tl.constexpr = -H * K if REVERSE else H * K
     PARTS: tl.constexpr = 2 if TWO else 1
     k_blocks: tl.constexpr = (K + BK - 1) // BK
@@ -325,15 +325,17 @@ def sides(
     dq = from_state * SCALE * decay_since_start(sums, i, count, c, K, STRIDE * PARTS, BONUS)
     dk, dg = to_state, from_state
     if GRADIENT:
+        dk = to_state * decay(sums, tl.minimum(i, count - 1), i * 0 + count - 1, c, K, STRIDE * PARTS, False, TWO)
+    if of_gates is not None:
         key = tl.load(k + at, mask=there_k, other=0).to(ACC)
         query = tl.load(q + head * K + at, mask=there_k, other=0).to(ACC)
-        dk = to_state * decay(sums, tl.minimum(i, count - 1), i * 0 + count - 1, c, K, STRIDE * PARTS, False, TWO)
         seeing = tl.where(u > t if BONUS else u >= t, 1.0, 0.0).to(DOT)
         dg = tl.dot(seeing, (query * dq).to(DOT), input_precision=PRECISION, out_dtype=ACC)
         dg += tl.dot(tl.where(u < t, 1.0, 0.0).to(DOT), (key * dk).to(DOT), input_precision=PRECISION, out_dtype=ACC)
         dg += (tl.exp(tl.load(sums + (count - 1) * (STRIDE * PARTS) + c, mask=c < K, other=0)) * whole)[None, :]
-    # What is the same at every level is computed again at each, and queries and keys are loaded again, ahead of which the
-    # barrier keeps compilers from loading them: held through the loop, it takes more registers than there are.
+    # What is the same at every level is computed again at each, and queries and keys are loaded again; the barrier
+    # keeps compilers from loading them ahead of the loop. Held through it, all that takes more registers than there
+    # are.
     for level in tl.range(levels, disable_licm=True):
         tl.debug_barrier()
         begin, end = ends_at(level, i, count, BONUS)
@@ -349,6 +351,7 @@ def sides(
         dq += tl.where(later, Z, 0.0)
         if GRADIENT:
             dk += tl.where(later, 0.0, Z)
+        if of_gates is not None:
             lies = tl.where((begin[None, :] < t) & (t <= end[None, :]), 1.0, 0.0).to(DOT)
             dg += tl.dot(lies, (side * Z).to(DOT), input_precision=PRECISION, out_dtype=ACC)
     key = tl.load(k + at, mask=there_k, other=0).to(ACC)
@@ -362,4 +365,5 @@ def sides(
         tl.store(of_queries + head * K + at, dq + own * key, mask=there_k)
     if GRADIENT:
         tl.store(of_keys + head * K + at, dk + own * query, mask=there_k)
+    if of_gates is not None:
         tl.store(of_gates + head * K + at, dg, mask=there_k)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from keys_over_time import KEYS, joined
 from parity import assert_close, cast, cotangents, draw, error, gradients, named, run, run_with_gradients, with_leaves
 from torch import Tensor
 
@@ -19,18 +20,6 @@ from sinuous.core.ops.laws import LAWS
 OP = LAWS["additive_decay"]
 INF = float("inf")
 
-KEYS = {
-    "mild": lambda x: x,
-    "strong": lambda x: 30 * x,
-    "extreme": lambda x: 1e4 * x,
-    "extreme and close": lambda x: 1e4 + x,
-    "far below": lambda x: -1e4 + x,
-    "rising": lambda x: x + 20 * torch.arange(x.shape[1], dtype=x.dtype)[:, None, None],
-    "falling": lambda x: x - 20 * torch.arange(x.shape[1], dtype=x.dtype)[:, None, None],
-    "half without weight": lambda x: torch.where(x > 0, x, -INF),
-    "late start": lambda x: x.masked_fill(torch.arange(x.shape[1])[:, None, None] < 70, -INF),
-    "never": lambda x: torch.full_like(x, -INF),
-}
 every_key = pytest.mark.parametrize("keys", KEYS)
 every_form = pytest.mark.parametrize("form", ["recurrent", "torch"])
 
@@ -61,12 +50,6 @@ def test_it_is_a_softmax_over_time(form: str, keys: str, variant: str) -> None:
     found = arguments(keys, variant, 80)
     found.pop("initial_state", None)
     assert error(additive_decay(**found, backend=form), softmax_attention(found)) <= 1e-11
-
-
-def joined(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With the gradient of z, which is one more key, among those of the keys: by itself it may be next to nothing."""
-    z = found.pop("initial_state.1")
-    return {**found, "k": torch.cat([found["k"].double(), z.double()[:, None]], 1)}
 
 
 @pytest.mark.parametrize("variant", ["full", "not_causal"])
