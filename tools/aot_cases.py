@@ -9,6 +9,7 @@ import torch
 from aot_compile import TYPES, Launch, recording
 
 from sinuous.kernels.triton import (
+    additive_decay,
     causal_conv1d,
     delta_rule,
     gla,
@@ -214,6 +215,28 @@ def delta_rule_launches(
     return launches
 
 
+def additive_decay_launches(
+    dtype: torch.dtype, *, keys: int = 64, values: int = 64, packed: bool = False
+) -> list[Launch]:
+    """The launches of causal additive_decay on 16 heads with every optional argument, forward and backward."""
+    given, sequences = attention_arguments(dtype, keys, values, 16, 16), 3 if packed else 1
+    arguments: dict[str, Any] = {
+        **given,
+        "factor": given["k"],
+        "initial_S": torch.empty(sequences, 16, keys, values, device="meta"),
+        "initial_z": torch.empty(sequences, 16, keys, device="meta"),
+        "cu_seqlens": torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
+        "scale": None,
+        "causal": True,
+        "reverse": False,
+        "chunk_size": 64,
+    }
+    with recording() as launches:
+        y, S, z, kept_S, kept_z = additive_decay.forward(**arguments)
+        additive_decay.backward((y, S, z), kept_S=kept_S, kept_z=kept_z, **arguments)
+    return launches
+
+
 def cases() -> Iterator[tuple[str, list[Launch]]]:
     """The configurations in the table."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -246,6 +269,10 @@ def cases() -> Iterator[tuple[str, list[Launch]]]:
         for keys, values in ((64, 64), (128, 128)):
             yield f"delta_rule {name} K={keys} V={values}", delta_rule_launches(dtype, keys=keys, values=values)
         yield f"delta_rule {name} K=64 V=64 packed, n=2", delta_rule_launches(dtype, factors=2, packed=True)
+        for keys, values in ((64, 64), (128, 128)):
+            name_of = f"additive_decay {name} K={keys} V={values}"
+            yield name_of, additive_decay_launches(dtype, keys=keys, values=values)
+        yield f"additive_decay {name} K=64 V=64 packed", additive_decay_launches(dtype, packed=True)
     yield "delta_rule bf16 K=256 V=256", delta_rule_launches(torch.bfloat16, keys=256, values=256)
     yield "linear_scan complex64", linear_scan_launches(torch.complex64)
     yield "linear_scan complex64 packed", linear_scan_launches(torch.complex64, packed=True)
