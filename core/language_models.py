@@ -7,7 +7,8 @@ Each name has the width and depth of the released `config.json`; 50,277 tokens o
 multiple of 8 or, for Mamba-2, 16. xLSTM 7B: Beck et al. (arXiv 2503.13427); weights at huggingface.co/NX-AI.
 
 The first xLSTM models (Beck et al., arXiv 2405.04517) are `xlstm_14m` in other sizes: `pattern` says where their sLSTM
-blocks are, so that `("mlstm",) * 7 + ("slstm",)` is xLSTM[7:1].
+blocks are. `("mlstm",) * 7 + ("slstm",)` has as many of them as xLSTM[7:1]; a pattern as long as the model puts them at
+places of choice, as `slstm_at` does in NX-AI/xlstm.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "norm_eps": 1e-6,
         "tie_head": False,
         "logit_cap": 30.0,
+        "weight_init": "xlstm",
     },
     "xlstm_14m": {
         "vocab_size": 50304,
@@ -66,6 +68,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "mlp_multiple_of": 64,
         "norm": "layer_no_bias",
         "tie_head": False,
+        "weight_init": "xlstm",
     },
     "bytes_5m": {"vocab_size": 256, "dim": 256, "depth": 6, "pattern": "mamba2", "mlp": "swiglu", "mlp_ratio": 2.0},
 }

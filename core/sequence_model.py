@@ -71,6 +71,7 @@ class SequenceModel(nn.Module):
             logits have as many columns, as in the published models, and those from `vocab_size` on mean nothing.
         logit_cap: c of `c tanh(logits / c)`; `None` leaves logits as they are.
         residual_in_fp32: keep the residual stream in fp32 whatever the dtype of the parameters.
+        weight_init: `"gpt2"` or `"xlstm"`, how embedding, head and MLPs start; see `init_weights`.
         drop_rate: dropout after the embedding and inside the MLPs.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
 
@@ -101,6 +102,7 @@ class SequenceModel(nn.Module):
         pad_vocab_multiple: int = 1,
         logit_cap: float | None = None,
         residual_in_fp32: bool = True,
+        weight_init: str = "gpt2",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: Any = None,
@@ -117,6 +119,7 @@ class SequenceModel(nn.Module):
             _one_of("mlp", kind, ("none", *MLPS))
         _one_of("norm", norm, tuple(NORMS))
         _one_of("norm_placement", norm_placement, PLACEMENTS)
+        _one_of("weight_init", weight_init, ("gpt2", "xlstm"))
         _check_pattern(names, options, mlps, causal)
 
         self.vocab_size = vocab_size
@@ -128,6 +131,7 @@ class SequenceModel(nn.Module):
         self.tie_head = tie_head
         self.logit_cap = logit_cap
         self.residual_in_fp32 = residual_in_fp32
+        self.weight_init = weight_init
         self.grad_checkpointing = False
 
         make_norm = functools.partial(NORMS[norm], dim, eps=norm_eps, **dd)
@@ -152,23 +156,35 @@ class SequenceModel(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Fill every parameter and buffer anew: embedding and head N(0, 0.02²), the mixers by their own rules, and
-        what writes to the residual stream divided by the root of the number of its summands (GPT-2's rule), except in
-        mixers that are told `num_blocks` and have a rule of their own."""
+        """Fill every parameter and buffer anew, the mixers by their own rules.
+
+        With `"gpt2"`, embedding and head are N(0, 0.02²), and what writes to the residual stream, as other rules leave
+        it, is divided by the root of the number of its summands, except in mixers that are told `num_blocks` and have
+        a rule of their own. With `"xlstm"`, embedding, head and the first layers of MLPs are N(0, 2 / (5 dim)) and
+        their last layers N(0, 4 / (depth² dim)), as in NX-AI/xlstm."""
         for block in self._blocks():
             block.init_weights()
         if not isinstance(self.norm_f, nn.Identity):
             cast("norms.RMSNorm", self.norm_f).reset_parameters()
+        xlstm = self.weight_init == "xlstm"
+        small, last = math.sqrt(2 / (5 * self.dim)), 2 / (self.depth * math.sqrt(self.dim))
         summands = sum(1 + block.mixes_channels for block in self._blocks())
         with torch.no_grad():
             for name, block in zip(self._names(), self._blocks(), strict=True):
-                for part in (block.mlp,) if PLACE & options_of(name) else (block.mlp, block.mixer):
+                scaled: list[nn.Module] = [] if PLACE & options_of(name) else [block.mixer]
+                if xlstm:
+                    for key, parameter in block.mlp.named_parameters():
+                        if parameter.ndim == 2:
+                            parameter.normal_(std=last if key.endswith(WRITE_TO_THE_STREAM) else small)
+                else:
+                    scaled.append(block.mlp)
+                for part in scaled:
                     for key, parameter in part.named_parameters():
                         if key.endswith(WRITE_TO_THE_STREAM):
                             parameter.div_(math.sqrt(summands))
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.embedding.weight, std=small if xlstm else 0.02)
         if self.head is not None:
-            nn.init.normal_(self.head.weight, std=0.02)
+            nn.init.normal_(self.head.weight, std=small if xlstm else 0.02)
 
     def _names(self) -> list[str]:
         """Of the mixers, block by block."""

@@ -7,7 +7,8 @@
 The query does not depend on the step, so that the numerator, the denominator and their common scale are all there is
 to carry. This is additive decay with a single key channel per head, s, and a query of 1.
 
-Source: Feng et al., "Attention as an RNN" (arXiv 2405.13956), section 3.3.
+Source: Feng et al., "Attention as an RNN" (arXiv 2405.13956), the module that it calls Aaren. We know of no code by its
+authors; names of parameters are ours.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ its cells. Their places then enter by queries and keys that carry a phase, after
 with one axis of the grid for each part of the channels, so that products know the distance along each axis.
 
 Source: Qin et al., "You Only Scan Once: Efficient Multi-dimension Sequential Modeling with LightNet"
-(arXiv 2405.21022), sections 3.2 and 3.3.
+(arXiv 2405.21022): its additive recurrence, and the positions that it calls MD-LRPE.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ class LightNet(QueryKeyValueMixer):
 class LightNetNonCausal(Mixer):
     """LightNet's mixer for grids, in which every cell sees all others.
 
-    The paper's other positions, an exponentially weighted sum of the embedding along each axis, belong ahead of the
-    first layer and not in here.
+    The paper's other positions, MD-TPE, an exponentially weighted sum of the embedding along each axis, belong ahead of
+    the first layer and not in here.
 
     Args:
         dim: width of the model.

@@ -222,6 +222,20 @@ def test_what_writes_to_the_stream_starts_smaller() -> None:
     assert abs(deep.embedding.weight.std() - 0.02) < 2e-3
 
 
+@pytest.mark.parametrize("mlp", ["geglu", "swiglu"])
+def test_weights_can_start_as_in_xlstm(mlp: str) -> None:
+    torch.manual_seed(0)
+    model = SequenceModel(512, 64, 3, ["mlstm", "mamba"], mlp=mlp, tie_head=False, weight_init="xlstm")
+    small, last = (2 / (5 * 64)) ** 0.5, 2 / (3 * 64**0.5)
+    spread = {name: p.std().item() for name, p in model.named_parameters() if p.ndim == 2 and "mixer" not in name}
+    assert len(spread) == 2 + 3 * {"geglu": 2, "swiglu": 3}[mlp]
+    for name, found in spread.items():
+        assert found == pytest.approx(last if "fc2" in name else small, rel=0.05)
+    plain = SequenceModel(512, 64, 3, ["mlstm", "mamba"], mlp=mlp, tie_head=False)
+    spreads = [m.layers[1].mixer.out_proj.weight.std().item() for m in (model, plain)]
+    assert spreads[0] == pytest.approx(spreads[1], rel=0.05)
+
+
 def test_mixers_with_a_rule_for_the_depth_are_told_it() -> None:
     torch.manual_seed(0)
     model = SequenceModel(VOCAB, 64, 8, ["mlstm_large", "mamba"], mlp="gelu")
@@ -284,6 +298,7 @@ def test_an_exported_step_can_be_saved() -> None:
         ({"depth": 0}, r"depth must be at least 1 \(got 0\)"),
         ({"mlp": "relu"}, "mlp must be one of 'none', 'gelu', 'geglu', 'swiglu' .got 'relu'"),
         ({"norm": "batch"}, "norm must be one of 'rms', 'layer'"),
+        ({"weight_init": "zero"}, "weight_init must be one of 'gpt2', 'xlstm' .got 'zero'"),
         ({"norm_placement": "none"}, "norm_placement must be one of"),
         ({"pattern": []}, "pattern must name at least one mixer"),
         ({"pattern": ["mamba", "mambo"]}, "no mixer 'mambo'; did you mean 'mamba'"),
