@@ -269,9 +269,9 @@ class PLSTMGrid(Mixer):
 
 def _scan(tensors: list[Tensor]) -> Tensor:
     q, k, v, source, transition, mark, direct = tensors
-    y, _, _ = torch.ops.sinuous.grid_scan(
+    y: Tensor = torch.ops.sinuous.grid_scan(
         q, k, v, source, transition, mark, direct, None, None, [0, 1, 2, 3], None, False, ""
-    )
+    )[0]
     return y
 
 
