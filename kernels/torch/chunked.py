@@ -47,10 +47,10 @@ def working_dtype(t: Tensor) -> torch.dtype:
 
 
 def initial_matrix(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> State:
-    """The one matrix `[sequences, H, K, V]` before the first step, zeros if it is not given."""
+    """The one matrix `[sequences, H, K, V]` before the first step, contiguous, zeros if it is not given."""
     dtype = working_dtype(q)
     if initial_state is not None:
-        return (initial_state.to(dtype),)
+        return (initial_state.to(dtype).contiguous(),)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return (torch.zeros(sequences, v.shape[-2], q.shape[-1], v.shape[-1], dtype=dtype, device=q.device),)
 

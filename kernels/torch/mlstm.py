@@ -125,12 +125,13 @@ def _recurrence(q: Tensor, scale: float | None, eps: float, input_activation: st
     return Recurrence(functools.partial(_forward, options=options), functools.partial(_backward, options=options))
 
 
-def _initial(q: Tensor, v: Tensor, given: Tensors, cu_seqlens: Tensor | None) -> State:
+def initial_memory(q: Tensor, v: Tensor, given: Tensors, cu_seqlens: Tensor | None) -> State:
+    """C `[sequences, H, K, V]`, n `[sequences, H, K]` and m `[sequences, H]`, contiguous, zeros if not given."""
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype, heads = chunked.working_dtype(q), v.shape[2]
     shapes = (sequences, heads, q.shape[3], v.shape[3]), (sequences, heads, q.shape[3]), (sequences, heads)
     return tuple(
-        torch.zeros(shape, dtype=dtype, device=q.device) if t is None else t.to(dtype)
+        torch.zeros(shape, dtype=dtype, device=q.device) if t is None else t.to(dtype).contiguous()
         for t, shape in zip(given, shapes, strict=True)
     )
 
@@ -157,7 +158,7 @@ def forward(
         _recurrence(q, scale, eps, input_activation, normalize),
         (q, k, v, input_gate, forget_gate),
         (),
-        _initial(q, v, (initial_C, initial_n, initial_m), cu_seqlens),
+        initial_memory(q, v, (initial_C, initial_n, initial_m), cu_seqlens),
         torch.empty_like(v),
         cu_seqlens,
         reverse,
@@ -193,7 +194,7 @@ def backward(
         _recurrence(q, scale, eps, input_activation, normalize),
         (q, k, v, input_gate, forget_gate),
         (),
-        _initial(q, v, given, cu_seqlens),
+        initial_memory(q, v, given, cu_seqlens),
         (chunk_C, chunk_n, chunk_m),
         grads[0],
         grads[1:],

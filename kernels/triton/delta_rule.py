@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from sinuous.kernels.torch import delta_rule as plain
+from sinuous.kernels.torch.chunked import initial_matrix
 from sinuous.kernels.triton.delta_rule_kernels import carry, carry_adjoint, prepare, read, sides
 from sinuous.kernels.triton.matrix_states import Call, segments
 from sinuous.kernels.triton.packing import on_device
@@ -89,11 +90,8 @@ class _Rows:
 
     def state(self, given: Tensor | None) -> Tensor:
         """A state per sequence; zeros if absent."""
-        call = self.call
-        if given is not None:
-            return given.to(call.dtype).contiguous()
-        shape = (call.sequences, call.heads, call.keys, call.values)
-        return torch.zeros(shape, dtype=call.dtype, device=self.q.device)
+        (found,) = initial_matrix(self.q, self.v, given, self.call.bounds)
+        return found
 
     def _over(self, kernel: Any) -> tuple[int, int, dict[str, Any]]:
         """Blocks of keys, blocks of values, and compile-time arguments, of a kernel."""

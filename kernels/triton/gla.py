@@ -201,7 +201,7 @@ def _of_call(
     decaying, other = (v, k) if on_values else (k, v)
     call = Call.of(decaying, other, cu_seqlens, scale, reverse, chunk_size)
     (initial,) = initial_matrix(q, v, initial_state, cu_seqlens)
-    return Decaying(call, log_decay, bonus, on_values), initial.contiguous()
+    return Decaying(call, log_decay, bonus, on_values), initial
 
 
 def forward(

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sinuous.kernels.torch.mlstm import initial_memory
 from sinuous.kernels.triton.matrix_state_kernels import FORGOTTEN, gradient_of_sums, row_of, segment_at
 from sinuous.kernels.triton.matrix_states import (
     Call,
@@ -156,16 +157,6 @@ class _Gates:
             )  # fmt: skip
 
 
-def _initial(call: Call, given: tuple[Tensor | None, ...], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    rows = (call.sequences, call.heads)
-    shapes = ((*rows, call.keys, call.values), (*rows, call.keys), rows)
-    C, n, m = (
-        torch.zeros(shape, dtype=call.dtype, device=like.device) if t is None else t.to(call.dtype).contiguous()
-        for t, shape in zip(given, shapes, strict=True)
-    )
-    return C, n, m
-
-
 def forward(
     q: Tensor,
     k: Tensor,
@@ -186,7 +177,7 @@ def forward(
     """`(y, C, n, m, chunk_C, chunk_n, chunk_m)` as `sinuous.core.ops.mlstm` defines them."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     call = Call.of(q, v, cu_seqlens, scale, reverse, chunk_size)
-    C, n, m = _initial(call, (initial_C, initial_n, initial_m), q)
+    C, n, m = initial_memory(q, v, (initial_C, initial_n, initial_m), cu_seqlens)
     if v.numel() == 0:
         return torch.empty_like(v), C.clone(), n.clone(), m.clone(), *(call.empty_states(t) for t in (C, n, m))
     made = _Gates(call, input_gate, forget_gate, m, eps, input_activation)
@@ -222,9 +213,9 @@ def backward(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     call = Call.of(q, v, cu_seqlens, scale, reverse, chunk_size)
     given = (initial_C, initial_n, initial_m)
-    C, n, m = _initial(call, given, q)
+    C, n, m = initial_memory(q, v, given, cu_seqlens)
     dy = torch.zeros_like(v) if grads[0] is None else grads[0].contiguous()
-    dC, dn, dm = _initial(call, tuple(grads[1:]), q)
+    dC, dn, dm = initial_memory(q, v, grads[1:], cu_seqlens)
     if v.numel() == 0:
         zeros = [torch.zeros_like(t) for t in (q, k, v, input_gate, forget_gate)]
         return [*zeros, *(None if t is None else d for t, d in zip(given, (dC, dn, dm), strict=True))]

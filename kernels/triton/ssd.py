@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sinuous.kernels.torch.chunked import initial_matrix
 from sinuous.kernels.triton.matrix_state_kernels import FORGOTTEN, gradient_of_sums, row_of, segment_at
 from sinuous.kernels.triton.matrix_states import Call, Weights, carry, carry_adjoint, gradients, read
 from sinuous.kernels.triton.packing import on_device
@@ -95,13 +96,6 @@ def over_time(log_decay: Tensor | None, v: Tensor) -> Tensor:
     return (v.new_zeros(1) if log_decay is None else log_decay).expand(v.shape[:3])
 
 
-def _initial(call: Call, initial_state: Tensor | None, q: Tensor) -> Tensor:
-    shape = (call.sequences, call.heads, call.keys, call.values)
-    if initial_state is None:
-        return torch.zeros(shape, dtype=call.dtype, device=q.device)
-    return initial_state.to(call.dtype).contiguous()
-
-
 def forward(
     q: Tensor,
     k: Tensor,
@@ -116,7 +110,7 @@ def forward(
     """`(y, final_state, chunk_states)` as `sinuous.core.ops.ssd` defines them."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     call = Call.of(q, v, cu_seqlens, scale, reverse, chunk_size)
-    initial = _initial(call, initial_state, q)
+    (initial,) = initial_matrix(q, v, initial_state, cu_seqlens)
     if v.numel() == 0:
         return torch.empty_like(v), initial.clone(), call.empty_states(initial)
     weights = weights_of(call, over_time(log_decay, v))
@@ -140,7 +134,7 @@ def backward(
     """Gradients of q, k, v, log_decay and initial_state."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     call = Call.of(q, v, cu_seqlens, scale, reverse, chunk_size)
-    initial = _initial(call, initial_state, q)
+    (initial,) = initial_matrix(q, v, initial_state, cu_seqlens)
     dy = torch.zeros_like(v) if grads[0] is None else grads[0].contiguous()
     dfinal = torch.zeros_like(initial) if grads[1] is None else grads[1].to(call.dtype).contiguous()
     if v.numel() == 0:
