@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sinuous.kernels.cpu import build
 from sinuous.kernels.cpu.arrays import fields, pointer, real, run, whole
+from sinuous.kernels.torch.grid_scan import add_direct, add_direct_gradients
 
 _FIELDS = fields(
     "batch inner outer inner_step outer_step swapped heads keys values orientations groups threads orientation "
@@ -110,8 +111,7 @@ def forward(
         right, down = (call.side(length, call.keys, call.values) for length in (call.height, call.width))
         call.states("{}_end", right, down)
     run(call.library.forward, call.arguments)
-    if direct is not None:
-        y.addcmul_((call.q * call.k).sum(-1).mul_(direct)[..., None], call.v)
+    add_direct(y, call.q, call.k, call.v, direct)
     return y.mul_(call.scale).to(v.dtype), right, down
 
 
@@ -149,15 +149,7 @@ def backward(
     call.give(dy=dy, dq=dq, dk=dk, dv=dv, dsource=dgates[0], dtransition=dgates[1], dmark=dgates[2])
     run(call.library.backward, call.arguments)
     dv, *dgates = (t[0] if groups == 1 else t.sum(0) for t in (dv, *dgates))
-    ddirect = None
-    if direct is not None:
-        match, wanted = (call.q * call.k).sum(-1), (dy * call.v).sum(-1)
-        own = direct.to(call.dtype)
-        ddirect = match * wanted
-        dv.addcmul_((own * match)[..., None], dy)
-        reached = wanted.mul_(own)[..., None]
-        dq.addcmul_(reached, call.k)
-        dk.addcmul_(reached, call.q)
+    ddirect = add_direct_gradients(dq, dk, dv, dy, call.q, call.k, call.v, direct)
     return [dq, dk, dv, *dgates, ddirect, None if dleft is None else dleft.mT, None if dup is None else dup.mT]
 
 

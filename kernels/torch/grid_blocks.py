@@ -81,10 +81,12 @@ class Blocks(NamedTuple):
 
     def cut(self, t: Tensor, fill: Tensor | None = None) -> Tensor:
         """`[N, X, Y, …]` to `[nx, ny, N, cx, cy, …]`; cells beyond the grid are zero or `fill`."""
-        whole = t.new_zeros(t.shape[0], self.nx * self.cx, self.ny * self.cy, *t.shape[3:])
-        if fill is not None:
-            whole = whole + fill
-        whole[:, : t.shape[1], : t.shape[2]] = t
+        sides, whole = (self.nx * self.cx, self.ny * self.cy), t
+        if sides != tuple(t.shape[1:3]):
+            whole = t.new_zeros(t.shape[0], *sides, *t.shape[3:])
+            if fill is not None:
+                whole = whole + fill
+            whole[:, : t.shape[1], : t.shape[2]] = t
         found: Tensor = whole.unflatten(2, (self.ny, self.cy)).unflatten(1, (self.nx, self.cx)).movedim((1, 3), (0, 1))
         return found
 
@@ -116,12 +118,13 @@ class Blocks(NamedTuple):
     def by_diagonal(self, t: Tensor) -> tuple[Tensor, ...]:
         """`[nx, ny, …]` to a piece for each diagonal."""
         order, sizes = self._order()
-        found: tuple[Tensor, ...] = t.flatten(0, 1)[order].split(sizes)
+        found: tuple[Tensor, ...] = t.flatten(0, 1).index_select(0, order.to(t.device)).split(sizes)
         return found
 
     def from_diagonals(self, pieces: Sequence[Tensor]) -> Tensor:
         order, _ = self._order()
-        found: Tensor = torch.cat(list(pieces))[order.argsort()].unflatten(0, (self.nx, self.ny))
+        found: Tensor = torch.cat(list(pieces)).index_select(0, order.argsort().to(pieces[0].device))
+        found = found.unflatten(0, (self.nx, self.ny))
         return found
 
     def _order(self) -> tuple[Tensor, list[int]]:

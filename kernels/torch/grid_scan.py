@@ -4,12 +4,18 @@ States and values pass a block in a few matrix products with its map (`grid_bloc
 pass together. A small grid without boundary states is a single block: the maps of all orientations, which are then
 weights between nodes only, are summed and one attention passes them.
 
+Sequences, heads and orientations are walks of their own. As many go together as fill a processor: a few on a CPU, where
+what a diagonal needs should stay in the cache. Large intermediate results have memory that is used again and again,
+since a CPU takes longer to map fresh pages than to fill them.
+
 Maps are made again for the backward pass, and states on the edges between blocks with them; time and memory are linear
 in the number of cells.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,57 +27,82 @@ from sinuous.kernels.torch.differentiation import autograd_inside_an_op
 from sinuous.kernels.torch.grid_blocks import Blocks, block_maps, cut_edges, uncut_edges
 from sinuous.kernels.torch.orientations import unwalked, walked
 
-SIDE = 8
-"""Largest side of a block. Work on states per cell grows with it (4 · SIDE · K · V), and the steps in sequence fall."""
+SIDE = {"cpu": 4, "other": 8}
+"""Largest side of a block, by type of device. Work on states per cell grows with it (4 · SIDE · K · V), and what is
+kept of them (2 K V / SIDE) and the steps in sequence fall."""
 
-WHOLE = 1024
+WHOLE = {"cpu": 576, "other": 1024}
 """Most cells of a grid that is a single block: its weights between nodes are the square of it."""
 
-ELEMENTS = 1 << 26
-"""About how many elements are held at once; rows of a batch that need more pass one after another."""
+ELEMENTS = {"cpu": 1 << 20, "other": 1 << 25}
+"""About how many elements are held at once for the walks that go together, by type of device."""
 
 
-def _pass(W: Tensor, C: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes `[…, n, D]` and states on the edges coming in, `[…, e, K, V]`, to outputs and states going out."""
-    e, keys, values = C.shape[-3:]
-    weights = W[..., e:, e:] * (q @ k.mT)
-    queries = (W[..., e:, :e, None] * q[..., None, :]).flatten(-2)
-    y = weights @ v + queries @ C.flatten(-3, -2)
-    sources = (W[..., :e, e:].mT[..., None] * k[..., None, :]).flatten(-2)
-    out = (W[..., :e, :e] @ C.flatten(-2)).unflatten(-1, (keys, values)) + (sources.mT @ v).unflatten(-2, (e, keys))
-    return y, out
+def _of_device(sizes: dict[str, int], t: Tensor) -> int:
+    return sizes.get(t.device.type, sizes["other"])
+
+
+class _Space:
+    """Memory for large intermediate results by name, made once and used again."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like, self.made = like, dict[str, Tensor]()
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        size, found = math.prod(shape), self.made.get(name)
+        if found is None or found.numel() < size:
+            found = self.made[name] = self.like.new_empty(size)
+        return found[:size].view(shape)
+
+
+def _pass(space: _Space, W: Tensor, C: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes `[rows, n, D]` and states on the edges coming in, `[rows, e, K, V]`, to outputs and states going out."""
+    rows, e, keys, values = C.shape
+    product = space("product", rows, q.shape[1], e, keys)
+    torch.mul(W[:, e:, :e, None], q[:, :, None], out=product)
+    y = torch.bmm(product.flatten(2), C.flatten(1, 2))
+    y.baddbmm_(torch.bmm(q, k.mT).mul_(W[:, e:, e:]), v)
+    out = torch.bmm(W[:, :e, :e], C.flatten(2), out=space("out", rows, e, keys * values))
+    torch.mul(W[:, :e, e:].mT[..., None], k[:, :, None], out=product)
+    out.view(rows, e * keys, values).baddbmm_(product.flatten(2).mT, v)
+    return y, out.view_as(C)
 
 
 def _pass_back(
-    W: Tensor, C: Tensor, q: Tensor, k: Tensor, v: Tensor, dy: Tensor, dout: Tensor
+    space: _Space, W: Tensor, C: Tensor, q: Tensor, k: Tensor, v: Tensor, dy: Tensor, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of W, C, q, k and v."""
-    e, keys, values = C.shape[-3:]
-    scores, inside = q @ k.mT, dy @ v.mT
-    dscores = W[..., e:, e:] * inside
-    marks, source = W[..., e:, :e, None], W[..., :e, e:].mT[..., None]
-    read = (dy @ C.flatten(-3, -2).mT).unflatten(-1, (e, keys))
-    written = (v @ dout.flatten(-3, -2).mT).unflatten(-1, (e, keys))
-    dq = dscores @ k + (marks * read).sum(-2)
-    dk = dscores.mT @ q + (source * written).sum(-2)
-    dv = (W[..., e:, e:] * scores).mT @ dy + (source * k[..., None, :]).flatten(-2) @ dout.flatten(-3, -2)
-    dC = ((marks * q[..., None, :]).flatten(-2).mT @ dy).unflatten(-2, (e, keys))
-    dC = dC + (W[..., :e, :e].mT @ dout.flatten(-2)).unflatten(-1, (keys, values))
+    rows, e, keys, values = C.shape
+    own, marks, source = W[:, e:, e:], W[:, e:, :e, None], W[:, :e, e:].mT[..., None]
     dW = torch.empty_like(W)
-    dW[..., e:, e:] = scores * inside
-    dW[..., e:, :e] = (read * q[..., None, :]).sum(-1)
-    dW[..., :e, e:] = (written * k[..., None, :]).sum(-1).mT
-    dW[..., :e, :e] = dout.flatten(-2) @ C.flatten(-2).mT
-    return dW, dC, dq, dk, dv
+    scores, inside = torch.bmm(q, k.mT), torch.bmm(dy, v.mT)
+    dW[:, e:, e:] = scores * inside
+    met, product = (space(name, rows, q.shape[1], e, keys) for name in ("met", "product"))
+    torch.bmm(dy, C.flatten(1, 2).mT, out=met.flatten(2))
+    dW[:, e:, :e] = torch.mul(met, q[:, :, None], out=product).sum(-1)
+    dq = torch.mul(met, marks, out=product).sum(2)
+    torch.bmm(v, dout.flatten(1, 2).mT, out=met.flatten(2))
+    dW[:, :e, e:] = torch.mul(met, k[:, :, None], out=product).sum(-1).mT
+    dk = torch.mul(met, source, out=product).sum(2)
+    inside.mul_(own)
+    dq.baddbmm_(inside, k)
+    dk.baddbmm_(inside.mT, q)
+    torch.mul(source, k[:, :, None], out=product)
+    dv = torch.bmm(product.flatten(2), dout.flatten(1, 2)).baddbmm_(scores.mul_(own).mT, dy)
+    dW[:, :e, :e] = torch.bmm(dout.flatten(2), C.flatten(2).mT)
+    torch.mul(marks, q[:, :, None], out=product)
+    dC = torch.bmm(W[:, :e, :e].mT, dout.flatten(2), out=space("out", rows, e, keys * values))
+    dC.view(rows, e * keys, values).baddbmm_(product.flatten(2).mT, dy)
+    return dW, dC.view_as(C), dq, dk, dv
 
 
 class _Grid(NamedTuple):
-    """One part of a batch, in the precision of the states: queries scaled, `[B, X, Y, H, …]`."""
+    """Walks that go together, in the precision of the states: `[B, X, Y, H, …]`."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    gates: tuple[Tensor, Tensor, Tensor]
+    gates: tuple[Tensor, ...]
     left: Tensor | None
     up: Tensor | None
     orientations: tuple[int, ...]
@@ -144,16 +175,13 @@ def _whole_backward(g: _Grid, dy: Tensor) -> _Gradients:
 class _Walk:
     """A part of a batch cut into blocks, with orientations and heads as rows: N = B · O · H."""
 
-    def __init__(self, g: _Grid) -> None:
-        self.g = g
+    def __init__(self, g: _Grid, space: _Space) -> None:
+        self.g, self.space = g, space
         self.batch, self.width, self.height, self.heads = g.q.shape[:4]
-        nx, ny = max(1, -(-self.width // SIDE)), max(1, -(-self.height // SIDE))
+        side = _of_device(SIDE, g.q)
+        nx, ny = max(1, -(-self.width // side)), max(1, -(-self.height // side))
         self.blocks = Blocks(nx, -(-self.width // nx), ny, -(-self.height // ny))
         self.q, self.k, self.v = (self.nodes(t) for t in (g.q, g.k, g.v))
-        state = (self.heads, len(g.orientations), g.q.shape[-1], g.v.shape[-1])
-        left = g.q.new_zeros(self.batch, self.height, *state) if g.left is None else g.left
-        up = g.q.new_zeros(self.batch, self.width, *state) if g.up is None else g.up
-        self.left, self.up = self.edges(left, up)
 
     def nodes(self, t: Tensor) -> Tensor:
         rows = walked(t, self.g.orientations, 1, 2).movedim(4, 2).flatten(0, 2)
@@ -164,12 +192,19 @@ class _Walk:
         rows = rows.unflatten(0, (self.batch, len(self.g.orientations), self.heads)).movedim(2, 4)
         return unwalked(rows, self.g.orientations, 1, 2)
 
-    def edges(self, left: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """States by blocks, `[ny, N, cy, K, V]` from the last y to the first, and `[nx, N, cx, K, V]`."""
-        b = self.blocks
-        left = walked(left, self.g.orientations, None, 1, 3).movedim(3, 2).flatten(0, 2)
-        up = walked(up, self.g.orientations, 1, None, 3).movedim(3, 2).flatten(0, 2)
-        return cut_edges(left, b.ny, b.cy).flip(0), cut_edges(up, b.nx, b.cx)
+    def edges(self, left: Tensor | None, up: Tensor | None) -> tuple[Tensor, Tensor]:
+        """States by blocks or zeros: `[ny, N, cy, K, V]` from the last y to the first, and `[nx, N, cx, K, V]`."""
+        b, o = self.blocks, self.g.orientations
+        state = (self.batch * len(o) * self.heads, self.g.q.shape[-1], self.g.v.shape[-1])
+        if left is None:
+            left = self.q.new_zeros(b.ny, state[0], b.cy, *state[1:])
+        else:
+            left = cut_edges(walked(left, o, None, 1, 3).movedim(3, 2).flatten(0, 2), b.ny, b.cy).flip(0)
+        if up is None:
+            up = self.q.new_zeros(b.nx, state[0], b.cx, *state[1:])
+        else:
+            up = cut_edges(walked(up, o, 1, None, 3).movedim(3, 2).flatten(0, 2), b.nx, b.cx)
+        return left, up
 
     def from_edges(self, left: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         rows = (self.batch, len(self.g.orientations), self.heads)
@@ -182,77 +217,85 @@ class _Walk:
         turned = (walked(t, self.g.orientations, 1, 2, 4).movedim(4, 2).flatten(0, 2) for t in gates)
         return self.blocks.maps(*turned)
 
-    def forward(self, W: Tensor, keep: list[Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Outputs of the nodes and the states after the last blocks; `keep` gets the states into each diagonal."""
+    def joined(self, name: str, up: Tensor, left: Tensor) -> Tensor:
+        """States by blocks on both edges, `[blocks, N, side, K, V]`, as one `[rows, e, K, V]`."""
+        blocks, rows, _, keys, values = up.shape
+        to = self.space(name, blocks, rows, self.blocks.cx + self.blocks.cy, keys, values)
+        return torch.cat([up, left], 2, out=to).flatten(0, 1)
+
+    def forward(self, W: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Outputs of the nodes and the states after the last blocks; the space may keep those into each diagonal."""
         b, ys = self.blocks, []
-        left, up = self.left.clone(), self.up.clone()
+        left, up = self.edges(self.g.left, self.g.up)
         pieces = zip(b.diagonals(), *(b.by_diagonal(t) for t in (W, self.q, self.k, self.v)), strict=True)
-        for (i, j), *inputs in pieces:
-            C = torch.cat([up[i], left[j]], 2)
-            if keep is not None:
-                keep.append(C)
-            y, out = _pass(inputs[0], C, *inputs[1:])
-            ys.append(y)
-            up[i], left[j] = out[:, :, : b.cx], out[:, :, b.cx :]
+        for n, ((i, j), *inputs) in enumerate(pieces):
+            C = self.joined(f"kept {n}" if keep else "C", up[i], left[j])
+            y, out = _pass(self.space, inputs[0].flatten(0, 1), C, *(t.flatten(0, 1) for t in inputs[1:]))
+            ys.append(y.unflatten(0, inputs[0].shape[:2]))
+            down, right = out.unflatten(0, inputs[0].shape[:2]).split((b.cx, b.cy), 2)
+            up[i], left[j] = down, right
         return b.from_diagonals(ys), left, up
 
     def backward(self, dy: Tensor, dright: Tensor | None, ddown: Tensor | None) -> _Gradients:
         g, b = self.g, self.blocks
         W, pull = _with_gates(self.maps, g.gates)
-        kept: list[Tensor] = []
-        self.forward(W, kept)
-        left, up = torch.zeros_like(self.left), torch.zeros_like(self.up)
-        if dright is not None and ddown is not None:
-            left, up = self.edges(dright, ddown)
+        self.forward(W, True)
+        left, up = self.edges(dright, ddown)
         pieces = zip(
             b.diagonals(), *(b.by_diagonal(t) for t in (W, self.q, self.k, self.v, self.nodes(dy))), strict=True
         )
         found = []
-        for (i, j), W, q, k, v, dy in reversed(list(pieces)):
-            dout = torch.cat([up[i], left[j]], 2)
-            dW, dC, *rest = _pass_back(W, kept.pop(), q, k, v, dy, dout)
-            found.append((dW, *rest))
-            up[i], left[j] = dC[:, :, : b.cx], dC[:, :, b.cx :]
+        for n, ((i, j), *inputs) in reversed(list(enumerate(pieces))):
+            dout = self.joined("dout", up[i], left[j])
+            C = self.space(f"kept {n}", *dout.shape)
+            dW, dC, *rest = _pass_back(
+                self.space, inputs[0].flatten(0, 1), C, *(t.flatten(0, 1) for t in inputs[1:]), dout
+            )
+            found.append([t.unflatten(0, inputs[0].shape[:2]) for t in (dW, *rest)])
+            up[i], left[j] = dC.unflatten(0, inputs[0].shape[:2]).split((b.cx, b.cy), 2)
         dW, *rest = (b.from_diagonals(t[::-1]) for t in zip(*found, strict=True))
         dq, dk, dv = map(self.from_nodes, rest)
-        return _Gradients(dq, dk, dv, pull(dW), *self.from_edges(left, up))
+        edges = (None, None) if g.left is None and g.up is None else self.from_edges(left, up)
+        return _Gradients(dq, dk, dv, pull(dW), *edges)
 
 
 def _is_whole(q: Tensor, left: Tensor | None, up: Tensor | None, with_state: bool) -> bool:
-    return not with_state and left is None and up is None and q.shape[1] * q.shape[2] <= WHOLE
+    return not with_state and left is None and up is None and q.shape[1] * q.shape[2] <= _of_device(WHOLE, q)
 
 
-def _parts(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: tuple[Tensor, Tensor, Tensor],
-    left: Tensor | None,
-    up: Tensor | None,
-    orientations: Sequence[int],
-    scale: float,
-    whole: bool,
-) -> Iterator[tuple[slice, _Grid]]:
-    """The batch in parts of about `ELEMENTS` elements."""
-    dtype = working_dtype(q)
+class _Part(NamedTuple):
+    """Which walks go together."""
+
+    batch: slice
+    heads: slice
+    orientations: slice
+
+    def cells(self, t: Tensor) -> Tensor:
+        """Of what orientations share, `[B, X, Y, H, …]`."""
+        return t[self.batch, :, :, self.heads]
+
+    def gates(self, t: Tensor) -> Tensor:
+        """Of what each has of its own, `[B, X, Y, H, O, …]`."""
+        return t[self.batch, :, :, self.heads, self.orientations]
+
+    def states(self, t: Tensor) -> Tensor:
+        """`[B, side, H, O, …]`."""
+        return t[self.batch, :, self.heads, self.orientations]
+
+
+def _parts(q: Tensor, v: Tensor, orientations: Sequence[int], whole: bool) -> Iterator[_Part]:
+    """Walks in parts of about `ELEMENTS`: orientations stay together longest, then heads."""
     cells = q.shape[1] * q.shape[2]
-    per_cell = 4 * cells if whole else q.shape[-1] * v.shape[-1] // 2 + 4 * SIDE * SIDE
-    rows = max(1, ELEMENTS // max(1, cells * per_cell * q.shape[3] * len(orientations)))
-    for start in range(0, q.shape[0], rows):
-        part = slice(start, min(start + rows, q.shape[0]))
-        source, transition, mark = (t[part].to(dtype) for t in gates)
-        yield (
-            part,
-            _Grid(
-                q[part].to(dtype) * scale,
-                k[part].to(dtype),
-                v[part].to(dtype),
-                (source, transition, mark),
-                None if left is None else left[part].to(dtype),
-                None if up is None else up[part].to(dtype),
-                tuple(orientations),
-            ),
-        )
+    side = _of_device(SIDE, q)
+    each = cells * cells if whole else cells * (2 * q.shape[-1] * v.shape[-1] // side + 4 * side * side)
+    sizes = [q.shape[0], q.shape[3], len(orientations)]
+    most = _of_device(ELEMENTS, q) // max(1, each)
+    steps = []
+    for n, size in enumerate(sizes):
+        steps.append(min(size, max(1, most // max(1, math.prod(sizes[n + 1 :])))))
+    pieces = ([slice(a, a + step) for a in range(0, size, step)] for size, step in zip(sizes, steps, strict=True))
+    for part in itertools.product(*pieces):
+        yield _Part(*part)
 
 
 def _boundary(q: Tensor, v: Tensor, length: int, orientations: Sequence[int], given: Tensor | None) -> Tensor:
@@ -262,6 +305,47 @@ def _boundary(q: Tensor, v: Tensor, length: int, orientations: Sequence[int], gi
         return given.to(dtype, copy=True)
     shape = (q.shape[0], length, q.shape[3], len(orientations), q.shape[-1], v.shape[-1])
     return torch.zeros(shape, dtype=dtype, device=q.device)
+
+
+def _grid(
+    part: _Part,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Sequence[Tensor],
+    left: Tensor | None,
+    up: Tensor | None,
+    orientations: Sequence[int],
+) -> _Grid:
+    dtype = working_dtype(q)
+    return _Grid(
+        *(part.cells(t).to(dtype) for t in (q, k, v)),
+        tuple(part.gates(t).to(dtype) for t in gates),
+        *(None if t is None else part.states(t).to(dtype) for t in (left, up)),
+        tuple(orientations[part.orientations]),
+    )
+
+
+def add_direct(y: Tensor, q: Tensor, k: Tensor, v: Tensor, direct: Tensor | None) -> None:
+    """Add D (q · k) v to y, in its precision."""
+    if direct is not None:
+        match = (q.to(y.dtype) * k.to(y.dtype)).sum(-1).mul_(direct)
+        y.addcmul_(match[..., None], v.to(y.dtype))
+
+
+def add_direct_gradients(
+    dq: Tensor, dk: Tensor, dv: Tensor, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, direct: Tensor | None
+) -> Tensor | None:
+    """Add what comes through the direct gate to the gradients of q, k and v; returns that of the gate."""
+    if direct is None:
+        return None
+    q, k, v, own = (t.to(dy.dtype) for t in (q, k, v, direct))
+    match, wanted = (q * k).sum(-1), (dy * v).sum(-1)
+    ddirect = match * wanted
+    dv.addcmul_(match.mul_(own)[..., None], dy)
+    dq.addcmul_(wanted.mul_(own)[..., None], k)
+    dk.addcmul_(wanted[..., None], q)
+    return ddirect
 
 
 def forward(
@@ -279,28 +363,28 @@ def forward(
     with_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, right, down)`; see sinuous.core.ops.grid_scan."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     whole = _is_whole(q, left, up, with_state)
-    y = torch.empty_like(v, memory_format=torch.contiguous_format)
-    right, down = q.new_empty(0), q.new_empty(0)
+    y = torch.zeros(v.shape, dtype=working_dtype(q), device=v.device)
+    right, down = y.new_empty(0), y.new_empty(0)
     if with_state:
         right = _boundary(q, v, q.shape[2], orientations, left)
         down = _boundary(q, v, q.shape[1], orientations, up)
-    if y.numel() == 0 and 0 in q.shape[:4]:
-        return y, right, down
-    for part, g in _parts(q, k, v, (source, transition, mark), left, up, orientations, scale, whole):
+    if 0 in q.shape[:4]:  # no cells: the states pass as they are
+        return y.to(v.dtype), right, down
+    space = _Space(y)
+    for part in _parts(q, v, orientations, whole):
+        g = _grid(part, q, k, v, (source, transition, mark), left, up, orientations)
         if whole:
-            found = _whole_forward(g)
-        else:
-            walk = _Walk(g)
-            nodes, *edges = walk.forward(walk.maps(*g.gates), None)
-            found = walk.from_nodes(nodes)
-            if with_state:
-                right[part], down[part] = walk.from_edges(*edges)
-        if direct is not None:
-            found = found + (direct[part].to(g.q.dtype) * (g.q * g.k).sum(-1))[..., None] * g.v
-        y[part] = found
-    return y, right, down
+            part.cells(y).add_(_whole_forward(g))
+            continue
+        walk = _Walk(g, space)
+        nodes, *edges = walk.forward(walk.maps(*g.gates), False)
+        part.cells(y).add_(walk.from_nodes(nodes))
+        if with_state:
+            for t, found in zip((right, down), walk.from_edges(*edges), strict=True):
+                part.states(t).copy_(found)
+    add_direct(y, q, k, v, direct)
+    return y.mul_(q.shape[-1] ** -0.5 if scale is None else scale).to(v.dtype), right, down
 
 
 def backward(
@@ -319,33 +403,32 @@ def backward(
     with_state: bool,
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, source, transition, mark, direct, left and up."""
+    dtype, gates = working_dtype(q), (source, transition, mark)
     dy, dright, ddown = grads if with_state else (grads[0], None, None)
-    if dright is not None or ddown is not None:
-        dright = _boundary(q, v, q.shape[2], orientations, dright)
-        ddown = _boundary(q, v, q.shape[1], orientations, ddown)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    whole = _is_whole(q, left, up, with_state)
-    inputs = (q, k, v, source, transition, mark, direct, left, up)
-    found = [None if t is None else torch.zeros_like(t) for t in inputs]
+    dright, ddown = (None if t is None else t.to(dtype, copy=True) for t in (dright, ddown))
+    dq, dk, dv = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (q, k, v))
+    dy = torch.zeros_like(dv) if dy is None else dy.to(dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    dgates = [torch.zeros(t.shape, dtype=dtype, device=t.device) for t in gates]
+    dleft, dup = (
+        None if t is None else torch.zeros(t.shape, dtype=dtype, device=t.device) if d is None else d
+        for t, d in ((left, dright), (up, ddown))
+    )
     if 0 in q.shape[:4]:  # no cells: the states pass as they are
-        for t, gradient in ((found[7], dright), (found[8], ddown)):
-            if t is not None and gradient is not None:
-                t += gradient
-        return found
-    for part, g in _parts(q, k, v, (source, transition, mark), left, up, orientations, scale, whole):
-        dy_part = torch.zeros_like(g.v) if dy is None else dy[part].to(g.v.dtype)
+        return [dq, dk, dv, *dgates, None if direct is None else torch.zeros_like(direct), dleft, dup]
+    whole, space = _is_whole(q, left, up, with_state), _Space(dv)
+    for part in _parts(q, v, orientations, whole):
+        g = _grid(part, q, k, v, gates, left, up, orientations)
         if whole:
-            d = _whole_backward(g, dy_part)
+            d = _whole_backward(g, part.cells(dy))
         else:
-            ends = (None if t is None else t[part].to(g.v.dtype) for t in (dright, ddown))
-            d = _Walk(g).backward(dy_part, *ends)
-        dq, dk, dv, ddirect = d.q, d.k, d.v, None
-        if direct is not None:
-            own = direct[part].to(g.v.dtype)
-            match, wanted = (g.q * g.k).sum(-1), (dy_part * g.v).sum(-1)
-            ddirect, dmatch = match * wanted, (own * wanted)[..., None]
-            dq, dk, dv = dq + dmatch * g.k, dk + dmatch * g.q, dv + (own * match)[..., None] * dy_part
-        for t, gradient in zip(found, (dq * scale, dk, dv, *d.gates, ddirect, d.left, d.up), strict=True):
+            ends = (None if t is None else part.states(t) for t in (dright, ddown))
+            d = _Walk(g, space).backward(part.cells(dy), *ends)
+        for t, gradient in zip((dq, dk, dv), (d.q, d.k, d.v), strict=True):
+            part.cells(t).add_(gradient)
+        for t, gradient in zip(dgates, d.gates, strict=True):
+            part.gates(t).copy_(gradient)
+        for t, gradient in zip((dleft, dup), (d.left, d.up), strict=True):
             if t is not None and gradient is not None:
-                t[part] = gradient
-    return found
+                part.states(t).copy_(gradient)
+    ddirect = add_direct_gradients(dq, dk, dv, dy, q, k, v, direct)
+    return [dq, dk, dv, *dgates, ddirect, dleft, dup]
