@@ -12,6 +12,7 @@ from sinuous.kernels.triton import (
     additive_decay,
     causal_conv1d,
     delta_rule,
+    dplr,
     gla,
     linear_scan,
     longhorn,
@@ -215,6 +216,28 @@ def delta_rule_launches(
     return launches
 
 
+def dplr_launches(
+    dtype: torch.dtype, *, keys: int = 64, values: int = 64, gates: torch.dtype = torch.float32, packed: bool = False
+) -> list[Launch]:
+    """The launches of dplr on 16 heads with every optional argument, forward and backward."""
+    given = attention_arguments(dtype, keys, values, 16, 16)
+    arguments: dict[str, Any] = {
+        **given,
+        "log_decay": torch.empty(1, 4096, 16, keys, dtype=gates, device="meta"),
+        "a": given["k"],
+        "b": given["k"],
+        "initial_state": torch.empty(3 if packed else 1, 16, keys, values, device="meta"),
+        "cu_seqlens": torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
+        "scale": None,
+        "reverse": False,
+        "chunk_size": 64,
+    }
+    with recording() as launches:
+        y, final, chunk_states = dplr.forward(**arguments)
+        dplr.backward((y, final), chunk_states=chunk_states, **arguments)
+    return launches
+
+
 def additive_decay_launches(
     dtype: torch.dtype, *, keys: int = 64, values: int = 64, packed: bool = False
 ) -> list[Launch]:
@@ -268,11 +291,14 @@ def cases() -> Iterator[tuple[str, list[Launch]]]:
         yield f"mlstm {name} K=64 V=64 sigmoid", mlstm_launches(dtype, activation="sigmoid")
         for keys, values in ((64, 64), (128, 128)):
             yield f"delta_rule {name} K={keys} V={values}", delta_rule_launches(dtype, keys=keys, values=values)
+            yield f"dplr {name} K={keys} V={values}", dplr_launches(dtype, keys=keys, values=values)
         yield f"delta_rule {name} K=64 V=64 packed, n=2", delta_rule_launches(dtype, factors=2, packed=True)
         for keys, values in ((64, 64), (128, 128)):
             name_of = f"additive_decay {name} K={keys} V={values}"
             yield name_of, additive_decay_launches(dtype, keys=keys, values=values)
         yield f"additive_decay {name} K=64 V=64 packed", additive_decay_launches(dtype, packed=True)
+        yield f"dplr {name} K=64 V=64 packed", dplr_launches(dtype, packed=True)
+    yield "dplr bf16 K=256 V=256", dplr_launches(torch.bfloat16, keys=256, values=256)
     yield "delta_rule bf16 K=256 V=256", delta_rule_launches(torch.bfloat16, keys=256, values=256)
     yield "linear_scan complex64", linear_scan_launches(torch.complex64)
     yield "linear_scan complex64 packed", linear_scan_launches(torch.complex64, packed=True)
