@@ -38,6 +38,22 @@ def tiles(kernel: object, dtype: torch.dtype, keys: int, values: int) -> dict[st
     return {"ROWS": rows, "BK": block_k, "BV": max(16, block_v), **options}
 
 
+class _Met(NamedTuple):
+    """What gla's `prepare` makes of readers and writers."""
+
+    weights: Tensor
+    queries: Tensor
+    keys: Tensor
+    totals: Tensor
+
+    @classmethod
+    def of(cls, decaying: Decaying, reader: Tensor, writer: Tensor) -> _Met:
+        weights, queries, keys, totals = decaying.prepare(reader, writer)
+        assert weights is not None
+        assert queries is not None
+        return cls(weights, queries, keys, totals)
+
+
 class _Through(NamedTuple):
     """What passes through the transitions of a segment, in the letters of dplr_kernels, and its decay."""
 
@@ -99,8 +115,8 @@ class _LowRank:
 
     def through(self, *, gradient: bool) -> _Through:
         """Everything within segments; M, N and b̂ only for the gradient."""
-        qk, qb = self.queries.prepare(self.q, self.k), self.queries.prepare(self.q, self.b)
-        ak, ab = self.readers.prepare(self.a, self.k), self.readers.prepare(self.a, self.b)
+        qk, qb = (_Met.of(self.queries, self.q, t) for t in (self.k, self.b))
+        ak, ab = (_Met.of(self.readers, self.a, t) for t in (self.k, self.b))
         solution, call = torch.empty_like(ab.weights), self.call
         _, _, sizes = self._over(solve)
         with on_device(self.q):
