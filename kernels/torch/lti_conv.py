@@ -6,7 +6,7 @@ Over N = 2M real numbers of state a block of c steps is four matrix products per
     Y = U Toeplitz(K) + X E^T       S = U flip(W)       X' = Ā^c X + S
 
 where U has the blocks as its rows: all of them are multiplied at once and only `X' = Ā^c X + S` goes from block to
-block. Time and memory are linear in T, and nothing of T × N is made: there is one state per block of `BLOCK` steps. A
+block. Time and memory are linear in T, and nothing of T × N is made: there is one state per block. A
 Fourier transform over all of T, the other way to convolve, needs the response over all of T and has no state to begin
 with or to end with. What is left of T after the full blocks goes in blocks of 32, 16, … 1.
 
@@ -28,9 +28,8 @@ from sinuous.kernels.torch.differentiation import autograd_inside_an_op
 from sinuous.kernels.torch.discretization import conj, discretize, matrix, times
 from sinuous.kernels.torch.packing import flip_sequences, flip_time, mirror, rows, segments
 
-DOUBLINGS = 6
-BLOCK = 2**DOUBLINGS
-"""Steps that are passed at once: as many as there are states in an S4 of the usual size."""
+DOUBLINGS = range(3, 7)
+"""Blocks have 2^3 to 2^6 steps."""
 
 
 class _Operators(NamedTuple):
@@ -122,11 +121,18 @@ class _Piece(NamedTuple):
         return (self.stop - self.start) >> self.power
 
 
-def _pieces(start: int, stop: int) -> list[_Piece]:
-    full = (stop - start) // BLOCK * BLOCK
-    found = [_Piece(start, start + full, DOUBLINGS)] if full else []
+def _doublings(u: Tensor) -> int:
+    """Of a block: its operators cost as much however few steps there are, so that it has about half the square root of
+    the steps of all rows. On other devices launches cost more than operators, and few blocks are best."""
+    wanted = (u.shape[0] * u.shape[1]).bit_length() // 2 - 1 if u.is_cpu else DOUBLINGS[-1]
+    return min(max(wanted, DOUBLINGS[0]), DOUBLINGS[-1])
+
+
+def _pieces(start: int, stop: int, doublings: int) -> list[_Piece]:
+    full = (stop - start) >> doublings << doublings
+    found = [_Piece(start, start + full, doublings)] if full else []
     start += full
-    for power in range(DOUBLINGS - 1, -1, -1):
+    for power in range(doublings - 1, -1, -1):
         if (stop - start) >> power:
             found.append(_Piece(start, start + 2**power, power))
             start += 2**power
@@ -226,9 +232,9 @@ class _Run(NamedTuple):
     sequence: int
 
 
-def _runs(length: int, cu_seqlens: Tensor | None) -> list[_Run]:
-    found = segments(length, max(length, 1), cu_seqlens)
-    return [_Run(_pieces(s.start, s.stop), s.first or 0) for s in found]
+def _runs(u: Tensor, cu_seqlens: Tensor | None) -> list[_Run]:
+    found = segments(u.shape[1], max(u.shape[1], 1), cu_seqlens)
+    return [_Run(_pieces(s.start, s.stop, _doublings(u)), s.first or 0) for s in found]
 
 
 def _longest(runs: list[_Run]) -> int:
@@ -277,7 +283,7 @@ def forward(
     bounds = mirror(cu_seqlens, u.shape[1]) if reverse else cu_seqlens
     state = _initial(u, A, initial_state, cu_seqlens, reverse)
     given = flip_time(u) if reverse else u
-    runs, y = _runs(u.shape[1], bounds), torch.empty_like(u, memory_format=torch.contiguous_format)
+    runs, y = _runs(u, bounds), torch.empty_like(u, memory_format=torch.contiguous_format)
     operators = _operators(_longest(runs), state.dtype, discretization, dt, A, B, C, P, D)
     blocks = {power: _Block.of(operators, power) for power in {p.power for run in runs for p in run.pieces}}
     final = state.clone()
@@ -311,7 +317,7 @@ def backward(
     dstate = _initial(u, A, dfinal, cu_seqlens, reverse).clone()
     dy = torch.zeros_like(u) if dy is None else dy
     given, dy = (flip_time(u), flip_time(dy)) if reverse else (u, dy)
-    runs, du = _runs(u.shape[1], bounds), torch.empty_like(u, memory_format=torch.contiguous_format)
+    runs, du = _runs(u, bounds), torch.empty_like(u, memory_format=torch.contiguous_format)
 
     parameters = {"dt": dt, "A": A, "B": B, "C": C, "P": P, "D": D}
     with autograd_inside_an_op():
