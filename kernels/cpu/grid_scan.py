@@ -48,11 +48,15 @@ class _Call:
         self.batch, self.width, self.height, self.heads, self.keys = q.shape
         self.values = v.shape[-1]
         self.swapped = self.width > self.height
-        sides, steps = (self.width, self.height), (self.height, 1)
-        order = slice(None, None, -1 if self.swapped else 1)
+        inner, outer = (self.width, self.height), (self.height, 1)  # of each side its cells, and how far apart they are
+        if self.swapped:
+            inner, outer = outer, inner
         self.arguments = _FIELDS.copy()
         self.arguments.update(
-            zip(("inner", "outer", "inner_step", "outer_step"), (*sides[order], *steps[order]), strict=True),
+            inner=inner[0],
+            outer=outer[0],
+            inner_step=inner[1],
+            outer_step=outer[1],
             batch=self.batch,
             swapped=self.swapped,
             heads=self.heads,

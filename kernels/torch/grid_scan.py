@@ -319,9 +319,12 @@ def _grid(
 ) -> _Grid:
     dtype = working_dtype(q)
     return _Grid(
-        *(part.cells(t).to(dtype) for t in (q, k, v)),
+        part.cells(q).to(dtype),
+        part.cells(k).to(dtype),
+        part.cells(v).to(dtype),
         tuple(part.gates(t).to(dtype) for t in gates),
-        *(None if t is None else part.states(t).to(dtype) for t in (left, up)),
+        None if left is None else part.states(left).to(dtype),
+        None if up is None else part.states(up).to(dtype),
         tuple(orientations[part.orientations]),
     )
 
@@ -427,8 +430,8 @@ def backward(
             part.cells(t).add_(gradient)
         for t, gradient in zip(dgates, d.gates, strict=True):
             part.gates(t).copy_(gradient)
-        for t, gradient in zip((dleft, dup), (d.left, d.up), strict=True):
-            if t is not None and gradient is not None:
-                part.states(t).copy_(gradient)
+        for state, gradient in ((dleft, d.left), (dup, d.up)):
+            if state is not None and gradient is not None:
+                part.states(state).copy_(gradient)
     ddirect = add_direct_gradients(dq, dk, dv, dy, q, k, v, direct)
     return [dq, dk, dv, *dgates, ddirect, dleft, dup]
