@@ -6,9 +6,12 @@ Over N = 2M real numbers of state a block of c steps is four matrix products per
     Y = U Toeplitz(K) + X E^T       S = U flip(W)       X' = Ā^c X + S
 
 where U has the blocks as its rows: all of them are multiplied at once and only `X' = Ā^c X + S` goes from block to
-block. Time and memory are linear in T, and nothing of T × N is made: there is one state per block. A
-Fourier transform over all of T, the other way to convolve, needs the response over all of T and has no state to begin
-with or to end with. What is left of T after the full blocks goes in blocks of 32, 16, … 1.
+block. Time and memory are linear in T, and nothing of T × N is made: there is one state per block. What is left of T
+after the full blocks goes in blocks of 32, 16, … 1.
+
+A Fourier transform over all of T, the other way to convolve, has no state to begin with or to end with, and is not
+faster as a rule (docs/benchmarks/cells_systems_grids_cpu.md has it as a peer; the responses it needs are in
+sinuous.core.ops.hippo).
 
 K, E, W and the powers of Ā come from a few products by doubling, in double precision, so that a slow mode stays exact
 over many steps; autograd passes their gradients on to the parameters.
