@@ -139,7 +139,8 @@ def _flat(t: Tensor) -> Tensor:
 
 
 def _whole_forward(g: _Grid) -> Tensor:
-    W = _weights(*g.gates, g.orientations)
+    source, transition, mark = g.gates
+    W = _weights(source, transition, mark, g.orientations)
     y = (W * (_flat(g.q) @ _flat(g.k).mT)) @ _flat(g.v)
     found: Tensor = y.transpose(1, 2).unflatten(1, g.v.shape[1:3])
     return found
@@ -248,9 +249,8 @@ class _Walk:
         for n, ((i, j), *inputs) in reversed(list(enumerate(pieces))):
             dout = self.joined("dout", up[i], left[j])
             C = self.space(f"kept {n}", *dout.shape)
-            dW, dC, *rest = _pass_back(
-                self.space, inputs[0].flatten(0, 1), C, *(t.flatten(0, 1) for t in inputs[1:]), dout
-            )
+            W, q, k, v, dy = (t.flatten(0, 1) for t in inputs)
+            dW, dC, *rest = _pass_back(self.space, W, C, q, k, v, dy, dout)
             found.append([t.unflatten(0, inputs[0].shape[:2]) for t in (dW, *rest)])
             up[i], left[j] = dC.unflatten(0, inputs[0].shape[:2]).split((b.cx, b.cy), 2)
         dW, *rest = (b.from_diagonals(t[::-1]) for t in zip(*found, strict=True))
@@ -430,8 +430,8 @@ def backward(
             part.cells(t).add_(gradient)
         for t, gradient in zip(dgates, d.gates, strict=True):
             part.gates(t).copy_(gradient)
-        for state, gradient in ((dleft, d.left), (dup, d.up)):
-            if state is not None and gradient is not None:
-                part.states(state).copy_(gradient)
+        for side, found in ((dleft, d.left), (dup, d.up)):
+            if side is not None and found is not None:
+                part.states(side).copy_(found)
     ddirect = add_direct_gradients(dq, dk, dv, dy, q, k, v, direct)
     return [dq, dk, dv, *dgates, ddirect, dleft, dup]
