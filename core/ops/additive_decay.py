@@ -14,7 +14,7 @@ too, and is 0 there on output. k = -inf is a step that adds nothing, so that pad
 to a channel of k, and to that of z in the initial state, changes no y. `merge` joins the states of two parts of a
 sequence, in any order.
 
-Sources: LightNet, Qin et al. (arXiv 2405.21022), section 3, with z from the data alone as in
+Sources: LightNet, Qin et al. (arXiv 2405.21022), the additive recurrence, with z from the data alone as in
 fla-org/flash-linear-attention; Aaren, Feng et al. (arXiv 2405.13956), section 3, is K = 1 with k = query · key and
 q = 1. The factors f are for positions that turn the keys after their softmax. Beyond the public kernels: not causal as
 well, an initial state with gradients through both its parts, reversal.
@@ -209,7 +209,7 @@ def additive_decay(
     Raises:
         ValueError: for a wrong shape, dtype or device, naming the argument, and for a backend that cannot run.
 
-    Source: LightNet (arXiv 2405.21022), section 3.
+    Source: LightNet (arXiv 2405.21022), the additive recurrence.
     """
     if initial_state is not None and len(initial_state) != 2:
         raise ValueError(f"initial_state must be (S, z) (got {len(initial_state)} parts); both travel together")
