@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+
+from sinuous.apps.tasks import learning_rates
 
 
 class Task(L.LightningModule):
@@ -19,6 +22,7 @@ class Task(L.LightningModule):
 
     Args:
         model: any module with timm's contract (`no_weight_decay` and `group_matcher` are used by the optimizer).
+            Modules in it may declare learning rates of their parameters, see `sinuous.apps.tasks.learning_rates`.
         optimizer: `optimizer(model)`, timm's `create_optimizer_v2` with its options filled in.
         scheduler: `scheduler(optimizer, num_epochs=, updates_per_epoch=)`, timm's `create_scheduler_v2` likewise; it
             is stepped after every update.
@@ -75,6 +79,8 @@ class Task(L.LightningModule):
     def configure_optimizers(self) -> Any:
         assert self.make_optimizer is not None, "a task that is only evaluated needs no optimizer"
         optimizer = self.make_optimizer(self.model)
+        learning_rates.honour(self.model, optimizer)
+        optimizer.register_load_state_dict_pre_hook(_check_groups)
         if self.make_scheduler is None:
             return optimizer
         updates, epochs = self._updates_per_epoch(), float(max(self.trainer.max_epochs or 1, 1))
@@ -97,3 +103,13 @@ class Task(L.LightningModule):
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(num_updates=self.global_step)
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    there, here = ([len(g["params"]) for g in groups] for groups in (state["param_groups"], optimizer.param_groups))
+    if there != here:
+        raise ValueError(
+            f"the optimizer of the checkpoint has groups of {there} parameters and this one of {here}: its run had "
+            "other options of the model or the optimizer; give those of the config.yaml in its run folder, or start "
+            "anew without ckpt_path"
+        )

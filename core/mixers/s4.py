@@ -12,7 +12,7 @@ C is the recurrence's own. The authors' S4 stores `C (1 - Ā^L)` once it has bee
 dict is taken back to C when it is loaded. Those of S4D have no such thing.
 
 Training: A, B, P and Δ want a small learning rate and no weight decay; `learning_rates` and `no_weight_decay` say which
-parameters, and so does the attribute `_optim` that the authors' trainers read.
+parameters to `sinuous train`, and so does the attribute `_optim` to the authors' trainers.
 
 Source: Gu, Goel and Ré (arXiv 2111.00396), S4; Gu et al. (2206.11893), S4D, section 4; Goel et al. (2202.09729),
 section 4.2, for the sign of the low rank; Gupta et al. (2203.14343), DSS, section 3; names of parameters as in
@@ -153,7 +153,7 @@ class S4(Mixer):
         rate: factor of the steps, for inputs that are sampled at another rate than those of training: 2 for half as
             many samples.
         l_max: steps that `dss` divides over.
-        lr: learning rate of A, B, P and Δ that `learning_rates` reports; `None` for that of all.
+        lr: learning rate of A, B, P and Δ, at its height, that `learning_rates` reports; `None` for that of all.
         final_act: what follows the output matrix: `glu`, for which it is twice as high, or `id`.
         dropout: behind the convolution and again behind its activation.
 
@@ -249,7 +249,7 @@ class S4(Mixer):
         return {f"layer.kernel.{name}" for name in SPECIAL if getattr(kernel, name) is not None}
 
     def learning_rates(self) -> dict[str, float]:
-        """Learning rates of own parameters that want another one than the rest, by name."""
+        """Learning rates of own parameters that want another one than the rest, by name; absolute."""
         return {} if self.lr is None else dict.fromkeys(sorted(self.no_weight_decay()), self.lr)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:

@@ -311,9 +311,22 @@ def test_a_language_model_from_end_to_end(
     assert "there is no checkpoint at" in capsys.readouterr().err
 
 
-def test_a_language_model_goes_on_exactly(sinuous: Sinuous, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pattern", ["mamba2", "s4d"])
+def test_a_language_model_goes_on_exactly(
+    pattern: str,
+    sinuous: Sinuous,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     arguments = [*BYTES, "test=false", "+model.dim=16", "+model.depth=1", "callbacks.resumable.every_n_steps=3"]
+    arguments += [f"model.pattern={pattern}", "optimizer.lr=5e-3"]
     assert sinuous("train", *arguments, f"hydra.run.dir={tmp_path / 'whole'}") == 0
+    assert "step 1 of 10  loss " in (told := capsys.readouterr().out)
+    assert re.search(r"step 1 of 10 .*  lr 4\.8\de-03", told), told  # of the parameters without a rate of their own
+    groups = state_of(tmp_path / "whole")["optimizer_states"][0]["param_groups"]
+    peaks = [group["initial_lr"] * group.get("lr_scale", 1) for group in groups]
+    assert peaks == pytest.approx([5e-3, 5e-3] + [1e-3] * (pattern == "s4d"))
     original = Resumable.on_train_batch_end
 
     def cut(self: Resumable, trainer: Any, *more: Any) -> None:
@@ -329,3 +342,7 @@ def test_a_language_model_goes_on_exactly(sinuous: Sinuous, tmp_path: Path, monk
     (folder,) = (tmp_path / "debug").iterdir()
     assert state_of(folder)["global_step"] == STEPS
     assert differences(state_of(folder), state_of(tmp_path / "whole")) == []
+    if pattern == "s4d":  # as of a run before the mixer had a rate of its own
+        assert sinuous("train", *arguments, "model.mixer_options={s4d: {lr: null}}", "ckpt_path=last") == 2
+        assert "has groups of [" in (told := capsys.readouterr().err)
+        assert "give those of the config.yaml in its run folder, or start anew" in told
