@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
+import interpreted
 import pytest
 import torch
+from interpreted import BOUNDS, MARKS
 from keys_over_time import KEYS, joined
 from parity import assert_close, cast, draw, error, run_with_gradients
-from torch import Tensor
 
 from sinuous.core.ops.laws import LAWS
-from sinuous.kernels.triton import INTERPRETED
 
-pytestmark = [
-    pytest.mark.interpret,
-    pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 in the environment"),
-]
+pytestmark = MARKS
 
 OP = LAWS["additive_decay"]
 INF = float("inf")
-BOUNDS = [0, 0, 5, 64, 64, 127, 128, 130]
-"""Empty sequences first and within, boundaries on and off the edge of a chunk, sequences of one and two steps."""
 
-
-def compare(arguments: dict[str, Any], bound: float = 2e-6) -> dict[str, Tensor]:
-    """Against the definition in float64."""
-    found = run_with_gradients(OP, "triton", arguments)
-    assert_close(found, run_with_gradients(OP, "recurrent", cast(arguments, torch.float64)), bound)
-    return found
-
-
-def single(variant: str, batch: int, length: int, sequences: int | None = None) -> dict[str, Any]:
-    return cast(draw(OP, variant, batch, length, sequences), torch.float32)
+single = partial(interpreted.single, OP)
+compare = partial(interpreted.compare, OP, bound=2e-6)
 
 
 @pytest.mark.parametrize(("batch", "length"), [(2, 0), (0, 3), (2, 1), (1, 64), (1, 67)])
@@ -124,7 +111,7 @@ def test_half_precision_inputs(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("variant", ["full", "plain", "not_causal"])
 def test_float64(variant: str) -> None:
-    compare(draw(OP, variant, 1, 67), 1e-12)
+    compare(draw(OP, variant, 1, 67), bound=1e-12)
 
 
 def test_inputs_that_are_not_contiguous() -> None:

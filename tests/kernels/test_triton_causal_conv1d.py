@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
+import interpreted
 import pytest
 import torch
+from interpreted import MARKS
 from parity import assert_close, cast, draw, run_with_gradients
 
 from sinuous.core.ops.laws import LAWS
-from sinuous.kernels.triton import INTERPRETED
 
-pytestmark = [
-    pytest.mark.interpret,
-    pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 in the environment"),
-]
+pytestmark = MARKS
 
 CONVOLUTION = LAWS["causal_conv1d"]
 BOUNDS = [0, 0, 2, 5, 37, 37, 70]
 """Empty sequences, sequences shorter than the filter, and boundaries off the edge of a tile."""
 
-
-def compare(arguments: dict[str, Any], bound: float = 1e-4) -> None:
-    wanted = run_with_gradients(CONVOLUTION, "recurrent", arguments)
-    assert_close(run_with_gradients(CONVOLUTION, "triton", arguments), wanted, bound)
-
-
-def single(variant: str, batch: int, length: int, sequences: int | None = None) -> dict[str, Any]:
-    return cast(draw(CONVOLUTION, variant, batch, length, sequences), torch.float32)
+single = partial(interpreted.single, CONVOLUTION)
+compare = partial(interpreted.compare, CONVOLUTION)
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 63, 65, 130])

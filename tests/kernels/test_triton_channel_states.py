@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from interpreted import BOUNDS, MARKS, compare, single
 from parity import assert_close, cast, draw, error, run_with_gradients
 
 from sinuous.core.ops.laws import LAWS, Laws
-from sinuous.kernels.triton import INTERPRETED
 
-pytestmark = [
-    pytest.mark.interpret,
-    pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 in the environment"),
-]
+pytestmark = MARKS
 
 SCAN, LONGHORN = LAWS["selective_scan"], LAWS["longhorn"]
-BOUNDS = [0, 0, 5, 64, 64, 127, 128, 130]
-"""Empty sequences first and within, boundaries on and off the edge of a chunk, sequences of one and two steps."""
 
 both = pytest.mark.parametrize("laws", [SCAN, LONGHORN], ids=lambda laws: laws.family.name)
-
-
-def compare(laws: Laws, arguments: dict[str, Any], bound: float = 1e-4) -> None:
-    wanted = run_with_gradients(laws, "recurrent", arguments)
-    assert_close(run_with_gradients(laws, "triton", arguments), wanted, bound)
-
-
-def single(laws: Laws, variant: str, batch: int, length: int, sequences: int | None = None) -> dict[str, Any]:
-    return cast(draw(laws, variant, batch, length, sequences), torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import interpreted
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreted import BOUNDS, MARKS
 from parity import assert_close, cast, draw, error, run_with_gradients
 
 from sinuous.core.ops.laws import LAWS
-from sinuous.kernels.triton import INTERPRETED
 
-pytestmark = [
-    pytest.mark.interpret,
-    pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 in the environment"),
-]
+pytestmark = MARKS
 
 DELTA = LAWS["delta_rule"]
-BOUNDS = [0, 0, 5, 64, 64, 127, 128, 130]
-"""Empty sequences first and within, boundaries on and off the edge of a chunk, sequences of one and two steps."""
-
-
-def compare(arguments: dict[str, Any], bound: float = 1e-4) -> dict[str, torch.Tensor]:
-    """Against the definition in float64."""
-    wanted = run_with_gradients(DELTA, "recurrent", cast(arguments, torch.float64))
-    found = run_with_gradients(DELTA, "triton", arguments)
-    assert all(t.isfinite().all() for t in found.values())
-    assert_close(found, wanted, bound)
-    return found
-
-
-def single(variant: str, batch: int, length: int, sequences: int | None = None) -> dict[str, Any]:
-    return cast(draw(DELTA, variant, batch, length, sequences), torch.float32)
+single = partial(interpreted.single, DELTA)
+compare = partial(interpreted.compare, DELTA)
 
 
 def drawn(length: int, keys: int, values: int, factors: tuple[int, ...] = (), seed: int = 0) -> dict[str, Any]:

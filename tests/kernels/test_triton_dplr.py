@@ -2,47 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import interpreted
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreted import GATES, MARKS
 from parity import assert_close, cast, draw, error, run_with_gradients
 
 from sinuous.core.ops.laws import LAWS
-from sinuous.kernels.triton import INTERPRETED
 
-pytestmark = [
-    pytest.mark.interpret,
-    pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 in the environment"),
-]
+pytestmark = MARKS
 
 DPLR = LAWS["dplr"]
 INF = float("inf")
 BOUNDS = [0, 0, 5, 64, 64, 69, 70, 72]
 """Empty sequences first and within, boundaries on and off the edge of a chunk, sequences of one and two steps."""
 
-GATES = {
-    "none": lambda z: 0 * z,
-    "-20 each step": lambda z: torch.full_like(z, -20.0),
-    "beyond every exponent": lambda z: -200 * z.abs(),
-    "strong beside none": lambda z: torch.where(z > 1, -200 * z.abs(), -0.01 * z.abs()),
-    "resets of single channels": lambda z: torch.where(z > 1.5, -INF, -0.1 * z.abs()),
-    "resets of all channels": lambda z: torch.where(z[..., :1] > 1, -INF, -0.1 * z.abs()),
-}
-
-
-def compare(arguments: dict[str, Any], bound: float = 1e-4) -> dict[str, torch.Tensor]:
-    """Against the definition in float64."""
-    wanted = run_with_gradients(DPLR, "recurrent", cast(arguments, torch.float64))
-    found = run_with_gradients(DPLR, "triton", arguments)
-    assert all(t.isfinite().all() for t in found.values())
-    assert_close(found, wanted, bound)
-    return found
-
-
-def single(variant: str, batch: int, length: int, sequences: int | None = None) -> dict[str, Any]:
-    return cast(draw(DPLR, variant, batch, length, sequences), torch.float32)
+single = partial(interpreted.single, DPLR)
+compare = partial(interpreted.compare, DPLR)
 
 
 def drawn(length: int, keys: int, values: int) -> dict[str, Any]:

@@ -2,47 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
+import interpreted
 import pytest
 import torch
+from interpreted import BOUNDS, GATES, MARKS
 from parity import assert_close, cast, draw, error, run_with_gradients
 
 from sinuous.core.ops.laws import LAWS
-from sinuous.kernels.triton import INTERPRETED
 
-pytestmark = [
-    pytest.mark.interpret,
-    pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 in the environment"),
-]
+pytestmark = MARKS
 
 GLA = LAWS["gla"]
 INF = float("inf")
-BOUNDS = [0, 0, 5, 64, 64, 127, 128, 130]
-"""Empty sequences first and within, boundaries on and off the edge of a chunk, sequences of one and two steps."""
 
-GATES = {
-    "mild": lambda z: -0.1 * z.abs(),
-    "none": lambda z: 0 * z,
-    "-20 each step": lambda z: torch.full_like(z, -20.0),
-    "beyond every exponent": lambda z: -200 * z.abs(),
-    "strong beside none": lambda z: torch.where(z > 1, -200 * z.abs(), -0.01 * z.abs()),
-    "resets of single channels": lambda z: torch.where(z > 1.5, -INF, -0.1 * z.abs()),
-    "resets of all channels": lambda z: torch.where(z[..., :1] > 1, -INF, -0.1 * z.abs()),
-}
+DECAYS = {"mild": lambda z: -0.1 * z.abs(), **GATES}
 
-
-def compare(arguments: dict[str, Any], bound: float = 1e-4) -> dict[str, torch.Tensor]:
-    """Against the definition in float64."""
-    wanted = run_with_gradients(GLA, "recurrent", cast(arguments, torch.float64))
-    found = run_with_gradients(GLA, "triton", arguments)
-    assert all(t.isfinite().all() for t in found.values())
-    assert_close(found, wanted, bound)
-    return found
-
-
-def single(variant: str, batch: int, length: int, sequences: int | None = None) -> dict[str, Any]:
-    return cast(draw(GLA, variant, batch, length, sequences), torch.float32)
+single = partial(interpreted.single, GLA)
+compare = partial(interpreted.compare, GLA)
 
 
 @pytest.mark.parametrize(("batch", "length"), [(2, 0), (0, 3), (2, 1), (1, 63), (1, 64), (2, 65)])
@@ -51,13 +29,13 @@ def test_equals_the_definition(variant: str, batch: int, length: int) -> None:
     compare(single(variant, batch, length))
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", DECAYS)
 @pytest.mark.parametrize("variant", ["full", "inclusive", "values"])
 def test_every_gate_is_as_exact(variant: str, gate: str) -> None:
     arguments = single(variant, 1, 100)
     noise = torch.randn(arguments["log_decay"].shape, generator=torch.Generator().manual_seed(5))
-    found = compare({**arguments, "log_decay": GATES[gate](noise)}, 1e-5)
-    assert (found["log_decay"][GATES[gate](noise) == -INF] == 0).all()
+    found = compare({**arguments, "log_decay": DECAYS[gate](noise)}, 1e-5)
+    assert (found["log_decay"][DECAYS[gate](noise) == -INF] == 0).all()
 
 
 @pytest.mark.parametrize("of", ["keys", "values"])

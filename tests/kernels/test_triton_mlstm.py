@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
+import interpreted
 import pytest
 import torch
+from interpreted import BOUNDS, MARKS
 from parity import assert_close, cast, draw, error, run_with_gradients
 
 from sinuous.core.ops.laws import LAWS
-from sinuous.kernels.triton import INTERPRETED
 
-pytestmark = [
-    pytest.mark.interpret,
-    pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 in the environment"),
-]
+pytestmark = MARKS
 
 MLSTM = LAWS["mlstm"]
-BOUNDS = [0, 0, 5, 64, 64, 127, 128, 130]
-"""Empty sequences first and within, boundaries on and off the edge of a chunk, sequences of one and two steps."""
-
-
-def compare(arguments: dict[str, Any], bound: float = 1e-4) -> None:
-    wanted = run_with_gradients(MLSTM, "recurrent", cast(arguments, torch.float64))
-    assert_close(run_with_gradients(MLSTM, "triton", arguments), wanted, bound)
-
-
-def single(variant: str, batch: int, length: int, sequences: int | None = None) -> dict[str, Any]:
-    return cast(draw(MLSTM, variant, batch, length, sequences), torch.float32)
+single = partial(interpreted.single, MLSTM)
+compare = partial(interpreted.compare, MLSTM)
 
 
 @pytest.mark.parametrize(("batch", "length"), [(2, 0), (0, 3), (2, 1), (1, 64), (2, 65), (1, 130)])
