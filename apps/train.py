@@ -8,7 +8,7 @@ import signal
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 import lightning as L
@@ -106,19 +106,23 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+def _resolved(part: DictConfig) -> dict[str, Any]:
+    return cast("dict[str, Any]", OmegaConf.to_container(part, resolve=True, throw_on_missing=True))
+
+
 def make_data(config: DictConfig) -> Splits:
     """The DataModule; `root` and `source` are only names by which the entry `dataset` is reached."""
-    options: Any = OmegaConf.to_container(config.data, resolve=True, throw_on_missing=True)
-    data: Splits = hydra.utils.instantiate(
-        {key: value for key, value in options.items() if key not in ("root", "source")}, _convert_="all"
-    )
+    options = {key: value for key, value in _resolved(config.data).items() if key not in ("root", "source")}
+    data: Splits = hydra.utils.instantiate(options, _convert_="all")
     return data
 
 
 def make_task(config: DictConfig) -> Any:
-    """The task with its model and, where there are any, optimizer and scheduler, as plain Python objects."""
-    parts = {name: config[name] for name in ("model", "optimizer", "scheduler") if name in config}
-    return hydra.utils.instantiate(config.task, **parts, _convert_="all")
+    """The task with its model and, where there are any, optimizer and scheduler, as plain Python objects; its entry
+    `best` is for the callbacks."""
+    parts = {name: _resolved(config[name]) for name in ("model", "optimizer", "scheduler") if name in config}
+    options = {key: value for key, value in _resolved(config.task).items() if key != "best"}
+    return hydra.utils.instantiate({**options, **parts}, _convert_="all")
 
 
 def make_trainer(config: DictConfig) -> L.Trainer:
