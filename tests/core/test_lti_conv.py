@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,15 +15,20 @@ from torch import Tensor
 
 from sinuous.core.ops import hippo, lti_conv
 from sinuous.core.ops.laws import LAWS
+from sinuous.kernels.torch import lti_conv as by_blocks_or_transforms
 from sinuous.kernels.torch.discretization import relative_expm1
 
 LAW = LAWS["lti_conv"]
 STARTS = [("legs", "bilinear"), ("legt", "bilinear"), ("fout", "bilinear"), ("diag-lin", "zoh"), ("diag-inv", "zoh")]
 
 
-@pytest.fixture(params=["recurrent", "torch"], scope="module")
-def form(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=["recurrent", "torch", "transforms"], scope="module")
+def form(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend; "transforms" are what torch takes for long sequences elsewhere than on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "transforms":
+            patch.setattr(by_blocks_or_transforms, "by_transforms", lambda u, longest: True)
+        yield "recurrent" if request.param == "recurrent" else "torch"
 
 
 def doubles(seed: int, *shape: int) -> Tensor:
@@ -97,7 +103,20 @@ def test_the_forms_agree_on_published_systems(init: str, discretization: str) ->
     )
 
 
-@pytest.mark.parametrize("form", ["torch"], indirect=True)
+@pytest.mark.parametrize("form", ["torch", "transforms"], indirect=True)
+@pytest.mark.parametrize("lengths", [(90,), (1, 40, 0, 49), (64, 26)])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("variant", LAW.variants)
+def test_outputs_states_and_gradients_of_the_definition(
+    form: str, variant: str, reverse: bool, lengths: tuple[int, ...]
+) -> None:
+    packed = {"cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)])} if len(lengths) > 1 else {}
+    arguments = {**draw(LAW, variant, 1, 90, sequences=len(lengths)), "reverse": reverse, **packed}
+    wanted = run_with_gradients(LAW, "recurrent", arguments)
+    assert_close(run_with_gradients(LAW, form, arguments), wanted, 1e-10)
+
+
+@pytest.mark.parametrize("form", ["torch", "transforms"], indirect=True)
 @pytest.mark.parametrize(("init", "discretization"), STARTS)
 def test_is_the_convolution_with_the_response(form: str, init: str, discretization: str) -> None:
     arguments = published(init, discretization, width=3, length=300)
@@ -207,7 +226,7 @@ def test_linear_in_the_input_and_the_initial_state(form: str, seed: int, factor:
     assert_close(found, {k: parts[0][k] + factor * parts[1][k] for k in found}, 1e-11)
 
 
-@pytest.mark.parametrize("form", ["torch"], indirect=True)
+@pytest.mark.parametrize("form", ["torch", "transforms"], indirect=True)
 def test_slow_modes_in_single_precision(form: str) -> None:
     """A factor that decays by 5e-5 a step, which fp32 cannot hold to more than three digits, over 20000 steps."""
     arguments = published("diag-lin", "zoh", width=4, length=20000)
