@@ -18,9 +18,8 @@ MANY_BLOCKS = 16
 def by_transforms(u: Tensor, longest: int) -> bool:
     """Whether to convolve by transforms of the whole length, and not in blocks.
 
-    On a CPU blocks are as fast or faster from 64 to 8192 steps, but for wide batches of a low rank, where they lose a
-    fifth. On
-    other devices each block waits for a launch, where transforms need a number that grows as the logarithm of T.
+    On a CPU blocks are as fast or faster from 64 to 8192 steps, but for large batches of a low rank, where they lose a
+    fifth. On other devices each block waits for a launch, where transforms need a number that grows as log T.
     """
     return not u.is_cpu and longest > MANY_BLOCKS * 2 ** lti_blocks.DOUBLINGS[-1]
 
