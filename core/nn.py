@@ -14,7 +14,8 @@ there is one such class for every causal mixer that is registered (`dir(sinuous.
 What differs from `nn.LSTM`: the state is not (h, c) but a tuple with the state of each mixer, a NamedTuple of tensors,
 batch first whatever `batch_first` says; a mixer has its own output projection, so that an output is no part of the
 state; `proj_size` projects the output only; and deep stacks want `residual=True, norm="rms"`, which are off, as
-`nn.LSTM` has neither.
+`nn.LSTM` has neither. Every layer is built as the first of its kind: what mixers of a `SequenceModel` hand from block
+to block (RWKV-7's first values) is of inputs of one width, and layers here may differ.
 """
 
 from __future__ import annotations
