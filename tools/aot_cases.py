@@ -18,6 +18,7 @@ from sinuous.kernels.triton import (
     longhorn,
     mlstm,
     selective_scan,
+    slstm,
     ssd,
 )
 
@@ -260,6 +261,26 @@ def additive_decay_launches(
     return launches
 
 
+def slstm_launches(dtype: torch.dtype, *, units: int = 64, cell: str = "slstm", packed: bool = False) -> list[Launch]:
+    """The launches of a recurrent cell on 4 heads with every optional argument, forward and backward."""
+    state = torch.empty(3 if packed else 8, 4, units, device="meta")
+    arguments: dict[str, Any] = {
+        "gates": torch.empty(1 if packed else 8, 1024, 4, 4, units, dtype=dtype, device="meta"),
+        "R": torch.empty(4, 4, units, units, device="meta"),
+        "bias": torch.empty(4, 4, units, device="meta"),
+        **{f"initial_{name}": state for name in "ycnm"},
+        "cu_seqlens": torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
+        "cell": cell,
+        "reverse": False,
+        "chunk_size": 32,
+    }
+    with recording() as launches:
+        outputs = slstm.forward(**arguments)
+        names = ("hidden", "chunk_y", "chunk_c", "chunk_n", "chunk_m")
+        slstm.backward(outputs[:5], **arguments, **dict(zip(names, outputs[5:], strict=True)))
+    return launches
+
+
 def cases() -> Iterator[tuple[str, list[Launch]]]:
     """The configurations in the table."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -298,6 +319,12 @@ def cases() -> Iterator[tuple[str, list[Launch]]]:
             yield name_of, additive_decay_launches(dtype, keys=keys, values=values)
         yield f"additive_decay {name} K=64 V=64 packed", additive_decay_launches(dtype, packed=True)
         yield f"dplr {name} K=64 V=64 packed", dplr_launches(dtype, packed=True)
+        for units in (16, 32, 64, 128):
+            yield f"slstm {name} D={units}", slstm_launches(dtype, units=units)
+        for units in (32, 64):
+            yield f"slstm {name} D={units} packed", slstm_launches(dtype, units=units, packed=True)
+        for cell in ("lstm", "gru"):
+            yield f"{cell} {name} D=64", slstm_launches(dtype, cell=cell)
     yield "dplr bf16 K=256 V=256", dplr_launches(torch.bfloat16, keys=256, values=256)
     yield "delta_rule bf16 K=256 V=256", delta_rule_launches(torch.bfloat16, keys=256, values=256)
     yield "linear_scan complex64", linear_scan_launches(torch.complex64)

@@ -170,7 +170,7 @@ FAMILY = Family(
     # With y of every step in the precision of the state, the gates of a chunk are one matrix product again.
     saved={"hidden": _hidden, "chunk_y": _chunks, "chunk_c": _chunks, "chunk_n": _chunks, "chunk_m": _chunks},
     integers=("cu_seqlens",),
-    forms=("cpu", "torch", "recurrent"),
+    forms=("triton", "cpu", "torch", "recurrent"),
     fake=_fake,
     check=_check,
     recurrent=recurrent,
@@ -208,7 +208,7 @@ def slstm(
         return_state: return `(y, (y, c, n, m))`, the state after the last step in fp32 (fp64 for fp64 input).
         reverse: run from the last step to the first; the state is then the one after step 0.
         cu_seqlens: int32 or int64 `[sequences + 1]`, the boundaries of packed sequences, starting at 0, ending at ΣT.
-        backend: `recurrent`, `torch` or `cpu`; the fastest that can run if absent.
+        backend: `recurrent`, `torch`, `cpu` or `triton`; the fastest that can run if absent.
 
     Returns:
         y `[B, T, H, D]` in the dtype of gates, or `(y, state)`. Both are differentiable in every tensor argument.

@@ -11,6 +11,7 @@ from torch import Tensor
 from sinuous.kernels.cpu import build
 from sinuous.kernels.cpu.arrays import Timed, bounds, fields, pointer, real, run, whole
 from sinuous.kernels.torch.packing import flip_sequences
+from sinuous.kernels.torch.slstm import outputs_before
 
 _STATES = "ycnm"
 _CELLS = {"slstm": 0, "lstm": 1, "gru": 2}
@@ -172,26 +173,9 @@ def backward(
     call.timed("dgates", dgates)
     dinitial = call.states_output("dinitial", call.sequences)
     run(call.library.backward, call.arguments)
+    dR = _of_weights(dgates, outputs_before(hidden, initial_y, cu_seqlens, reverse))
     states = [None if t is None else flip_sequences(d, call.backwards) for t, d in zip(given, dinitial, strict=True)]
-    return [dgates, _of_weights(dgates, _before(hidden, initial_y, cu_seqlens, reverse)), dgates.sum((0, 1)), *states]
-
-
-def _before(hidden: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, reverse: bool) -> Tensor:
-    """The output that each step reads, `[B, T, H, D]`: that of the step processed before it."""
-    before = torch.empty_like(hidden)
-    if hidden.shape[1] == 0:
-        return before
-    if reverse:
-        before[:, :-1] = hidden[:, 1:]
-    else:
-        before[:, 1:] = hidden[:, :-1]
-    if cu_seqlens is None:
-        before[:, -1 if reverse else 0] = 0 if initial is None else initial
-        return before
-    nonempty = cu_seqlens[1:] > cu_seqlens[:-1]
-    first = (cu_seqlens[1:] - 1 if reverse else cu_seqlens[:-1])[nonempty]
-    before[0, first] = 0 if initial is None else initial.to(before.dtype)[nonempty]
-    return before
+    return [dgates, dR, dgates.sum((0, 1)), *states]
 
 
 def _of_weights(dgates: Tensor, before: Tensor) -> Tensor:

@@ -270,3 +270,22 @@ def backward(
     assert dbias is not None
     states = [None if t is None else d for t, d in zip(given, dinitial, strict=True)]
     return [dx.transpose(2, 3), dR.transpose(0, 1), dbias.transpose(0, 1), *states]
+
+
+def outputs_before(hidden: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, reverse: bool) -> Tensor:
+    """The output that each step reads, `[B, T, H, D]` like `hidden`: that of the step processed before it."""
+    before = torch.empty_like(hidden)
+    if hidden.shape[1] == 0:
+        return before
+    if reverse:
+        before[:, :-1] = hidden[:, 1:]
+    else:
+        before[:, 1:] = hidden[:, :-1]
+    if cu_seqlens is None:
+        before[:, -1 if reverse else 0] = 0 if initial is None else initial
+        return before
+    time = torch.arange(hidden.shape[1], device=hidden.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), time, right=True)
+    begins = time == (cu_seqlens[sequence + 1] - 1 if reverse else cu_seqlens[sequence])
+    first = hidden.new_zeros(()) if initial is None else initial.to(hidden.dtype)[sequence]
+    return torch.where(begins[:, None, None], first, before)
