@@ -16,6 +16,7 @@ from sinuous.kernels.triton import (
     gla,
     linear_scan,
     longhorn,
+    lti_conv,
     mlstm,
     selective_scan,
     slstm,
@@ -281,6 +282,30 @@ def slstm_launches(dtype: torch.dtype, *, units: int = 64, cell: str = "slstm", 
     return launches
 
 
+def lti_conv_launches(
+    dtype: torch.dtype, *, batch: int = 1, length: int = 4096, width: int = 768, modes: int = 32, packed: bool = False
+) -> list[Launch]:
+    """The launches of diagonal linear systems with every optional argument, forward and backward."""
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    arguments: dict[str, Any] = {
+        "u": meta(batch, length, width, dtype=dtype),
+        "dt": meta(width),
+        **{name: meta(width, modes, 2) for name in "ABC"},
+        "P": None,
+        "D": meta(width),
+        "initial_state": meta(3 if packed else batch, width, modes, 2),
+        "cu_seqlens": meta(4, dtype=torch.int32) if packed else None,
+        "discretization": "zoh",
+        "reverse": False,
+    }
+    with recording() as launches:
+        lti_conv.backward(lti_conv.forward(**arguments), **arguments)
+    return launches
+
+
 def cases() -> Iterator[tuple[str, list[Launch]]]:
     """The configurations in the table."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -323,6 +348,10 @@ def cases() -> Iterator[tuple[str, list[Launch]]]:
             yield f"slstm {name} D={units}", slstm_launches(dtype, units=units)
         for units in (32, 64):
             yield f"slstm {name} D={units} packed", slstm_launches(dtype, units=units, packed=True)
+        for modes in (8, 32, 64):
+            yield f"lti_conv {name} N={2 * modes}", lti_conv_launches(dtype, modes=modes)
+        yield f"lti_conv {name} N=64 packed", lti_conv_launches(dtype, packed=True)
+        yield f"lti_conv {name} N=64 B=256", lti_conv_launches(dtype, batch=256, length=256)
         for cell in ("lstm", "gru"):
             yield f"{cell} {name} D=64", slstm_launches(dtype, cell=cell)
     yield "dplr bf16 K=256 V=256", dplr_launches(torch.bfloat16, keys=256, values=256)

@@ -141,7 +141,7 @@ FAMILY = Family(
     outputs=("y", "final_state"),
     saved={},
     integers=("cu_seqlens",),
-    forms=("torch", "recurrent"),
+    forms=("triton", "torch", "recurrent"),
     fake=_fake,
     check=_check,
     recurrent=recurrent,
@@ -184,7 +184,7 @@ def lti_conv(
         return_state: return `(y, state)`, the state after the last step in fp32 (fp64 for fp64 input).
         reverse: run from the last step to the first; the state is then the one after step 0.
         cu_seqlens: int32 or int64 `[sequences + 1]`, the boundaries of packed sequences, starting at 0, ending at ΣT.
-        backend: `recurrent` or `torch`; the fastest that can run if absent.
+        backend: `recurrent`, `torch` or `triton`; the fastest that can run if absent.
 
     Returns:
         y `[B, T, D]` in the dtype of u, or `(y, state)`. Both are differentiable in every tensor argument.

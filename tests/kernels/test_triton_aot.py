@@ -16,6 +16,7 @@ sys.path.insert(0, {tools!r})
 import torch, aot_cases, aot_compile
 of = [aot_cases.scan_launches, aot_cases.convolution_launches, aot_cases.ssd_launches, aot_cases.mlstm_launches]
 of += [aot_cases.longhorn_launches, aot_cases.gla_launches, aot_cases.delta_rule_launches, aot_cases.slstm_launches]
+of += [aot_cases.lti_conv_launches]
 for launch in [launch for launches in of for launch in launches(torch.bfloat16)]:
     found = aot_compile.cost(launch, aot_compile.TARGETS["sm_90"][0])
     name = launch.kernel.__module__.rpartition(".")[2] + "." + launch.kernel.__name__
@@ -42,6 +43,7 @@ def test_default_configurations_compile_for_a_gpu_and_do_not_spill(tmp_path: Pat
         "gla_kernels",
         "delta_rule_kernels",
         "slstm_kernels",
+        "lti_conv_kernels",
     } <= modules, modules
     for _, registers, spilled, shared in costs:
         assert 0 < registers <= 255

@@ -1,0 +1,196 @@
+"""Launches of the kernels in lti_conv_kernels for diagonal systems; those with a low rank run in plain torch, whose
+matrix products and transforms a GPU does well.
+
+The discretisation, in double precision, is that of every form, and autograd's: kernels see λ, b and r of every channel.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sinuous.kernels.torch import lti_conv as plain
+from sinuous.kernels.torch.chunked import working_dtype
+from sinuous.kernels.torch.differentiation import autograd_inside_an_op
+from sinuous.kernels.torch.discretization import conj, discretize
+from sinuous.kernels.triton.channel_states import SERIAL_PROGRAMS, Boundaries, blocks, boundaries
+from sinuous.kernels.triton.lti_conv_kernels import adjoint_sums, carry_chunks, chunk_ends, forward_sums, outputs
+from sinuous.kernels.triton.packing import ACCUMULATOR, on_device
+
+CHUNK = 64
+PROGRAMS = 2048
+"""About as many programs share the chunks of a pass that sums over them. Their number must not depend on the device,
+since it fixes the order of sums."""
+
+
+class _System(NamedTuple):
+    """λ, b and r = 2 conj(C), `[D, M, 2]`, in double precision."""
+
+    factor: Tensor
+    into: Tensor
+    readout: Tensor
+
+    @classmethod
+    def of(cls, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, discretization: str) -> _System:
+        factor, into, _, _ = discretize(dt.double(), A.double(), B.double(), None, discretization)
+        return cls(factor, into.expand_as(factor), (2 * conj(C.double())).expand_as(factor))
+
+
+class _Call:
+    """What forward and backward launch their kernels with."""
+
+    def __init__(
+        self, u: Tensor, exact: _System, D: Tensor | None, initial: Tensor | None, cu_seqlens: Tensor | None,
+        reverse: bool,
+    ) -> None:  # fmt: skip
+        self.batch, self.length, self.width = u.shape
+        self.modes = exact.factor.shape[1]
+        self.dtype, self.device, self.exact = working_dtype(u), u.device, exact
+        self.count = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.chunks = triton.cdiv(self.length, CHUNK)
+        self.u = u.contiguous()
+        self.factor, self.into, self.readout = (t.to(self.dtype).contiguous() for t in exact)
+        self.D = None if D is None else D.to(self.dtype).contiguous()
+        self.initial = self.states(initial)
+        self.marks: Boundaries | None = None
+        if cu_seqlens is not None:
+            self.marks = boundaries(cu_seqlens, self.length, CHUNK, reverse)
+        self.form = {"PACKED": cu_seqlens is not None, "ACC": ACCUMULATOR.get(u.dtype, tl.float32)}
+        self.reverse = reverse
+
+    @property
+    def bounds(self) -> tuple[Tensor | None, Tensor | None]:
+        """The sequence that starts at a step, and the one that stops there."""
+        return (None, None) if self.marks is None else (self.marks.starts, self.marks.stops)
+
+    def blocks(self, per_warp: int) -> tuple[int, dict[str, Any]]:
+        """How many blocks of channels there are, and their compile-time arguments."""
+        shape = blocks(self.width, 1, self.modes, per_warp)
+        sizes = {"M": self.modes, "BD": shape.channels, "BM": shape.state, "CHUNK": CHUNK}
+        return shape.total, {**sizes, **self.form, **shape.options}
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def states(self, given: Tensor | None) -> Tensor:
+        """One for each sequence; zeros where none are given."""
+        if given is None:
+            return self.empty(self.count, self.width, self.modes, 2).zero_()
+        return given.to(self.dtype).contiguous()
+
+    def across(self, steps: int, adjoint: bool) -> Tensor:
+        """λ^steps, or its conjugate."""
+        power = torch.view_as_real(torch.view_as_complex(self.exact.factor.contiguous()) ** steps)
+        return (conj(power) if adjoint else power).to(self.dtype).contiguous()
+
+    def into_chunks(self, inputs: Tensor, incoming: Tensor, adjoint: bool) -> Tensor:
+        """What comes into every chunk, `[B, chunks, D, M, 2]`: states, or gradients of the states after it."""
+        carried = self.empty(self.batch, self.chunks, self.width, self.modes, 2)
+        factor, into, marks, cut = self.factor, self.into, None, None
+        if adjoint:
+            factor = conj(factor)
+            into = torch.view_as_real(torch.view_as_complex(factor) * torch.view_as_complex(self.readout))
+        if self.marks is not None:
+            marks, _, cut, _ = self.marks
+            if adjoint:
+                _, marks, _, cut = self.marks
+        total, block = self.blocks(256)
+        chunk_ends[(self.batch * self.chunks * total,)](
+            inputs, factor, into, incoming, marks, carried, self.length, self.width,
+            REVERSE=self.reverse, ADJOINT=adjoint, **block,
+        )  # fmt: skip
+        last = self.length - (self.chunks - 1) * CHUNK
+        carry_chunks[(self.batch * total,)](
+            carried, self.across(CHUNK, adjoint), self.across(last, adjoint), incoming, cut, self.length, self.width,
+            ADJOINT=adjoint, **block,
+        )  # fmt: skip
+        return carried
+
+
+def forward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    P: Tensor | None,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    discretization: str,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """`(y, final_state)`; see sinuous.core.ops.lti_conv."""
+    if P is not None:
+        return plain.forward(u, dt, A, B, C, P, D, initial_state, cu_seqlens, discretization, reverse)
+    call = _Call(u, _System.of(dt, A, B, C, discretization), D, initial_state, cu_seqlens, reverse)
+    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    # Sequences without a step end where they begin.
+    final = call.initial.clone()
+    if u.numel():
+        total, block = call.blocks(256)
+        serial = call.chunks == 1 or call.batch * total >= SERIAL_PROGRAMS
+        with on_device(u):
+            carried = None if serial else call.into_chunks(call.u, call.initial, adjoint=False)
+            outputs[(call.batch * total * (1 if serial else call.chunks),)](
+                call.u, call.factor, call.into, call.readout, call.D, call.initial, *call.bounds, carried, y, final,
+                call.length, call.width, SKIP=D is not None, REVERSE=reverse, SERIAL=serial, **block,
+            )  # fmt: skip
+    return y, final
+
+
+def backward(
+    grads: tuple[Tensor | None, Tensor | None],
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    P: Tensor | None,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    discretization: str,
+    reverse: bool,
+) -> list[Tensor | None]:
+    """Gradients of u, dt, A, B, C, P, D and initial_state."""
+    if P is not None:
+        return plain.backward(grads, u, dt, A, B, C, P, D, initial_state, cu_seqlens, discretization, reverse)
+    with autograd_inside_an_op():
+        leaves = dt, A, B, C = tuple(t.detach().requires_grad_() for t in (dt, A, B, C))
+        system = _System.of(dt, A, B, C, discretization)
+    exact = _System(*(t.detach() for t in system))
+    call = _Call(u, exact, D, initial_state, cu_seqlens, reverse)
+    grad_y = torch.zeros_like(call.u) if grads[0] is None else grads[0].contiguous()
+    grad_final = call.states(grads[1])
+    # Sequences without a step end where they begin.
+    dinitial, du = grad_final.clone(), torch.empty_like(call.u)
+    total, block = call.blocks(128)
+    slots = max(1, min(call.batch * call.chunks, triton.cdiv(PROGRAMS, total)))
+    dfactor, dinto, dreadout = (call.empty(slots, call.width, call.modes, 2) for _ in range(3))
+    dD = call.empty(slots, call.width) if D is not None else None
+    if u.numel():
+        given = (call.u, call.factor, call.into, call.readout)
+        sizes = (call.batch, call.length, call.width, slots)
+        with on_device(u):
+            states = call.into_chunks(call.u, call.initial, adjoint=False)
+            adjoints = call.into_chunks(grad_y, grad_final, adjoint=True)
+            forward_sums[(slots * total,)](
+                *given, grad_y, call.initial, grad_final, *call.bounds, states, adjoints, dfactor, dreadout, *sizes,
+                REVERSE=reverse, **block,
+            )  # fmt: skip
+            adjoint_sums[(slots * total,)](
+                *given, call.D, grad_y, grad_final, *call.bounds, adjoints, du, dinto, dD, dinitial, *sizes,
+                SKIP=D is not None, REVERSE=reverse, **block,
+            )  # fmt: skip
+        sums = [t.sum(0, dtype=torch.float64) for t in (dfactor, dinto, dreadout)]
+    else:
+        sums = [torch.zeros_like(t) for t in exact]
+    with autograd_inside_an_op():
+        of_leaves = torch.autograd.grad(tuple(system), leaves, sums)
+    grad_D = None if dD is None else dD.sum(0) if u.numel() else torch.zeros_like(dD[0])
+    return [du, *of_leaves, None, grad_D, None if initial_state is None else dinitial]
