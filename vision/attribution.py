@@ -83,7 +83,7 @@ class HeldCoefficients(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        held = {
+        held: Any = {
             torch.ops.sinuous.selective_scan: self._scan,
             torch.ops.sinuous.causal_conv1d: self._conv,
             F.rms_norm: self._rms_norm,

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ def samples() -> tuple[list[Image.Image], list[str]]:
     """The first picture of each class in the bundled test set, and their classes."""
     data = fashion_mnist("test")
     first: dict[int, Image.Image] = {}
-    for image, label in data:
+    for image, label in (data[i] for i in range(len(data))):
         first.setdefault(label, image)
         if len(first) == len(data.classes):
             break
@@ -111,17 +112,18 @@ def run(
     from sinuous.core.registry import load
 
     network = load(model).eval()
-    classes = network.pretrained_cfg.get("label_names")
+    cfg = cast("dict[str, Any]", network.pretrained_cfg)
+    classes = cfg.get("label_names")
     if not classes or getattr(network, "in_chans", None) != 1:
         raise ValueError(f"the demo needs a classifier of gray pictures with names for its classes (got {model!r})")
     if images is None:
         pictures, truths = samples()
-        names, known, note = truths, list(truths), None
+        names, note = truths, None
+        known: list[str | None] = list(truths)
     else:
         opened = [image if isinstance(image, Image.Image) else read_image(image) for image in images]
         names = [f"picture {i + 1}" if isinstance(p, Image.Image) else Path(p).name for i, p in enumerate(images)]
         pictures, known, note = [prepare(image) for image in opened], [None] * len(opened), NOTE
-    cfg = network.pretrained_cfg
     gray = torch.stack([pil_to_tensor(p) for p in pictures]).float() / 255
     mean, std = (torch.tensor(cfg[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
     found = evidence(network, (gray - mean) / std, baseline=(0 - mean) / std)
@@ -210,7 +212,7 @@ def draw(result: Result, path: str | os.PathLike[str]) -> None:
     figure.colorbar(ScalarMappable(scale, colours), cax=bar, orientation="horizontal")
     bar.set_xticks([-strength, 0, strength], ["speaks against", "0", "speaks for"], fontsize=8, color=ink)
     for label, side in zip(bar.get_xticklabels(), ("left", "center", "right"), strict=True):
-        label.set_horizontalalignment(side)
+        label.set(horizontalalignment=side)
     bar.tick_params(length=0)
     bar.spines[:].set_visible(False)
     explanation = (

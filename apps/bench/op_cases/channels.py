@@ -52,7 +52,8 @@ def _mambapy(inputs: Inputs) -> Prepared:
     def call() -> Tensor:
         delta = F.softplus(dt)[..., None]
         states = pscan(torch.exp(delta * A), delta * B[:, :, None] * u[..., None])
-        return (states @ C[..., None]).squeeze(3) + D * u
+        y: Tensor = (states @ C[..., None]).squeeze(3) + D * u
+        return y
 
     return Prepared(call, list(inputs.values()))
 
@@ -68,7 +69,8 @@ def _transformers(inputs: Inputs) -> Prepared:
 
     def call() -> Tensor:
         y = scan(u, dt, A, B, C, D, delta_softplus=True)
-        return y[0] if isinstance(y, tuple) else y
+        first: Tensor = y[0] if isinstance(y, tuple) else y
+        return first
 
     return Prepared(call, [u, dt, A, B, C, D], channels_first=True)
 
@@ -119,7 +121,8 @@ def _mambapy_longhorn(inputs: Inputs) -> Prepared:
         epsilon = (beta / (1 + beta * k.square().sum(-1, keepdim=True)))[..., None]
         keys = k[:, :, None]
         states = pscan(1 - epsilon * keys.square(), epsilon * x[..., None] * keys)
-        return (states @ q[..., None]).squeeze(3) + D * x
+        y: Tensor = (states @ q[..., None]).squeeze(3) + D * x
+        return y
 
     return Prepared(call, list(inputs.values()))
 

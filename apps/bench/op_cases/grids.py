@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def _inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
     return leaves({name: t.to(device, dtype) for name, t in found.items()})
 
 
-def _grid_scan(backend: str, **inputs: Tensor) -> Tensor:
+def _grid_scan(backend: str, **inputs: Any) -> Tensor:
     y = ops.grid_scan(**inputs, backend=backend)
     assert isinstance(y, Tensor)
     return y.flatten(1, 2)

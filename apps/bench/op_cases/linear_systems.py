@@ -62,8 +62,8 @@ def _transforms(inputs: Inputs, response_of: Callable[..., Tensor]) -> Prepared:
     def call() -> Tensor:
         response = response_of(length, dt, A, B, C)
         spectrum = torch.fft.rfft(u.float(), n=2 * length) * torch.fft.rfft(response, n=2 * length)
-        y = torch.fft.irfft(spectrum, n=2 * length)[..., :length]
-        return (y + D[:, None] * u).to(u.dtype)
+        y: Tensor = torch.fft.irfft(spectrum, n=2 * length)[..., :length] + D[:, None] * u
+        return y.to(u.dtype)
 
     return Prepared(call, [u, dt, A, B, C, D], channels_first=True)
 

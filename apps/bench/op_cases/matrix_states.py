@@ -53,13 +53,14 @@ def _function(module: str, name: str) -> Any:
 
 
 def _first(y: Any) -> Tensor:
-    return y[0] if isinstance(y, tuple) else y
+    first: Tensor = y[0] if isinstance(y, tuple) else y
+    return first
 
 
 # ssd: one decay per head and step.
 
 
-def _ssd(backend: str, **inputs: Tensor) -> Tensor:
+def _ssd(backend: str, **inputs: Any) -> Tensor:
     return _first(ops.ssd(**inputs, backend=backend))
 
 
@@ -106,7 +107,7 @@ SSD = Case(
 # gla: one decay per key channel and step.
 
 
-def _gla(backend: str, **inputs: Tensor) -> Tensor:
+def _gla(backend: str, **inputs: Any) -> Tensor:
     return _first(ops.gla(**inputs, backend=backend))
 
 
@@ -132,7 +133,7 @@ GLA = Case(
 # additive_decay: the decay that a new key's share of the softmax leaves.
 
 
-def _additive_decay(backend: str, **inputs: Tensor) -> Tensor:
+def _additive_decay(backend: str, **inputs: Any) -> Tensor:
     return _first(ops.additive_decay(**inputs, backend=backend))
 
 
@@ -170,7 +171,7 @@ def _delta_rule_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -
     return leaves({n: (F.normalize(t, dim=-1) if n in "qk" else t).detach() for n, t in inputs.items()})
 
 
-def _delta_rule(backend: str, **inputs: Tensor) -> Tensor:
+def _delta_rule(backend: str, **inputs: Any) -> Tensor:
     return _first(ops.delta_rule(**inputs, backend=backend))
 
 
@@ -224,7 +225,7 @@ def _dplr_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inpu
     return leaves({"q": q, "k": written, "v": v, "log_decay": g, "a": k * g.exp(), "b": -written})
 
 
-def _dplr(backend: str, **inputs: Tensor) -> Tensor:
+def _dplr(backend: str, **inputs: Any) -> Tensor:
     return _first(ops.dplr(**inputs, backend=backend))
 
 
@@ -273,7 +274,7 @@ DPLR = Case(
 # mlstm: exponential input gate, sigmoid forget gate.
 
 
-def _mlstm(backend: str, **inputs: Tensor) -> Tensor:
+def _mlstm(backend: str, **inputs: Any) -> Tensor:
     return _first(ops.mlstm(**inputs, backend=backend))
 
 
