@@ -10,9 +10,12 @@ import argparse
 import difflib
 import importlib
 import os
+import re
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 VERBS = {
     "train": ("sinuous.apps.train", "train a model: sinuous train experiment=vision/fashion_mnist"),
@@ -26,6 +29,8 @@ VERBS = {
         "an author's checkpoint to safetensors: sinuous convert IN OUT --model NAME",
     ),
 }
+
+_CONFIGS = Path(__file__).parent / "configs"
 
 _EXTRA_OF = {
     "lightning": "train",
@@ -102,29 +107,45 @@ def explain(error: BaseException) -> str | None:
 
     Hydra wraps what an object's constructor raises; the cause is then what is explained.
     """
-    if type(error).__name__ == "InstantiationException" and error.__cause__ is not None:
-        if isinstance(error.__cause__, TypeError):  # an option that the object does not have
-            return f"{str(error).rpartition('full_key: ')[2].strip()}: {error.__cause__}"
-        return explain(error.__cause__)
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if "InstantiationException" in names and error.__cause__ is not None:
+        sentence = explain(error.__cause__)
+        if sentence is None:  # the constructor broke on what it was given: an option too many, a word for a list
+            place = re.search(r"full_key: (\S+)", str(error)) or re.search(r"target '(?:[^']*\.)?([^'.]+)'", str(error))
+            told = textwrap.shorten(str(error.__cause__), 300, placeholder=" …").rstrip(".")
+            name = place[1] if place else "an object"
+            sentence = f"{name}: {told}; correct its options (SINUOUS_DEBUG=1 shows where it fails)"
+        return sentence
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
         if package not in _EXTRA_OF:
             return None
         return f"this needs {package}, which is not installed: pip install 'sinuous[{_EXTRA_OF[package]}]'"
-    missing = getattr(error, "missing_cfg_file", None)  # of Hydra's MissingConfigException
-    if missing:
-        configs = Path(__file__).parent / "configs"
-        known = [str(path.relative_to(configs).with_suffix("")) for path in configs.rglob("*.yaml")]
-        near = difflib.get_close_matches(str(missing).removesuffix(".yaml"), known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "`sinuous train --help` lists what there is"
-        return f"there is no configuration {missing}; {hint}"
-    names = {cls.__name__ for cls in type(error).__mro__}
+    if missing := getattr(error, "missing_cfg_file", None):  # of Hydra's MissingConfigException
+        known = [str(path.relative_to(_CONFIGS).with_suffix("")) for path in _CONFIGS.rglob("*.yaml")]
+        return f"there is no configuration {missing}; {_near(str(missing).removesuffix('.yaml'), known)}"
     if "OutOfMemoryError" in names:
         return "the device has no memory left; lower data.batch_size or the size of the model"
+    text, key = str(error), str(getattr(error, "full_key", None) or "")
+    if absent := re.match(r"Interpolation key '(.+?)' not found", text):
+        return (
+            f"{key} is read from {absent[1]}, which is not in this configuration; choose a model, data and a task that "
+            "go together, as an experiment does"
+        )
+    if absent := re.match(r"Missing mandatory value: (\S+)", text):
+        name = key if key.endswith(f".{absent[1]}") else absent[1]
+        return f"Missing mandatory value: {name}; give {name}=VALUE"
+    if unknown := re.match(r"Could not override '([\w.@/]+)'\.\s*To append", text):
+        name = unknown[1]
+        return f"there is no option {name} here; {_near(name, _options(name))} (+{name}=… would add it)"
+    if unknown := re.match(r"Could not override '([\w@/]+)'\. No match", text):
+        return f"this verb has no group {unknown[1]}; with --help it lists those that it has"
+    if isinstance(error, OSError) and error.filename is not None and text.startswith("[Errno"):
+        return f"{error.strerror}: {error.filename}; check that path, and whether it may be read and written"
     wanted = {"ValueError", "OSError", "HydraException", "OmegaConfBaseException", "MisconfigurationException"}
+    wanted |= {"YAMLError", "ModuleNotFoundError"}
     if not names & wanted:
         return None
-    text = str(error)
     if "Original Traceback" in text:  # raised in a worker process of a data loader: its last line is the message
         text = text.strip().splitlines()[-1].partition(": ")[2]
     cause = str(error.__cause__) if error.__cause__ is not None and "HydraException" in names else ""
@@ -133,3 +154,27 @@ def explain(error: BaseException) -> str | None:
         line for line in dict.fromkeys(lines) if not line.startswith(("full_key:", "object_type=", "reference_type="))
     ]
     return " ".join(kept) or type(error).__name__
+
+
+def _near(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else "`sinuous train --help` lists what there is"
+
+
+def _options(like: str) -> list[str]:
+    """Names of the groups, or of what the configurations of the group of `like` hold."""
+    import yaml  # comes with hydra, which has run by now
+
+    def names(node: Any, prefix: str) -> Iterator[str]:
+        for key, value in node.items() if isinstance(node, dict) else ():
+            yield f"{prefix}{key}"
+            yield from names(value, f"{prefix}{key}.")
+
+    groups = {folder.name for folder in _CONFIGS.iterdir() if folder.is_dir()}
+    group, dot, rest = like.partition(".")
+    if dot and group not in groups:
+        return sorted(f"{name}.{rest}" for name in groups)
+    files = (_CONFIGS / group).rglob("*.yaml") if dot else (_CONFIGS / f"{verb}.yaml" for verb in ("train", "eval"))
+    known = {name for file in files for name in names(yaml.safe_load(file.read_text()), f"{group}." if dot else "")}
+    known.discard(like)  # which another choice of the group has
+    return sorted(known if dot else known | groups)

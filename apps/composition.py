@@ -11,6 +11,10 @@ from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 CONFIG_PATH = "pkg://sinuous.apps.configs"
@@ -88,6 +92,29 @@ def register() -> None:
     OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
 
 
+def _check_numbers(config_name: str) -> None:
+    """Refuse a word in place of a number. The groups are open, so Hydra lets it pass, and libraries break on it late.
+
+    Raises:
+        ValueError: naming the option, unless the word is `auto`, which Lightning takes for several numbers.
+    """
+    given = HydraConfig.get().overrides.task
+    words = {}
+    for text, override in zip(given, OverridesParser.create().parse_overrides(given), strict=True):
+        value = override.value()
+        if "." in override.key_or_group and isinstance(value, str) and value != "auto" and "${" not in value:
+            words[text] = (override.key_or_group, value)
+    if not words:
+        return
+    others = [text for text in given if text not in words]
+    plain = GlobalHydra.instance().config_loader().load_configuration(config_name, others, RunMode.RUN)
+    for key, value in words.values():
+        usual = OmegaConf.select(plain, key)
+        if isinstance(usual, int | float):
+            kind = "true or false" if isinstance(usual, bool) else "a number"
+            raise ValueError(f"{key} must be {kind}, such as {str(usual).lower()} (got {value!r})")
+
+
 def run_composed(work: Callable[[DictConfig], int], config_name: str, prog: str, argv: list[str]) -> int:
     """Compose `config_name` with the overrides in `argv`, call `work` on it (once per job of a sweep), return its code.
 
@@ -99,6 +126,7 @@ def run_composed(work: Callable[[DictConfig], int], config_name: str, prog: str,
 
     def job(config: DictConfig) -> None:
         try:
+            _check_numbers(config_name)
             codes.append(work(config))
         except Exception as error:  # kept here, or Hydra would print a line of its own before raising it
             failures.append(error)

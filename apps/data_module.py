@@ -15,6 +15,13 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 
+def at_least(least: int, **options: int | None) -> None:
+    """Refuse options of the data below `least`, by name; None is allowed."""
+    for name, value in options.items():
+        if value is not None and not (isinstance(value, int) and value >= least):
+            raise ValueError(f"data.{name} must be a whole number of at least {least} (got {value!r})")
+
+
 class Splits(L.LightningDataModule):
     """Batches of the `train`, `val` and `test` splits of a dataset.
 
@@ -26,6 +33,9 @@ class Splits(L.LightningDataModule):
         repeats: times that an example comes in one batch, each time augmented anew (arXiv 1901.09335); 0 and 1: once.
         limit: use only so many training examples.
         seed: of the order of the training examples, together with the epoch.
+
+    Raises:
+        ValueError: if a size is too small.
     """
 
     examples: ClassVar[str]
@@ -42,6 +52,8 @@ class Splits(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size, limit=limit)
+        at_least(0, num_workers=num_workers, repeats=repeats)
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
         self.repeats, self.limit, self.seed = repeats, limit, seed
         self._sets: dict[str, Any] = {}
@@ -171,6 +183,7 @@ class ByteText(Splits):
 
     def __init__(self, dataset: Callable[..., Dataset[Any]], *, length: int, **options: Any) -> None:
         super().__init__(**options)
+        at_least(1, length=length)
         self.dataset, self.length = dataset, length
 
     def make(self, name: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +28,8 @@ def _vision(options: argparse.Namespace) -> None:
 
     from sinuous.vision import demo
 
+    if options.out.is_dir() or not options.out.suffix:
+        raise ValueError(f"--out must be a picture's file, such as {options.out / 'seen.png'} (got {options.out})")
     result = demo.run(options.image, model=options.model)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     demo.draw(result, options.out)
@@ -47,11 +48,11 @@ def _vision(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `sinuous demo <domain> ...`; 0 on success, 2 for what cannot be shown, said in one sentence."""
+    """Run `sinuous demo <domain> ...`.
+
+    Raises:
+        ValueError: for what cannot be shown.
+    """
     options = _parser().parse_args(argv)
-    try:
-        options.run(options)
-    except (ValueError, OSError) as error:
-        print(f"sinuous demo {options.domain}: {error}", file=sys.stderr)
-        return 2
+    options.run(options)
     return 0

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import lightning as L
 from omegaconf import DictConfig, OmegaConf
 
+import sinuous
 from sinuous.apps.composition import run_composed
 from sinuous.apps.run_folder import describe
-from sinuous.apps.train import first_line, make_data, make_task, make_trainer, name_of, quieten
+from sinuous.apps.train import first_line, make_run, make_trainer, name_of, quieten
 
 log = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
     """`sinuous eval model_name=NAME data=GROUP/NAME checkpoint_path=FILE` (or `pretrained=true`), or with the groups
-    of a training: `sinuous eval model=core/bytes data=core/austen task=language_modelling checkpoint_path=FILE`."""
+    of a training: `sinuous eval model=core/bytes checkpoint_path=FILE`."""
     return run_composed(evaluate, "eval", "sinuous eval", argv)
 
 
@@ -31,10 +31,15 @@ def evaluate(config: DictConfig) -> int:
         raise ValueError("the weights to score are missing: give checkpoint_path=FILE or pretrained=true")
     if config.split not in ("val", "test"):
         raise ValueError(f"split must be val or test (got {config.split!r})")
-    L.seed_everything(config.seed, workers=True, verbose=False)
+    elsewhere = {*sinuous.list_models()} - {*sinuous.list_models(domain="vision")}
+    if "${model_name}" in unresolved.values() and (config.model_name in elsewhere or "img_size" not in config.data):
+        raise ValueError(
+            f"model_name={config.model_name} is for a model of images with data of images; name other models by their "
+            "configuration, as in training: model=core/bytes"
+        )
     OmegaConf.set_struct(config, False)
     config.model.update(pretrained=config.pretrained, checkpoint_path=config.checkpoint_path)
-    data, task = make_data(config), make_task(config)
+    data, task = make_run(config)
     trainer = make_trainer(config)
     folder = Path(config.output_dir)
     if trainer.is_global_zero:

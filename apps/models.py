@@ -10,16 +10,20 @@ from rich.table import Table
 import sinuous
 from sinuous.core.registry import ModelInfo
 
+DOMAINS = "language, vision, audio, video, genomics"
+
 
 def main(argv: list[str]) -> int:
     """`sinuous models [PATTERN] [--domain DOMAIN] [--pretrained]`."""
     parser = argparse.ArgumentParser(prog="sinuous models", description="List the models.")
     parser.add_argument("pattern", nargs="?", default="", help="a glob that the whole name must match, such as 'vim*'")
-    parser.add_argument("--domain", help="only those of this domain: language, vision, audio, video, genomics")
+    parser.add_argument("--domain", help=f"only those of this domain: {DOMAINS}")
     parser.add_argument("--pretrained", action="store_true", help="only those that come with weights")
     options = parser.parse_args(argv)
     infos = [sinuous.model_info(name) for name in sinuous.list_models(options.pattern, domain=options.domain)]
     infos = [info for info in infos if info.weights or not options.pretrained]
+    if options.domain and not sinuous.list_models(domain=options.domain):
+        raise ValueError(f"there is no model of the domain {options.domain!r}; the domains are {DOMAINS}")
     if not infos:
         asked = " ".join(filter(None, (options.pattern, options.domain, "with weights" if options.pretrained else "")))
         raise ValueError(

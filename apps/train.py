@@ -35,11 +35,10 @@ def train(config: DictConfig) -> int:
     quieten()
     folder = Path(config.output_dir)
     start = _start_of(config)
-    L.seed_everything(config.seed, workers=True, verbose=False)
-    data, task = make_data(config), make_task(config)
+    data, task = make_run(config)
     trainer = make_trainer(config)
     if trainer.is_global_zero:
-        if start is not None and start.parents[1].resolve() == folder.resolve():
+        if start is not None and start.resolve().parents[1] == folder.resolve():
             keep_metrics(folder)
         describe(folder, config)
         log.info("%s", first_line(trainer, task, data, ("train", "val", "test"), config.model))
@@ -47,7 +46,7 @@ def train(config: DictConfig) -> int:
     try:
         trainer.fit(task, data, ckpt_path=start, weights_only=True)
     except RunStopped as stop:
-        log.info("%s; go on with: sinuous train %s ckpt_path=%s", stop, _overrides(), stop.checkpoint)
+        log.info("%s; go on with: sinuous train %sckpt_path=%s", stop, _overrides(), stop.checkpoint)
         return 128 + int(signal.Signals(stop.signum))
     seconds = time.perf_counter() - began
     if config.test:
@@ -62,15 +61,20 @@ def _start_of(config: DictConfig) -> Path | None:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path.resolve()} to go on from; check ckpt_path")
     try:
-        torch.load(path, map_location="meta", weights_only=True)
+        content = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} is no intact checkpoint of sinuous train; take another one") from error
+    if not isinstance(content, dict) or not {"state_dict", "optimizer_states", "loops"} <= content.keys():
+        raise ValueError(
+            f"{path} holds no state to go on from, as {LAST} of a run does; to start from weights alone, give "
+            "+model.checkpoint_path instead of ckpt_path"
+        )
     return path
 
 
 def _overrides() -> str:
     overrides = hydra.core.hydra_config.HydraConfig.get().overrides.task
-    return " ".join(o for o in overrides if not o.startswith("ckpt_path="))
+    return "".join(f"{o} " for o in overrides if not o.startswith("ckpt_path="))
 
 
 def _test(trainer: L.Trainer, task: Any, data: Splits, folder: Path, seconds: float) -> None:
@@ -110,6 +114,24 @@ def _resolved(part: DictConfig) -> dict[str, Any]:
     return cast("dict[str, Any]", OmegaConf.to_container(part, resolve=True, throw_on_missing=True))
 
 
+def make_run(config: DictConfig) -> tuple[Splits, Any]:
+    """Seeds every generator, then makes the data and the task that `config` describes.
+
+    Raises:
+        ValueError: if they do not go together, or the seed is out of range.
+    """
+    if not 0 <= config.seed < 2**32:  # numpy's range
+        raise ValueError(f"seed must be from 0 to 4294967295 (got {config.seed})")
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    data, task = make_data(config), make_task(config)
+    if not isinstance(data, task.takes):
+        raise ValueError(
+            f"the task {type(task).__name__} is for data of the kind {task.takes.__name__} (got "
+            f"{type(data).__name__}); choose data=… and task=… that go together"
+        )
+    return data, task
+
+
 def make_data(config: DictConfig) -> Splits:
     """The DataModule; `root` and `source` are only names by which the entry `dataset` is reached."""
     options = {key: value for key, value in _resolved(config.data).items() if key not in ("root", "source")}
@@ -142,6 +164,14 @@ def make_trainer(config: DictConfig) -> L.Trainer:
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
         _convert_="all",
     )
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if trainer.world_size > 1 and not getattr(environment, "creates_processes_externally", False):
+        # Lightning would start the others from sys.argv, which names our verb and not a file.
+        raise ValueError(
+            f"trainer.devices={trainer.num_devices} on {trainer.num_nodes} node(s) is for {trainer.world_size} "
+            f"processes and this is one; start them with: torchrun --nproc-per-node {trainer.num_devices} -m sinuous "
+            "train … trainer=ddp"
+        )
     return trainer
 
 
@@ -157,8 +187,18 @@ def first_line(trainer: L.Trainer, task: Any, data: Splits, splits: tuple[str, .
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     model = task.model.to(device)
     parameters = sum(p.numel() for p in model.parameters())
-    used = backends.of_model(model, data.example())
     sizes = ", ".join(f"{len(data.split(name)):,} {name}" for name in splits)
+    try:
+        used = backends.of_model(model, data.example())
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError, AssertionError) as error:
+        if "SINUOUS_BACKEND" in str(error):
+            raise
+        raise ValueError(
+            f"{name_of(model_config)} cannot read these {data.examples} of {list(data.example().shape)}: "
+            f"{str(error).rstrip('.')}; choose a model and data, or sizes of them, that go together"
+        ) from error
     ops = ", ".join(f"{op} by {backend}" for op, backend in used.items()) or "none of ours"
     processes = f" × {trainer.world_size} processes" if trainer.world_size > 1 else ""
     return (

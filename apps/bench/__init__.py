@@ -22,11 +22,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `sinuous bench <what> ...`; 0 on success, 2 for arguments that cannot be met."""
+    """Run `sinuous bench <what> ...`.
+
+    Raises:
+        ValueError: for arguments that cannot be met.
+    """
+    from sinuous.apps.bench.options import check
+
     options = _parser().parse_args(argv)
-    try:
-        options.run(options, lambda line: print(line, file=sys.stderr))
-    except ValueError as error:
-        print(f"sinuous bench {options.what}: {error}", file=sys.stderr)
-        return 2
+    check(options)
+    options.run(options, lambda line: print(line, file=sys.stderr))
     return 0

@@ -6,12 +6,13 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sinuous.apps.bench import measure
+from sinuous.apps.bench.options import add_machine, add_outputs, positive_integers
 from sinuous.apps.bench.report import Row, command, show, write_csv, write_markdown
 
 ATTENTION = ("fused attention", "plain attention")
@@ -29,14 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sizes", default="224,512,1024,1248", help="comma-separated image sizes in pixels")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--repeats", type=int, default=5, help="samples per candidate, of which the median is shown")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    add_machine(parser)
     parser.add_argument("--clock", default="wall", choices=sorted(measure.CLOCKS), help="cpu suits a busy machine")
     parser.add_argument("--versus", help="the row that ratios refer to (default: the last model, with fused attention)")
     parser.add_argument("--no-memory", action="store_true", help="skip the peaks, each of which starts a process")
-    parser.add_argument("--csv", type=Path, help="also write the rows to this file")
-    parser.add_argument("--markdown", type=Path, help="also write a page with the table and how it was measured")
+    add_outputs(parser)
     parser.add_argument("--figure", type=Path, help="also draw time and memory against size into this file")
 
 
@@ -57,7 +56,7 @@ def build(name: str, size: int, attention: str | None, device: torch.device) -> 
     model: nn.Module = timm.create_model(name, img_size=size).eval().to(device)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = attention != ATTENTION[1]
+            cast("Any", module).fused_attn = attention != ATTENTION[1]
     return model
 
 
@@ -94,15 +93,11 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> list[dict[st
     """All rows that the options ask for; the table is printed at the end.
 
     Raises:
-        ValueError: for sizes that are no positive integers, an unknown model, or a device that is not there.
+        ValueError: for sizes that are no positive integers, or an unknown model.
     """
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda needs a CUDA device, and torch sees none; leave the option out")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in options.sizes.split(",")):
-        raise ValueError(f"--sizes must be positive integers separated by commas (got {options.sizes!r})")
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    sizes = sorted({int(part) for part in options.sizes.split(",")})
+    sizes = positive_integers("--sizes", options.sizes)
     candidates: dict[str, tuple[str, str | None]] = {}
     for name in options.models.split(","):
         candidates |= variants(name.strip(), sizes[0])
@@ -116,7 +111,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> list[dict[st
         tokens = {}
         for label, (name, attention) in candidates.items():
             model = build(name, size, attention, device)
-            tokens[label] = model.pos_embed.shape[1]
+            tokens[label] = cast("Tensor", model.pos_embed).shape[1]
             calls[label] = _inference(model, torch.randn(options.batch, 3, size, size, device=device))
         samples = measure.round_robin(calls, device, repeats=options.repeats, clock=options.clock)
         medians = {label: measure.median(values) for label, values in samples.items()}
@@ -184,13 +179,11 @@ def draw(rows: list[Row], path: Path) -> None:
     """Time and memory against image size, one line per model; marks the size from which the first model is ahead.
 
     Raises:
-        ValueError: if matplotlib is not installed.
+        ModuleNotFoundError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, LogLocator
-    except ImportError:
-        raise ValueError("--figure needs matplotlib; install it with: pip install 'sinuous[train]'") from None
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     labels = list(dict.fromkeys(row["model"] for row in rows))
     first, versus = labels[0], rows[0]["versus"]
     panels = [("median_ms", "time per forward pass, ms"), ("peak_mb", "peak memory beyond weights and image, MB")]

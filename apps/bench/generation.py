@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from sinuous.apps.bench import measure
+from sinuous.apps.bench.options import add_machine, add_outputs, positive_integers
 from sinuous.apps.bench.report import Row, command, show, write_csv, write_markdown
 from sinuous.core.generation import Sampling, generate
 from sinuous.core.registry import create_model
+from sinuous.core.sequence_model import SequenceModel
 
 METHOD = """Models have random weights, since speed does not depend on them, and write {tokens} tokens greedily after a
 prompt of random ones, one row at a time. Prefill is the reading of the prompt in chunks of 2048. State is what must be
@@ -31,10 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contexts", default="1024,16384", help="comma-separated lengths of the prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to write")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--csv", type=Path, help="also write the rows to this file")
-    parser.add_argument("--markdown", type=Path, help="also write a page with the table and how it was measured")
+    add_machine(parser)
+    add_outputs(parser)
 
 
 def _state_bytes(model: Any, prompt: Tensor) -> int:
@@ -47,20 +46,17 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
     """All rows that the options ask for.
 
     Raises:
-        ValueError: for an unknown model or mixer, contexts that are no positive integers, or a missing CUDA device.
+        ValueError: for an unknown model or mixer, or contexts that are no positive integers.
     """
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda needs a CUDA device, and torch sees none; leave the option out")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in options.contexts.split(",")):
-        raise ValueError(f"--contexts must be positive integers separated by commas (got {options.contexts!r})")
+    contexts = positive_integers("--contexts", options.contexts)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     sampling = Sampling(max_new_tokens=options.tokens)
     rows: list[Row] = []
     for mixer in options.mixers.split(","):
         torch.manual_seed(0)
-        model = create_model(options.model, pattern=mixer.strip()).to(device).eval()
-        for context in sorted({int(part) for part in options.contexts.split(",")}):
+        model = cast("SequenceModel", create_model(options.model, pattern=mixer.strip()).to(device).eval())
+        for context in contexts:
             prompt = torch.randint(model.vocab_size, (context,), device=device)
             generate(model, prompt[:16], Sampling(max_new_tokens=2))
             runs = [generate(model, prompt, sampling) for _ in range(options.repeats)]

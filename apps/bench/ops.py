@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from sinuous.apps.bench import measure
 from sinuous.apps.bench.op_cases import CASES, FASTEST, Case, Inputs, Peer, Prepared, Shape, backends, ours
+from sinuous.apps.bench.options import add_machine, add_outputs, positive_integers
 from sinuous.apps.bench.report import Row, command, show, write_csv, write_markdown
 
 PROBE_LENGTH = 256
@@ -31,9 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--state", type=int, default=16, help="states per channel of the selective scan")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--repeats", type=int, default=5, help="samples per candidate, of which the median is shown")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    add_machine(parser)
     parser.add_argument("--versus", help="the peer that ratios refer to (default: each op's usual one)")
     parser.add_argument("--clock", default="wall", choices=sorted(measure.CLOCKS), help="cpu suits a busy machine")
     parser.add_argument(
@@ -42,8 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-memory", action="store_true", help="skip the peaks, each of which starts a process")
     parser.add_argument("--no-peers", action="store_true", help="our own backends only")
     parser.add_argument("--scaling", action="store_true", help="our own backends at lengths up to 131072, batch 1")
-    parser.add_argument("--csv", type=Path, help="also write the rows to this file")
-    parser.add_argument("--markdown", type=Path, help="also write a page with the table and how it was measured")
+    add_outputs(parser)
 
 
 METHOD = """Candidates take turns in one process, so that a disturbance of the machine meets all of them alike; times
@@ -116,6 +114,10 @@ def _relative_difference(a: Tensor, b: Tensor) -> float:
     return float(((a - b).pow(2).mean() / b.pow(2).mean()).sqrt())
 
 
+def _quadratic(peer: Peer | None) -> bool:
+    return peer is not None and peer.quadratic
+
+
 def _probe(
     case: Case, names: Iterable[str], shape: Shape, device: torch.device, budget: Budget
 ) -> dict[str, float | None]:
@@ -168,8 +170,8 @@ def bench_case(case: Case, shapes: list[Shape], options: argparse.Namespace, say
         peaks: dict[str, dict[str, float] | None] = {}
         for which in PASSES:
             calls: dict[str, Callable[[], object]] = {}
-            for name, peer in usable.items():
-                quadratic = peer is not None and peer.quadratic
+            for name in usable:
+                quadratic = _quadratic(usable[name])
                 if name == "recurrent" and (options.scaling or shape.length > RECURRENT_LENGTH):
                     continue
                 if not budget.allows(name, which, shape.length, quadratic):
@@ -181,12 +183,12 @@ def bench_case(case: Case, shapes: list[Shape], options: argparse.Namespace, say
                 calls[name] = _call(prepared[name], which)
             samples = measure.round_robin(calls, device, repeats=options.repeats, clock=options.clock)
             medians = {name: measure.median(values) for name, values in samples.items()}
-            rivals = [n for n in medians if (peer := usable[n]) is not None and peer.same_function]
+            rivals = [n for n in medians if (rival := usable[n]) is not None and rival.same_function]
             against = min(rivals, key=medians.__getitem__, default="") if versus == FASTEST else versus
             for name, seconds in medians.items():
                 budget.note(name, which, shape.length, seconds)
                 if not options.no_memory and name not in peaks:
-                    quadratic = usable[name] is not None and usable[name].quadratic
+                    quadratic = _quadratic(usable[name])
                     passes = tuple(p for p in PASSES if budget.allows(name, p, shape.length, quadratic))
                     peaks[name] = measure.in_fresh_process(
                         measure_peak,
@@ -226,16 +228,12 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> list[dict[st
     """All rows that the options ask for, printed as they are ready.
 
     Raises:
-        ValueError: for lengths that are no positive integers, or a CUDA device that is not there.
+        ValueError: for lengths that are no positive integers.
     """
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda needs a CUDA device, and torch sees none; leave the option out")
     text = "2048,8192,32768,131072" if options.scaling else options.lengths
-    if not all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")):
-        raise ValueError(f"--lengths must be positive integers separated by commas (got {text!r})")
     if options.scaling:
         options.no_peers, options.batch = True, 1
-    lengths = sorted({int(part) for part in text.split(",")})
+    lengths = positive_integers("--lengths", text)
     shapes = [Shape(options.batch, length, options.dim, options.state) for length in lengths]
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from rich.progress import Progress
 
 from sinuous.apps.bench import measure
+from sinuous.apps.bench.options import add_machine, add_outputs
 from sinuous.apps.bench.report import Row, command, show, write_csv, write_markdown
 from sinuous.apps.bench.state_tracking import TASKS, Task
 from sinuous.core.mixers import list_mixers, mixer_class, mixer_options
@@ -44,11 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--tests", type=int, default=256, help="test sequences per length")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--csv", type=Path, help="also write the rows to this file, each as soon as it is known")
+    add_machine(parser)
+    add_outputs(parser, csv="also write the rows to this file, each as soon as it is known")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --csv has already, train the others")
-    parser.add_argument("--markdown", type=Path, help="also write a page with the table and how it was measured")
     parser.add_argument("--figure", type=Path, help="also draw the scores into this file")
 
 
@@ -129,10 +128,8 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
     """All rows that the options ask for, printed as they are ready.
 
     Raises:
-        ValueError: for an unknown mixer, or a CUDA device that is not there.
+        ValueError: for an unknown mixer.
     """
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda needs a CUDA device, and torch sees none; leave the option out")
     torch.set_num_threads(options.threads)
     models, tasks = contenders(options.mixer), [TASKS[name] for name in options.task or TASKS]
     rows = read_rows(options.csv) if options.resume else []
@@ -208,12 +205,10 @@ def draw(table: list[Row], tasks: list[Task], path: Path) -> None:
     """A field for each mixer and task, from white at chance to full colour at every answer right.
 
     Raises:
-        ValueError: if matplotlib is not installed.
+        ModuleNotFoundError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--figure needs matplotlib; install it with: pip install 'sinuous[train]'") from None
+    from matplotlib.figure import Figure
+
     columns = [(heading, task.chance) for task in tasks for heading, _ in _columns(task)]
     above = [[max(0.0, (row[heading] - chance) / (1 - chance)) for heading, chance in columns] for row in table]
     figure = Figure(figsize=(2.2 + 0.95 * len(columns), 1.3 + 0.27 * len(table)), dpi=160, layout="constrained")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from sinuous.apps.data_module import LabelledImages
+from sinuous.apps.data_module import LabelledImages, Splits
 from sinuous.apps.pictures import prediction_grid
 from sinuous.apps.tasks.task import Task
 
@@ -25,7 +25,12 @@ class Classification(Task):
         smoothing: label smoothing ε: the target is 1 - ε + ε/K for the label and ε/K elsewhere.
         mixing: timm's `Mixup`, which mixes pictures and labels within a batch.
         **options: of `Task`.
+
+    Raises:
+        ValueError: if `smoothing` is not in [0, 1).
     """
+
+    takes: ClassVar[type[Splits]] = LabelledImages
 
     def __init__(
         self,
@@ -37,6 +42,8 @@ class Classification(Task):
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"task.smoothing must be in [0, 1) (got {smoothing})")
         self.smoothing, self.mixing = smoothing, mixing
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.predictions: list[Tensor] = []

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from sinuous.apps.data_module import ByteText
+from sinuous.apps.data_module import ByteText, Splits
 from sinuous.apps.tasks.task import Task
 from sinuous.core.generation import Sampling, generate
+from sinuous.core.sequence_model import SequenceModel
 
 
 class LanguageModelling(Task):
@@ -23,10 +24,20 @@ class LanguageModelling(Task):
         sample_bytes: how many bytes of its own a tested model writes, to be looked at.
         prompt: what it goes on from.
         **options: of `Task`.
+
+    Raises:
+        ValueError: if `sample_bytes` is negative, or a sample has no prompt.
     """
+
+    takes: ClassVar[type[Splits]] = ByteText
 
     def __init__(self, model: nn.Module, *, sample_bytes: int = 400, prompt: str = "Chapter", **options: Any) -> None:
         super().__init__(model, **options)
+        if sample_bytes < 0 or (sample_bytes and not prompt):
+            raise ValueError(
+                f"a sample of task.sample_bytes={sample_bytes} bytes goes on from task.prompt={prompt!r}; give a "
+                "prompt, and 0 bytes for no sample"
+            )
         self.sample_bytes, self.prompt = sample_bytes, prompt
         self.bits = MeanMetric()
         self.scored = 0
@@ -65,6 +76,6 @@ class LanguageModelling(Task):
     def write(self, path: Path) -> Path:
         """Let the model go on from the prompt; the text lands in `path`."""
         sampling = Sampling(temperature=0.8, max_new_tokens=self.sample_bytes, seed=0)
-        written = generate(self.evaluated, self.prompt.encode(), sampling)
+        written = generate(cast("SequenceModel", self.evaluated), self.prompt.encode(), sampling)
         path.write_bytes(self.prompt.encode() + bytes(written.tokens[0].tolist()) + b"\n")
         return path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -14,7 +14,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from sinuous.apps.data_module import Splits
 from sinuous.apps.tasks import learning_rates
+from sinuous.core.registry import check_weights
 
 
 class Task(L.LightningModule):
@@ -28,7 +30,15 @@ class Task(L.LightningModule):
             is stepped after every update.
         ema_decay: decay of a moving average of the weights (timm's ModelEmaV3, with warm-up of the decay); the
             average is what is validated, tested and exported. None keeps none.
+
+    Attributes:
+        takes: the kind of data that the task reads and reports on.
+
+    Raises:
+        ValueError: if `ema_decay` is not in [0, 1).
     """
+
+    takes: ClassVar[type[Splits]]
 
     def __init__(
         self,
@@ -39,6 +49,8 @@ class Task(L.LightningModule):
         ema_decay: float | None = None,
     ) -> None:
         super().__init__()
+        if ema_decay is not None and not 0 <= ema_decay < 1:
+            raise ValueError(f"task.ema_decay must be in [0, 1), or null for no average (got {ema_decay})")
         self.model = model
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.ema_decay = ema_decay
@@ -76,9 +88,16 @@ class Task(L.LightningModule):
         if self.ema is not None:
             self.ema.update(self.model, step=self.global_step)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "state_dict" in checkpoint:  # sharded strategies have loaded and removed it
+            check_weights(checkpoint["state_dict"], self)
+
     def configure_optimizers(self) -> Any:
         assert self.make_optimizer is not None, "a task that is only evaluated needs no optimizer"
-        optimizer = self.make_optimizer(self.model)
+        try:
+            optimizer = self.make_optimizer(self.model)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optimizer: {error}; correct its options") from error
         learning_rates.honour(self.model, optimizer)
         optimizer.register_load_state_dict_pre_hook(_check_groups)
         if self.make_scheduler is None:
@@ -86,9 +105,12 @@ class Task(L.LightningModule):
         updates, epochs = self._updates_per_epoch(), float(max(self.trainer.max_epochs or 1, 1))
         if self.trainer.max_steps > 0:
             epochs = min(epochs, self.trainer.max_steps / updates)
-        scheduler, _ = self.make_scheduler(
-            optimizer, num_epochs=epochs, updates_per_epoch=updates, step_on_epochs=False
-        )
+        try:
+            scheduler, _ = self.make_scheduler(
+                optimizer, num_epochs=epochs, updates_per_epoch=updates, step_on_epochs=False
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"scheduler: {str(error).rstrip('.')}; correct its options") from error
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _updates_per_epoch(self) -> int:

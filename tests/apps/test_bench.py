@@ -11,8 +11,14 @@ from functools import partial
 import pytest
 import torch
 
-from sinuous.apps.bench import backbones, main, measure, op_cases, ops, state_tracking
+from sinuous.apps import cli
+from sinuous.apps.bench import backbones, measure, op_cases, ops, state_tracking
 from sinuous.core.ops.laws import LAWS
+
+
+def main(arguments: list[str]) -> int:
+    return cli.main(["bench", *arguments])
+
 
 CPU = torch.device("cpu")
 MEGABYTE = 1_000_000
@@ -198,6 +204,10 @@ def test_crossing_is_where_ours_stays_ahead(ours, theirs, wanted):
     [
         (["ops", "--lengths", "12,x"], "--lengths"),
         (["ops", "--lengths", "0"], "--lengths"),
+        (["ops", "--threads", "0"], "--threads must be at least 1"),
+        (["ops", "--csv", f"{__file__}/x.csv"], "--csv cannot be written"),
+        (["recall", "--markdown", "/proc"], "--markdown must name a file"),
+        (["recall", "--steps", "-1"], "--steps must be at least 1"),
         (["backbones", "--sizes", "224;512"], "--sizes"),
         (["backbones", "--models", "no_such_model"], "no_such_model"),
         (["backbones", "--models", "deit_tiny_patch16_224", "--sizes", "32", "--versus", "x"], "--versus"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hydra
@@ -115,7 +116,12 @@ def test_precision_is_chosen_for_the_machine(monkeypatch: pytest.MonkeyPatch, tm
     config.output_dir = str(tmp_path)
     seen: list[Any] = []
     monkeypatch.setattr("lightning.Trainer", lambda **given: seen.append(given["precision"]))
-    monkeypatch.setattr(hydra.utils, "instantiate", lambda node, **given: seen.append(dict(node).get("precision")))
+
+    def instantiate(node: Any, **given: Any) -> Any:
+        seen.append(dict(node).get("precision"))
+        return SimpleNamespace(world_size=1, strategy=None)
+
+    monkeypatch.setattr(hydra.utils, "instantiate", instantiate)
     for available, capability, accelerator, wanted in (
         (True, (8, 0), "auto", "bf16-mixed"),
         (True, (7, 5), "auto", "32-true"),

@@ -194,7 +194,19 @@ def test_overfitting_64_pictures(sinuous: Sinuous, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["modle.depth=3"], "Key 'modle' is not in struct|Key 'modle' not in 'TrainSchema'"),
+        (["modle.depth=3"], "there is no option modle.depth here; did you mean model.depth"),
+        (["trainer.max_epoch=3"], "there is no option trainer.max_epoch here; did you mean trainer.max_epochs"),
+        (["experimnt=fast"], "there is no option experimnt here; did you mean experiment"),
+        (["optimizer.lr=fast"], "optimizer.lr must be a number, such as .* \\(got 'fast'\\)"),
+        (["optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
+        (["scheduler.sched=cosin"], "scheduler: Unknown scheduler 'cosin'"),
+        (["task.smoothing=2"], r"task.smoothing must be in \[0, 1\) \(got 2\)"),
+        (["task.ema_decay=7"], r"task.ema_decay must be in \[0, 1\)"),
+        (["data.batch_size=0"], r"data.batch_size must be a whole number of at least 1 \(got 0\)"),
+        (["seed=-1"], r"seed must be from 0 to 4294967295 \(got -1\)"),
+        (["task=language_modelling"], "LanguageModelling is for data of the kind ByteText"),
+        (["trainer.devices=3"], "for 3 processes and this is one; start them with: torchrun"),
+        (["hydra.run.dir=/proc/nowhere/x"], "No such file or directory: /proc/nowhere"),
         (["seed=abc"], "Value 'abc' of type 'str' could not be converted to Integer"),
         (
             ["experiment=vision/fashion"],
@@ -220,6 +232,22 @@ def test_mistakes_are_told_in_a_sentence(
     told = capsys.readouterr().err
     assert re.search(message, told), told
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model=core/bytes", "data=vision/fashion_mnist_synthetic"], "bytes_5m cannot read these images of"),
+        (["data=core/austen"], "model.img_size is read from data.img_size, which is not in this configuration"),
+        (["model=core/bytes", "data.length=0"], r"data.length must be a whole number of at least 1 \(got 0\)"),
+        (["model=core/bytes", "task.sample_bytes=-2"], "task.sample_bytes=-2"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_told(
+    arguments: list[str], message: str, sinuous: Sinuous, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sinuous("train", "debug=fast", *arguments) == 2
+    assert re.search(message, told := capsys.readouterr().err), told
 
 
 def test_a_damaged_checkpoint_is_refused(sinuous: Sinuous, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,7 +328,7 @@ def test_a_language_model_from_end_to_end(
     assert len((folder / "sample.txt").read_bytes()) == len("Chapter") + 5 + 1
     (weights,) = folder.glob("checkpoints/*.safetensors")
     assert weights.name == "best.safetensors"
-    small += ["model=core/bytes", "data=core/austen", "task=language_modelling", "trainer.limit_test_batches=0.05"]
+    small += ["model=core/bytes", "trainer.limit_test_batches=0.05"]
     arguments = [*small, "data.length=32", "task.sample_bytes=5", f"checkpoint_path={weights}"]
     for split in ("test", "val"):
         assert sinuous("eval", *arguments, f"split={split}", f"hydra.run.dir={tmp_path / split}") == 0

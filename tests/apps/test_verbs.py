@@ -52,6 +52,10 @@ def test_eval_gives_the_digits_of_the_training(
         (["model_name=test_vim", "checkpoint_path=README.md"], "is not a checkpoint, or is damaged"),
         (["model_name=test_vim", "pretrained=true"], "no weights for 'test_vim'"),
         (["model_name=vim_nano", "pretrained=true", "split=train"], "split must be val or test"),
+        (["model_name=vim_nano", "pretrained=yes_please"], "Value 'yes_please' is not a valid bool"),
+        (["model_name=vim_nano", "pretrained=true", "experiment=core/bytes"], "this verb has no group experiment"),
+        (["model_name=bytes_5m", "checkpoint_path=x"], "name other models by their configuration.*model=core/bytes"),
+        (["model=core/bytes"], "give checkpoint_path=FILE or pretrained=true"),
     ],
 )
 def test_mistakes_of_eval(
@@ -78,6 +82,8 @@ def test_models_are_listed(
     assert "7,148,008" in told
     assert "3×224×224" in told
     assert "vim_small" not in told
+    assert sinuous("models", "--domain", "visoin") == 2
+    assert "no model of the domain 'visoin'; the domains are language, vision" in capsys.readouterr().err
     assert sinuous("models", "nothing*") == 2
     assert "no model matches 'nothing*'" in capsys.readouterr().err
 

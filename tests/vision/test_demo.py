@@ -11,8 +11,12 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.datasets import FashionMNIST
 
-from sinuous.apps.demo import main
+from sinuous.apps import cli
 from sinuous.vision import demo
+
+
+def main(arguments: list[str]) -> int:
+    return cli.main(["demo", *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +107,13 @@ def test_an_unreadable_or_missing_picture_is_one_sentence(model, tmp_path, capsy
         assert path.name in message
         assert message.count("\n") == 0
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("out", ["", "picture"])
+def test_a_figure_wants_a_files_name(model, tmp_path, capsys, out):
+    assert main(["vision", "--model", model, "--out", str(tmp_path / out)]) == 2
+    assert "--out must be a picture's file, such as" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_without_weights_or_of_another_kind_is_one_sentence(capsys):
