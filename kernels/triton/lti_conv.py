@@ -16,7 +16,7 @@ from torch import Tensor
 from sinuous.kernels.torch import lti_conv as plain
 from sinuous.kernels.torch.chunked import working_dtype
 from sinuous.kernels.torch.differentiation import autograd_inside_an_op
-from sinuous.kernels.torch.discretization import conj, discretize
+from sinuous.kernels.torch.discretization import conj, discretize, plus_one, times
 from sinuous.kernels.triton.channel_states import SERIAL_PROGRAMS, Boundaries, blocks, boundaries
 from sinuous.kernels.triton.lti_conv_kernels import adjoint_sums, carry_chunks, chunk_ends, forward_sums, outputs
 from sinuous.kernels.triton.packing import ACCUMULATOR, on_device
@@ -83,8 +83,11 @@ class _Call:
         return given.to(self.dtype).contiguous()
 
     def across(self, steps: int, adjoint: bool) -> Tensor:
-        """λ^steps, or its conjugate."""
-        power = torch.view_as_real(torch.view_as_complex(self.exact.factor.contiguous()) ** steps)
+        """λ^steps, or its conjugate, by squaring: pow() on a GPU may make a NaN of a factor that is 0."""
+        square, power = self.exact.factor, plus_one(torch.zeros_like(self.exact.factor))
+        while steps:
+            power = times(power, square) if steps & 1 else power
+            square, steps = times(square, square), steps >> 1
         return (conj(power) if adjoint else power).to(self.dtype).contiguous()
 
     def into_chunks(self, inputs: Tensor, incoming: Tensor, adjoint: bool) -> Tensor:
@@ -93,7 +96,7 @@ class _Call:
         factor, into, marks, cut = self.factor, self.into, None, None
         if adjoint:
             factor = conj(factor)
-            into = torch.view_as_real(torch.view_as_complex(factor) * torch.view_as_complex(self.readout))
+            into = times(factor, self.readout)
         if self.marks is not None:
             marks, _, cut, _ = self.marks
             if adjoint:

@@ -78,9 +78,9 @@ def test_programs_that_take_several_chunks(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_slow_modes_beside_quick_ones() -> None:
-    """λ from 1 - 1e-6 to e^-30, over many chunks."""
+    """λ from 1 - 1e-6 to 0, over many chunks."""
     arguments = single("diagonal", 1, 400)
-    decay = torch.logspace(-5, 2.5, arguments["A"][..., 0].numel()).view_as(arguments["A"][..., 0])
+    decay = torch.logspace(-5, 4, arguments["A"][..., 0].numel()).view_as(arguments["A"][..., 0])
     arguments["A"] = torch.stack([-decay, arguments["A"][..., 1]], -1)
     arguments["dt"] = torch.full_like(arguments["dt"], 0.1)
     compare(arguments)
