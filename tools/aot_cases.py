@@ -344,7 +344,7 @@ def cases() -> Iterator[tuple[str, list[Launch]]]:
             yield name_of, additive_decay_launches(dtype, keys=keys, values=values)
         yield f"additive_decay {name} K=64 V=64 packed", additive_decay_launches(dtype, packed=True)
         yield f"dplr {name} K=64 V=64 packed", dplr_launches(dtype, packed=True)
-        for units in (16, 32, 64, 128):
+        for units in (16, 19, 32, 64, 96, 128):
             yield f"slstm {name} D={units}", slstm_launches(dtype, units=units)
         for units in (32, 64):
             yield f"slstm {name} D={units} packed", slstm_launches(dtype, units=units, packed=True)

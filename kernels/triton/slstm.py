@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -27,6 +28,8 @@ REMEMBERED = {"slstm": "cnm", "lstm": "c", "gru": ""}
 TILES: dict[int, tuple[int, int, int]] = {16: (16, 4, 1), 32: (32, 4, 1), 64: (32, 4, 3), 128: (16, 8, 2)}
 """By the width of a head: how many rows of the weights are read at a time, warps, and stages of that reading. These
 spill on no target of docs/benchmarks/aot.md; no choice for heads of 256 does not."""
+WIDEST_MASKED = 32
+"""Ragged heads up to here are masked. Wider ones are padded to a whole tile: masks make them spill at some widths."""
 WIDEST_DOUBLE = 32
 
 
@@ -39,6 +42,16 @@ def _tiles(units: int) -> dict[str, Any]:
     wide = max(min(TILES), triton.next_power_of_2(units))
     rows, warps, stages = TILES[wide]
     return {"BD": wide, "BK": rows, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+def _missing(gates: Tensor) -> int:
+    """Units that a head lacks of the tile it is computed in. With gates, weights and state of 0 they stay 0."""
+    units = gates.shape[4]
+    return 0 if units <= WIDEST_MASKED else triton.next_power_of_2(units) - units
+
+
+def _padded(tensors: Sequence[Tensor | None], missing: int) -> list[Any]:
+    return [None if t is None else F.pad(t, (0, missing)) for t in tensors]
 
 
 class _Call:
@@ -96,6 +109,11 @@ def forward(
     given = (initial_y, initial_c, initial_n, initial_m)
     if not fits(gates):
         return plain.forward(gates, R, bias, *given, cu_seqlens, cell, reverse, chunk_size)
+    if missing := _missing(gates):
+        x, b, y, c, n, m = _padded((gates, bias, *given), missing)
+        weights = F.pad(R, (0, missing, 0, missing))
+        outputs = forward(x, weights, b, y, c, n, m, cu_seqlens, cell, reverse, chunk_size)
+        return tuple(t[..., :-missing].contiguous() for t in outputs)
     call = _Call(gates, R, bias, given, cu_seqlens, cell, reverse)
     hidden, final = call.empty(call.batch, call.length, call.heads, call.units), call.states()
     chunks = triton.cdiv(call.length, chunk_size)
@@ -132,6 +150,17 @@ def backward(
     given, kept = (initial_y, initial_c, initial_n, initial_m), (chunk_y, chunk_c, chunk_n, chunk_m)
     if not fits(gates):
         return plain.backward(grads, gates, R, bias, *given, cu_seqlens, hidden, *kept, cell, reverse, chunk_size)
+    if missing := _missing(gates):
+        grads = _padded(grads, missing)
+        x, b, y, c, n, m = _padded((gates, bias, *given), missing)
+        ys, of_y, of_c, of_n, of_m = _padded((hidden, *kept), missing)
+        weights = F.pad(R, (0, missing, 0, missing))
+        found = backward(
+            grads, x, weights, b, y, c, n, m, cu_seqlens, ys, of_y, of_c, of_n, of_m, cell, reverse, chunk_size
+        )
+        found = [None if t is None else t[..., :-missing].contiguous() for t in found]
+        assert found[1] is not None
+        return [found[0], found[1][..., :-missing, :].contiguous(), *found[2:]]
     call = _Call(gates, R, bias, given, cu_seqlens, cell, reverse)
     dfinal, dinitial = [call.state(t) for t in grads[1:]], call.states()
     before = plain.outputs_before(hidden, initial_y, cu_seqlens, reverse)

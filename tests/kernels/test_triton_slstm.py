@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import interpreted
 import pytest
 import torch
 from interpreted import MARKS
-from parity import assert_close, cast, draw, error, run_with_gradients
+from parity import assert_close, cast, draw, draw_from, error, run_with_gradients
 
 from sinuous.core.ops.laws import LAWS
 
@@ -50,6 +51,31 @@ def test_more_sequences_than_a_block_and_weights_read_in_pieces(variant: str, un
     arguments["R"] /= units**0.5
     del arguments["initial_state"]
     compare(arguments)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(2, 0), (0, 3), (2, 33)])
+def test_a_ragged_head_is_padded_to_a_whole_tile(batch: int, length: int) -> None:
+    compare(cast(draw_from(SLSTM.wide, batch, length), torch.float32))
+
+
+def test_packed_ragged_heads_backwards() -> None:
+    arguments = cast(draw_from(SLSTM.wide, 1, 7, 3), torch.float32)
+    compare({**arguments, "cu_seqlens": torch.tensor([0, 2, 2, 7]), "reverse": True})
+
+
+def test_gpus_see_no_ragged_head_that_is_not_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sinuous.kernels.triton import slstm
+
+    seen = set()
+    products = slstm._Call.products
+
+    def note(call: slstm._Call) -> dict[str, Any]:
+        seen.add(call.units)
+        return products(call)
+
+    monkeypatch.setattr(slstm._Call, "products", note)
+    compare(cast(draw_from(SLSTM.wide, 1, 2), torch.float32))
+    assert seen == {64}
 
 
 @EVERY_CELL
