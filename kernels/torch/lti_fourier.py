@@ -6,6 +6,9 @@ with the rows E, the columns W and the sums S_i = U_i flip(W) of blocks of about
 doubling: the readouts `C Ā^{ci}`, the states `Ā^{ci} x_0` and the sum of the S_i need the powers `Ā^{c 2^k}` only, so
 that no loop goes from block to block and nothing of T × N is made. The convolution's gradients are two more transforms;
 those of the rest, whose tensors are √T or T / c long, are autograd's.
+
+A transform rounds relative to the largest value of its sequence, and a NaN anywhere in a sequence reaches all of it;
+blocks keep what came before as it was.
 """
 
 from __future__ import annotations
