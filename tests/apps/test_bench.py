@@ -146,8 +146,10 @@ def test_our_peak_stays_below_one_tensor_of_all_states_and_mambapys_does_not():
     shape = op_cases.Shape(batch=2, length=2048, dim=64, state=16)
     states = 4 * shape.batch * shape.length * shape.dim * shape.state
     for name, bounds in (("torch", (0.2, 1.0)), ("mambapy", (3.0, 20.0))):
-        peaks = measure.in_fresh_process(ops.measure_peak, "selective_scan", name, shape, "cpu", 1, timeout=200)
-        assert bounds[0] * states < peaks["forward+backward"] < bounds[1] * states, (name, peaks)
+        # A system that takes back idle pages between two readings adds them to a peak: the lower of two is nearer.
+        arguments = (ops.measure_peak, "selective_scan", name, shape, "cpu", 1)
+        peak = min(measure.in_fresh_process(*arguments, timeout=200)["forward+backward"] for _ in range(2))
+        assert bounds[0] * states < peak < bounds[1] * states, (name, peak)
 
 
 def test_pages_hold_the_command_that_made_them(tmp_path):

@@ -14,9 +14,8 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {tools!r})
 import torch, aot_cases, aot_compile
-of = [aot_cases.scan_launches, aot_cases.convolution_launches, aot_cases.ssd_launches, aot_cases.mlstm_launches]
-of += [aot_cases.longhorn_launches, aot_cases.gla_launches, aot_cases.delta_rule_launches, aot_cases.slstm_launches]
-of += [aot_cases.lti_conv_launches]
+ops = "scan longhorn convolution linear_scan ssd mlstm gla delta_rule dplr additive_decay slstm lti_conv".split()
+of = [getattr(aot_cases, op + "_launches") for op in ops]
 for launch in [launch for launches in of for launch in launches(torch.bfloat16)]:
     found = aot_compile.cost(launch, aot_compile.TARGETS["sm_90"][0])
     name = launch.kernel.__module__.rpartition(".")[2] + "." + launch.kernel.__name__
