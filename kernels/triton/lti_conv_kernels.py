@@ -21,6 +21,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sinuous.kernels.triton.packing import place_of
+
 
 @triton.jit
 def read(at, there):
@@ -44,12 +46,6 @@ def channels_of(block, width, M: tl.constexpr, BD: tl.constexpr, BM: tl.constexp
     d, m = block * BD + tl.arange(0, BD), tl.arange(0, BM)
     there = d < width
     return d, there, (d[:, None] * M + m[None, :]) * 2, there[:, None] & (m < M)[None, :]
-
-
-@triton.jit
-def place_of(batch, p, length, REVERSE: tl.constexpr):
-    """Row of `[B·T]` of step `p` in processing order."""
-    return batch * length + (length - 1 - p if REVERSE else p)
 
 
 @triton.jit(do_not_specialize=["length"])

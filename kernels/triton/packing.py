@@ -45,6 +45,12 @@ def bounds_of(n, cu_seqlens, length, PACKED: tl.constexpr, REVERSE: tl.constexpr
     return first, steps, batch
 
 
+@triton.jit
+def place_of(batch, step, length, REVERSE: tl.constexpr):
+    """The row of `[B T, …]` that is processed at `step`."""
+    return batch.to(tl.int64) * length + (length - 1 - step if REVERSE else step)
+
+
 def on_device(t: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(t.device) if t.is_cuda else nullcontext()

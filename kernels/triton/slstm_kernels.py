@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sinuous.kernels.triton.packing import place_of
+
 CELLS = {"slstm": 0, "lstm": 1, "gru": 2}
 LEAST = tl.constexpr(-1e30)
 """Of a stabiliser: what is e^-inf in units of it is 0 and not NaN."""
@@ -76,12 +78,6 @@ def sequences_of(n, count, cu_seqlens, length, PACKED: tl.constexpr, REVERSE: tl
         right = tl.load(cu_seqlens + n + 1, mask=n < count, other=0).to(tl.int32)
         first, steps, batch = (length - right if REVERSE else left), right - left, n * 0
     return first, tl.where(n < count, steps, 0), batch
-
-
-@triton.jit
-def place_of(batch, step, length, REVERSE: tl.constexpr):
-    """The row of `[B T, …]` that is processed at `step`."""
-    return batch.to(tl.int64) * length + (length - 1 - step if REVERSE else step)
 
 
 @triton.jit
