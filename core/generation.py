@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sinuous.core import norms
+from sinuous.core.checks import check_sizes
 from sinuous.core.ragged import run_ragged, select_rows
 from sinuous.core.sequence_model import SequenceModel
 
@@ -68,10 +69,9 @@ class Sampling:
     def __post_init__(self) -> None:
         _check(self.temperature >= 0, "temperature", self.temperature, "be 0 or more")
         _check(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "be more than 0")
-        _check(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "be at least 1")
+        check_sizes(max_new_tokens=self.max_new_tokens, top_k=1 if self.top_k is None else self.top_k)
         _check(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "lie above 0 and not above 1")
         _check(self.min_p is None or 0 <= self.min_p <= 1, "min_p", self.min_p, "lie between 0 and 1")
-        _check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "be at least 1")
         _check(
             all(len(s) for s in self.stop_sequences), "stop_sequences", self.stop_sequences, "have no empty sequence"
         )
@@ -255,7 +255,7 @@ class _Run:
         pad_id: int | None,
         prefill_chunk: int,
     ) -> None:
-        _check(prefill_chunk >= 1, "prefill_chunk", prefill_chunk, "be at least 1")
+        check_sizes(prefill_chunk=prefill_chunk)
         self.model, self.sampling, self.prefill_chunk = model, sampling, prefill_chunk
         self.device = next(model.parameters()).device
         self.prefill_seconds = self.decode_seconds = 0.0

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
+from sinuous.core.checks import check_sizes
 from sinuous.core.mixers import Mixer, build_mixer, list_mixers, mixer_class, mixer_options
 from sinuous.core.ragged import run_ragged
 from sinuous.core.sequence_model import NORMS
@@ -118,9 +119,7 @@ class Recurrent(nn.Module):
         **mixer_options: Any,
     ) -> None:
         super().__init__()
-        for name, size in {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers}.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1 (got {size})")
+        check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         if proj_size < 0:
             raise ValueError(f"proj_size must be at least 1, or 0 for no projection (got {proj_size})")
         if not 0 <= dropout <= 1:

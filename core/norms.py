@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sinuous.core.checks import check_choice
+
 
 # FX cannot branch on the dtype of a traced value: the function stays one node. `wrap` patches this module's own
 # namespace, so callers write `norms.at_least_fp32(x)`.
@@ -84,8 +86,7 @@ class GatedRMSNorm(nn.Module):
         group_size = dim if group_size is None else group_size
         if dim % group_size:
             raise ValueError(f"group_size must divide the width {dim} (got {group_size})")
-        if activation not in ("silu", "sigmoid"):
-            raise ValueError(f"activation must be 'silu' or 'sigmoid' (got {activation!r})")
+        check_choice("activation", activation, ("silu", "sigmoid"))
         self.dim = dim
         self.eps = eps
         self.group_size = group_size

@@ -31,6 +31,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sinuous.core.checks import check_sizes
+
 
 class Route(NamedTuple):
     """order: raster index of the cell visited at each step, `[H·W]`; inverse: step at which each cell is visited."""
@@ -137,8 +139,7 @@ def scan_route(name: str, height: int, width: int, *, window: int = 2, device: t
     if name not in list_routes():
         close = difflib.get_close_matches(name, list_routes(), n=1) or list_routes()
         raise ValueError(f"there is no scan route {name!r}; did you mean {' or '.join(map(repr, close))}?")
-    if window < 1:
-        raise ValueError(f"window must be at least 1 (got {window})")
+    check_sizes(window=window)
     order, inverse = _indices(name, height, width, window if name == "windows" else 0)
     return Route(torch.tensor(order, device=device), torch.tensor(inverse, device=device))
 

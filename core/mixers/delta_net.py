@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core import norms
+from sinuous.core.checks import check_choice, check_sizes
 from sinuous.core.mixers.contract import register_mixer
 from sinuous.core.mixers.feature_maps import Fixed
 from sinuous.core.mixers.mamba import init_dt_bias
@@ -111,10 +112,8 @@ class DeltaNet(DeltaRuleMixer):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        if qk_activation not in ACTIVATIONS:
-            raise ValueError(f"qk_activation must be one of {', '.join(ACTIVATIONS)} (got {qk_activation!r})")
-        if qk_norm not in ("l2", "sum"):
-            raise ValueError(f"qk_norm must be 'l2' or 'sum' (got {qk_norm!r})")
+        check_choice("qk_activation", qk_activation, ACTIVATIONS)
+        check_choice("qk_norm", qk_norm, ("l2", "sum"))
         keys, values = int(dim * expand_k), int(dim * expand_v)
         shape = (
             num_heads,
@@ -174,11 +173,7 @@ class ProductMixer(DeltaRuleMixer):
         v_heads = num_heads if num_v_heads is None else num_v_heads
         head_dim = max(dim * 3 // (4 * max(num_heads, 1)), 1) if head_dim is None else head_dim
         head_v_dim = int(head_dim * expand_v)
-        if min(num_heads, head_dim, head_v_dim, num_householder) < 1:
-            raise ValueError(
-                f"num_heads, head_dim, head_dim · expand_v and num_householder must be at least 1 "
-                f"(got {num_heads}, {head_dim}, {head_v_dim} and {num_householder})"
-            )
+        check_sizes(num_heads=num_heads, head_dim=head_dim, head_v_dim=head_v_dim, num_householder=num_householder)
         groups = per_head(v_heads, num_heads, "num_v_heads")
         keys, values = num_heads * head_dim, v_heads * head_v_dim
         widths = (keys, num_householder * keys, num_householder * values)

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sinuous.core.checks import check_choice
+
 DPFP_SHIFTS = 4
 
 
@@ -107,8 +109,7 @@ def build_feature_map(kind: str, head_dim: int, dd: dict[str, Any], allowed: Seq
     Raises:
         ValueError: if it is not `allowed`.
     """
-    if kind not in allowed:
-        raise ValueError(f"feature_map must be one of {', '.join(allowed)} (got {kind!r})")
+    check_choice("feature_map", kind, allowed)
     return WIDER_OR_LEARNT[kind](head_dim, **dd) if kind in WIDER_OR_LEARNT else Fixed(kind)
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from sinuous.core import norms
+from sinuous.core.checks import check_choice, check_sizes
 from sinuous.core.mixers.contract import register_mixer
 from sinuous.core.mixers.elementwise import ElementwiseMixer
-from sinuous.core.mixers.mamba import check_sizes
 
 TRANSITIONS = ("polar", "cartesian")
 
@@ -54,8 +54,7 @@ class GateLoop(ElementwiseMixer):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = int(expand * dim)
         check_sizes(dim=dim, d_inner=inner)
-        if transition not in TRANSITIONS:
-            raise ValueError(f"transition must be 'polar' or 'cartesian' (got {transition!r})")
+        check_choice("transition", transition, TRANSITIONS)
         super().__init__(inner, complex_hidden=True)
         self.transition = transition
         self.to_qkv = nn.Linear(dim, 3 * inner, bias=False, **dd)

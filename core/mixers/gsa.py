@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core import norms
+from sinuous.core.checks import check_sizes
 from sinuous.core.mixers.contract import register_mixer, register_state
 from sinuous.core.mixers.feature_maps import build_feature_map
 from sinuous.core.mixers.matrix_mixer import GroupedMixer, zero_states
@@ -79,8 +80,7 @@ class GSA(GroupedMixer):
         key_dim, value_dim = int(dim * expand_k), int(dim * expand_v)
         super().__init__(dim, key_dim, value_dim, num_heads, num_kv_heads, taps, conv_bias, dd)
         self.num_slots = self.head_k_dim if num_slots is None else num_slots
-        if self.num_slots < 1:
-            raise ValueError(f"num_slots must be at least 1 (got {num_slots})")
+        check_sizes(num_slots=self.num_slots)
         self.feature_map = build_feature_map(feature_map, self.head_k_dim, dd, FEATURE_MAPS)
         self.f_proj = nn.Linear(dim, num_heads // self.kv_groups * self.num_slots, bias=False, **dd)
         self.gate_logit_normalizer = float(gate_logit_normalizer)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core import norms
+from sinuous.core.checks import check_sizes
 from sinuous.core.mixers.contract import register_mixer
 from sinuous.core.mixers.delta_net import unit_length
 from sinuous.core.mixers.mamba import init_dt_bias
@@ -72,11 +73,7 @@ class KDA(QueryKeyValueMixer):
         v_heads = heads if num_v_heads is None else num_v_heads
         head_dim = per_head(dim, heads, "dim") if head_dim is None else head_dim
         head_v_dim = int(head_dim * expand_v)
-        if min(heads, head_dim, head_v_dim) < 1:
-            raise ValueError(
-                f"num_heads, head_dim and head_dim · expand_v must be at least 1 (got {heads}, {head_dim} and "
-                f"{head_v_dim})"
-            )
+        check_sizes(num_heads=heads, head_dim=head_dim, head_v_dim=head_v_dim)
         if lower_bound is not None and lower_bound >= 0:
             raise ValueError(f"lower_bound must be negative (got {lower_bound}); it bounds the logarithm of a decay")
         groups = per_head(v_heads, heads, "num_v_heads")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core import norms
+from sinuous.core.checks import check_choice
 from sinuous.core.mixers import positions
 from sinuous.core.mixers.contract import register_mixer, register_state
 from sinuous.core.mixers.feature_maps import ELEMENTWISE, NEVER_NEGATIVE, Hedgehog, build_feature_map, features
@@ -65,8 +66,7 @@ class LinearAttention(GroupedMixer):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        if output_norm not in ("none", "rms"):
-            raise ValueError(f"output_norm must be 'none' or 'rms' (got {output_norm!r})")
+        check_choice("output_norm", output_norm, ("none", "rms"))
         key_dim, value_dim = int(dim * expand_k), int(dim * expand_v)
         head_k_dim = per_head(key_dim, num_heads, "the width of the keys")
         head_v_dim = per_head(value_dim, num_heads, "the width of the values")

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sinuous.core.checks import check_sizes
 from sinuous.core.mixers.contract import register_mixer
-from sinuous.core.mixers.mamba import ChannelStateMixer, check_sizes
+from sinuous.core.mixers.mamba import ChannelStateMixer
 from sinuous.core.ops import causal_conv1d, longhorn  # noqa: F401  (registers torch.ops.sinuous)
 
 

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core import norms
+from sinuous.core.checks import check_choice, check_sizes
 from sinuous.core.mixers.contract import register_mixer
 from sinuous.core.mixers.elementwise import ElementwiseMixer
-from sinuous.core.mixers.mamba import check_sizes
 
 ACTIVATIONS = ("full_glu", "half_glu1", "half_glu2", "gelu", "none")
 
@@ -42,8 +42,7 @@ class ConstantFactorMixer(ElementwiseMixer):
     """
 
     def __init__(self, dim: int, modes: int, activation: str, dd: dict[str, Any]) -> None:
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))} (got {activation!r})")
+        check_choice("activation", activation, ACTIVATIONS)
         super().__init__(modes, complex_hidden=True)
         self.activation = activation
         self.out1 = nn.Linear(dim, dim, **dd) if activation == "full_glu" else nn.Identity()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core import norms
+from sinuous.core.checks import check_sizes
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
 from sinuous.core.ops import causal_conv1d, selective_scan  # noqa: F401  (registers torch.ops.sinuous)
 
@@ -199,9 +200,3 @@ class Mamba(ChannelStateMixer):
             False,
         )
         return self.out_proj(y), conv_state, ssm_state
-
-
-def check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1 (got {size})")

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core import norms
+from sinuous.core.checks import check_sizes
 from sinuous.core.mixers.contract import Mixer, register_mixer
-from sinuous.core.mixers.mamba import check_sizes, init_dt_bias
+from sinuous.core.mixers.mamba import init_dt_bias
 from sinuous.core.mixers.matrix_mixer import MatrixState, ShortConvolution, heads_of, zero_states
 from sinuous.core.ops import ssd  # noqa: F401  (registers torch.ops.sinuous)
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sinuous.core.checks import check_choice, check_sizes
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
 from sinuous.core.mixers.matrix_mixer import ShortConvolution, gate_of, per_head, zero_states
 from sinuous.core.norms import MultiHeadLayerNorm
@@ -145,9 +146,8 @@ class MLSTM(MemoryMixer):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        check_activation(input_activation)
-        if conv_size < 1:
-            raise ValueError(f"conv_size must be at least 1 (got {conv_size})")
+        check_choice("input_activation", input_activation, INPUT_ACTIVATIONS)
+        check_sizes(conv_size=conv_size)
         inner = math.ceil(proj_factor * dim / round_up_to) * round_up_to
         size = per_head(inner, num_heads, "the inner width")
         blocks = inner // qkv_block_size
@@ -242,7 +242,7 @@ class MLSTMLarge(MemoryMixer):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        check_activation(input_activation)
+        check_choice("input_activation", input_activation, INPUT_ACTIVATIONS)
         keys, values = int(dim * qk_dim_factor), int(dim * v_dim_factor)
         head_k_dim = per_head(keys, num_heads, "the width of the keys")
         head_v_dim = per_head(values, num_heads, "the width of the values")
@@ -300,8 +300,3 @@ def init_forget_gate(layer: nn.Linear) -> None:
     nn.init.zeros_(layer.weight)
     with torch.no_grad():
         layer.bias.copy_(torch.linspace(3, 6, layer.out_features))
-
-
-def check_activation(name: str) -> None:
-    if name not in INPUT_ACTIVATIONS:
-        raise ValueError(f"input_activation must be 'exp' or 'sigmoid' (got {name!r})")

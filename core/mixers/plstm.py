@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core import norms
+from sinuous.core.checks import check_choice, check_grid
 from sinuous.core.mixers.contract import Mixer, register_mixer
-from sinuous.core.mixers.ss2d import check_grid
 from sinuous.core.ops import grid_scan  # noqa: F401  (registers torch.ops.sinuous)
 
 CORNERS = 4
@@ -180,10 +180,8 @@ class PLSTMGrid(Mixer):
         heads = max(1, dim // 64) if num_heads is None else num_heads
         if heads < 1 or dim % (CORNERS * heads):
             raise ValueError(f"dim must be a multiple of 4 num_heads (got dim {dim} and {heads} heads)")
-        if mode not in ("P", "D"):
-            raise ValueError(f"mode must be P or D (got {mode!r})")
-        if chirality not in ("L", "R"):
-            raise ValueError(f"chirality must be L or R (got {chirality!r})")
+        check_choice("mode", mode, ("P", "D"))
+        check_choice("chirality", chirality, ("L", "R"))
         self.propagates = mode == "P"
         self.left_turns, self.gate_weights = chirality == "L", gate_weights
         self.smallest = 0.0 if stable else -1.0

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core import norms
+from sinuous.core.checks import check_sizes
 from sinuous.core.mixers import positions
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
-from sinuous.core.mixers.mamba import check_sizes
 from sinuous.core.mixers.matrix_mixer import heads_of, per_head
 from sinuous.core.ops import causal_conv1d, linear_scan  # noqa: F401  (registers torch.ops.sinuous)
 

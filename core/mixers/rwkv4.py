@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from sinuous.core import norms
+from sinuous.core.checks import check_place, check_sizes
 from sinuous.core.mixers import positions
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
-from sinuous.core.mixers.mamba import check_sizes
 from sinuous.core.mixers.matrix_mixer import zero_states
 from sinuous.core.ops import causal_conv1d, linear_scan  # noqa: F401  (registers torch.ops.sinuous)
 
@@ -91,8 +91,7 @@ class RWKV4(Mixer):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         width = dim if attention_hidden_size is None else attention_hidden_size
         check_sizes(dim=dim, attention_hidden_size=width)
-        if not 0 <= block_index < num_blocks:
-            raise ValueError(f"block_index must be one of the {num_blocks} of num_blocks, from 0 (got {block_index})")
+        check_place(block_index, num_blocks)
         self.dim = dim
         self.width = width
         self.block_index = block_index

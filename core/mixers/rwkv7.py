@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core import norms
+from sinuous.core.checks import check_place
 from sinuous.core.mixers.contract import Shared, register_mixer
 from sinuous.core.mixers.matrix_mixer import MatrixMixer, MatrixState, heads_of, per_head
 from sinuous.core.mixers.rwkv6 import HEAD_SIZE, LowRank
@@ -77,8 +78,7 @@ class RWKV7(MatrixMixer):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        if not 0 <= block_index < num_blocks:
-            raise ValueError(f"block_index must be one of the {num_blocks} of num_blocks, from 0 (got {block_index})")
+        check_place(block_index, num_blocks)
         value_dim = dim if value_dim is None else value_dim
         heads = heads_of(dim, HEAD_SIZE) if num_heads is None else num_heads
         keys = per_head(dim, heads, "dim")

@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core import norms
+from sinuous.core.checks import check_choice, check_sizes
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
 from sinuous.core.mixers.delay import one_step_late
-from sinuous.core.mixers.mamba import check_sizes
 from sinuous.core.ops import (
     hippo,
     lti_conv,  # noqa: F401  (registers torch.ops.sinuous)
@@ -194,14 +194,11 @@ class S4(Mixer):
             raise ValueError(f"n_ssm must divide dim = {dim} (got {systems})")
         known = DISCRETIZATIONS[self.mode]
         disc = known[0] if disc is None else disc
-        if disc not in known:
-            raise ValueError(f"disc must be one of {', '.join(map(repr, known))} (got {disc!r})")
+        check_choice("disc", disc, known)
         if disc == "dss" and l_max is None:
             raise ValueError("disc='dss' divides by a sum over time; pass its number of steps as l_max")
-        if dt_transform not in ("exp", "softplus"):
-            raise ValueError(f"dt_transform must be 'exp' or 'softplus' (got {dt_transform!r})")
-        if final_act not in FINAL_ACTS:
-            raise ValueError(f"final_act must be 'glu' or 'id' (got {final_act!r})")
+        check_choice("dt_transform", dt_transform, ("exp", "softplus"))
+        check_choice("final_act", final_act, FINAL_ACTS)
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"dt_min and dt_max must be 0 < dt_min ≤ dt_max (got {dt_min} and {dt_max})")
         if rank is not None and self.mode == "diag":

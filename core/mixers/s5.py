@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from sinuous.core import norms
+from sinuous.core.checks import check_choice, check_sizes
 from sinuous.core.mixers.contract import register_mixer
 from sinuous.core.mixers.lru import ConstantFactorMixer
-from sinuous.core.mixers.mamba import check_sizes
 from sinuous.core.mixers.matrix_mixer import per_head
 from sinuous.core.ops.hippo import normal_part
 
@@ -82,10 +82,8 @@ class S5(ConstantFactorMixer):
         block = per_head(state, blocks, "d_state")
         if conj_sym and block % 2:
             raise ValueError(f"a block must be even for conjugate pairs (got {block}); or give conj_sym=False")
-        if discretization not in DISCRETIZATIONS:
-            raise ValueError(f"discretization must be 'zoh' or 'bilinear' (got {discretization!r})")
-        if C_init not in C_INITS:
-            raise ValueError(f"C_init must be one of {', '.join(map(repr, C_INITS))} (got {C_init!r})")
+        check_choice("discretization", discretization, DISCRETIZATIONS)
+        check_choice("C_init", C_init, C_INITS)
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"dt_min and dt_max must be 0 < dt_min ≤ dt_max (got {dt_min} and {dt_max})")
         modes = state // 2 if conj_sym else state

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sinuous.core.checks import check_place
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
 from sinuous.core.mixers.matrix_mixer import per_head, zero_states
 from sinuous.core.mixers.mlstm import HeadwiseLinear, PaddedConvolution
@@ -90,8 +91,7 @@ class SLSTM(Mixer):
         size = per_head(dim, num_heads, "dim")
         if conv_size < 0:
             raise ValueError(f"conv_size must be at least 1, or 0 for no convolution (got {conv_size})")
-        if not 0 <= block_index < num_blocks:
-            raise ValueError(f"block_index must be one of the {num_blocks} blocks, from 0 (got {block_index})")
+        check_place(block_index, num_blocks)
         self.dim, self.num_heads, self.head_dim = dim, num_heads, size
         self.num_blocks, self.block_index = num_blocks, block_index
         self.conv_shape = (conv_size - 1, dim) if conv_size > 0 else (0, 0)

@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core import norms
+from sinuous.core.checks import check_grid, check_sizes
 from sinuous.core.mixers.centred_convolution import centred_conv1d, check_centred
 from sinuous.core.mixers.contract import Mixer, register_mixer
-from sinuous.core.mixers.mamba import check_sizes, init_A_log, init_dt_bias
+from sinuous.core.mixers.mamba import init_A_log, init_dt_bias
 from sinuous.core.ops import selective_scan  # noqa: F401  (registers torch.ops.sinuous)
 
 ROUTES = 4
@@ -149,15 +150,3 @@ def transposed(x: Tensor, height: int, width: int) -> Tensor:
     """Cells `[B, height · width, D]` from row by row to column by column."""
     by_column: Tensor = x.unflatten(1, [height, width]).transpose(1, 2).flatten(1, 2)
     return by_column
-
-
-def check_grid(grid: tuple[int, int], length: int, cu_seqlens: Tensor | None) -> None:
-    """Refuse a grid that the tokens do not fill.
-
-    Raises:
-        ValueError: if `height · width` is not `length`, or the sequences are packed.
-    """
-    if cu_seqlens is not None:
-        raise ValueError("packed sequences (cu_seqlens) are rows and have no grid; leave one of the two out")
-    if grid[0] * grid[1] != length:
-        raise ValueError(f"grid must have as many cells as there are tokens, {length} (got {grid[0]} x {grid[1]})")

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sinuous.core.checks import check_choice, check_sizes
 from sinuous.core.mixers.contract import Mixer, register_mixer
-from sinuous.core.mixers.mamba import check_sizes, init_A_log, init_dt, s6
+from sinuous.core.mixers.mamba import init_A_log, init_dt, s6
 
 
 @register_mixer("vim_pair")
@@ -59,8 +60,7 @@ class VimPair(Mixer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if backward_dt_init not in ("matched", "reference"):
-            raise ValueError(f"backward_dt_init must be 'matched' or 'reference' (got {backward_dt_init!r})")
+        check_choice("backward_dt_init", backward_dt_init, ("matched", "reference"))
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = int(expand * dim)
         check_sizes(dim=dim, d_state=d_state, d_conv=d_conv, d_inner=inner)

@@ -17,6 +17,8 @@ from types import ModuleType
 
 import torch
 
+from sinuous.core.checks import check_choice
+
 PREFERENCE = ("triton", "cpu", "torch", "recurrent")
 
 # A plain global: the backward of a CUDA graph runs on a thread of autograd's own, where a ContextVar is not seen.
@@ -33,17 +35,12 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: if there is no such backend.
     """
-    _check_name(name, "backend")
+    check_choice("backend", name, PREFERENCE)
     _wished.append(name)
     try:
         yield
     finally:
         _wished.pop()
-
-
-def _check_name(name: str, source: str) -> None:
-    if name not in PREFERENCE:
-        raise ValueError(f"{source} must be one of {', '.join(PREFERENCE)} (got {name!r})")
 
 
 def warn_once(message: str) -> None:
@@ -74,14 +71,14 @@ def choose(family: str, forms: tuple[str, ...], requested: str, device: torch.de
         ValueError: if `requested` is no backend or cannot run here.
     """
     if requested:
-        _check_name(requested, "backend")
+        check_choice("backend", requested, PREFERENCE)
         reason = unavailable(family, forms, requested, device, dtype)
         if reason is not None:
             raise ValueError(f"backend {requested!r} cannot compute {family} here: {reason}")
         return requested
     wish = _wished[-1] if _wished else os.environ.get("SINUOUS_BACKEND", "")
     if wish:
-        _check_name(wish, "SINUOUS_BACKEND")
+        check_choice("SINUOUS_BACKEND", wish, PREFERENCE)
         reason = unavailable(family, forms, wish, device, dtype)
         if reason is None:
             return wish

@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sinuous.core.checks import check_choice
 from sinuous.core.ops.checks import (
     check_attention,
     check_device,
@@ -168,8 +169,7 @@ def gla(
 
     Source: GLA (arXiv 2312.06635), section 4.
     """
-    if decay_of not in DECAY_OF:
-        raise ValueError(f"decay_of must be one of {', '.join(DECAY_OF)} (got {decay_of!r})")
+    check_choice("decay_of", decay_of, DECAY_OF)
     y, state, _ = torch.ops.sinuous.gla(
         q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, decay_of == "values", reverse, backend or ""
     )

@@ -29,6 +29,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sinuous.core.checks import check_choice
 from sinuous.core.ops.checks import check_device, check_floating, check_shape, state_dtype
 from sinuous.core.ops.family import Family, define
 from sinuous.kernels.torch.orientations import unwalked, walked
@@ -165,8 +166,7 @@ def bounded(transition: Tensor, mode: str) -> Tensor:
 
     Source: pLSTM (arXiv 2506.11997), section 3.3.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)} (got {mode!r})")
+    check_choice("mode", mode, MODES)
     if mode == "free":
         return transition
     wide = transition if transition.dtype == torch.float64 else transition.float()

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sinuous.core.checks import check_choice
 from sinuous.kernels.torch.discretization import conj, discretize, matrix
 
 MEASURES = ("legs", "legt", "fout")
@@ -64,6 +65,7 @@ def transition(measure: str, size: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: if there is no such measure.
     """
+    check_choice("measure", measure, MEASURES)
     n = torch.arange(size, dtype=torch.float64, device="cpu")
     root = torch.sqrt(2 * n + 1)
     outer = root.outer(root)
@@ -72,13 +74,11 @@ def transition(measure: str, size: int) -> tuple[Tensor, Tensor]:
     if measure == "legt":
         signs = torch.where((n[:, None] - n) % 2 == 0, 1.0, -1.0).to(n)
         return -0.5 * (outer.tril() + (outer * signs).triu(1)), 0.5 * root
-    if measure == "fout":
-        even = n % 2 == 0
-        B = torch.where(n == 0, torch.ones_like(n), even * math.sqrt(2))
-        frequencies = math.pi * (n[1:] // 2) * even[:-1]
-        skew = torch.diag(frequencies, -1) - torch.diag(frequencies, 1)
-        return skew - B.outer(B), B
-    raise ValueError(f"measure must be one of {', '.join(map(repr, MEASURES))} (got {measure!r})")
+    even = n % 2 == 0
+    B = torch.where(n == 0, torch.ones_like(n), even * math.sqrt(2))
+    frequencies = math.pi * (n[1:] // 2) * even[:-1]
+    skew = torch.diag(frequencies, -1) - torch.diag(frequencies, 1)
+    return skew - B.outer(B), B
 
 
 def low_rank(measure: str, size: int) -> Tensor:
@@ -135,6 +135,7 @@ def diagonal(name: str, size: int) -> Start:
         ValueError: if there is no such start, or the size is odd.
     """
     _check_size(size)
+    check_choice("a diagonal start", name, DIAGONALS)
     if name == "legs":
         start, _ = nplr("legs", size)
         return Start(start.A, start.B, start.P[:0])
@@ -143,10 +144,8 @@ def diagonal(name: str, size: int) -> Start:
         A = torch.complex(torch.full_like(n, -0.5), -math.pi * n)
     elif name == "inv":
         A = torch.complex(torch.full_like(n, -0.5), -size / math.pi * (size / (2 * n + 1) - 1))
-    elif name == "real":
-        A = torch.complex(-(n + 1), torch.zeros_like(n))
     else:
-        raise ValueError(f"a diagonal start must be one of {', '.join(map(repr, DIAGONALS))} (got {name!r})")
+        A = torch.complex(-(n + 1), torch.zeros_like(n))
     return Start(A, torch.ones_like(A), A.new_zeros(0, size // 2))
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sinuous.core.checks import check_choice
 from sinuous.core.ops.checks import (
     check_device,
     check_floating,
@@ -109,8 +110,7 @@ def _check(
     for name, t in (("A", A), ("B", B), ("C", C)):
         wanted = (modes, 2) if t.ndim == 2 else (width, modes, 2)
         check_shape(name, t, wanted, "[D, M, 2], or [M, 2] where all channels have the same")
-    if discretization not in DISCRETIZATIONS:
-        raise ValueError(f"discretization must be 'zoh' or 'bilinear' (got {discretization!r})")
+    check_choice("discretization", discretization, DISCRETIZATIONS)
     if P is not None:
         if P.ndim not in (3, 4) or P.shape[0] < 1:
             raise ValueError(f"P must have shape [R, D, M, 2] or [R, M, 2] with R ≥ 1 (got {list(P.shape)})")

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sinuous.core.checks import check_choice
 from sinuous.core.ops.checks import (
     check_attention,
     check_device,
@@ -139,8 +140,7 @@ def _check(
     check_shape("initial_C", initial_C, (*rows, q.shape[3], values), "[sequences, H, K, V]")
     check_shape("initial_n", initial_n, (*rows, q.shape[3]), "[sequences, H, K]")
     check_shape("initial_m", initial_m, rows, "[sequences, H]")
-    if input_activation not in ("exp", "sigmoid"):
-        raise ValueError(f"input_activation must be 'exp' or 'sigmoid' (got {input_activation!r})")
+    check_choice("input_activation", input_activation, ("exp", "sigmoid"))
     if input_activation == "exp" and not normalize:
         raise ValueError(
             "normalize must be True with input_activation='exp' (got False), since only the normaliser takes out the "

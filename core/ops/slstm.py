@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sinuous.core.checks import check_choice
 from sinuous.core.ops.checks import (
     check_device,
     check_floating,
@@ -142,8 +143,7 @@ def _check(
     check_packing(cu_seqlens, *gates.shape[:2])
     for name, t in states.items():
         check_shape(name, t, _state_shape(gates, cu_seqlens), "[sequences, H, D]")
-    if cell not in CELLS:
-        raise ValueError(f"cell must be one of {', '.join(CELLS)} (got {cell!r})")
+    check_choice("cell", cell, CELLS)
 
 
 def _fake(gates: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, ...]:

@@ -36,7 +36,7 @@ def test_a_wish_that_cannot_be_met_warns_once_and_takes_the_fastest() -> None:
 
 
 def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    unknown = r"must be one of triton, cpu, torch, recurrent \(got 'cuda'\)"
+    unknown = r"must be one of 'triton', 'cpu', 'torch', 'recurrent' \(got 'cuda'\)"
     with pytest.raises(ValueError, match=f"backend {unknown}"):
         dispatch.choose("x", FORMS, "cuda", CPU, FLOAT)
     with pytest.raises(ValueError, match=f"backend {unknown}"), dispatch.backend("cuda"):

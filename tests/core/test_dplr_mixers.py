@@ -415,7 +415,7 @@ def test_kda_forgets_no_faster_than_its_bound(decay: float) -> None:
         ("rwkv7", {"block_index": 2, "num_blocks": 2}, r"block_index must be one of the 2 .*got 2"),
         ("kda", {"lower_bound": 0.0}, "lower_bound must be negative"),
         ("kda", {"num_heads": 2, "num_v_heads": 3}, "num_v_heads must be a positive multiple"),
-        ("kda", {"head_dim": 1, "expand_v": 0.5}, "must be at least 1"),
+        ("kda", {"head_dim": 1, "expand_v": 0.5}, r"head_v_dim must be at least 1 \(got 0\)"),
         ("kda", {"conv_size": 0}, "conv_size must be at least 1"),
     ],
 )

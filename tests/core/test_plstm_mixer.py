@@ -201,8 +201,8 @@ def test_starts_as_published() -> None:
     ("options", "message"),
     [
         ({"num_heads": 5}, "multiple of 4 num_heads"),
-        ({"mode": "L"}, "mode must be P or D"),
-        ({"mode": "D", "chirality": "up"}, "chirality must be L or R"),
+        ({"mode": "L"}, "mode must be 'P' or 'D'"),
+        ({"mode": "D", "chirality": "up"}, "chirality must be 'L' or 'R'"),
     ],
 )
 def test_refusals(options: dict[str, object], message: str) -> None:

@@ -239,7 +239,7 @@ def test_an_output_without_a_gate() -> None:
     [
         ("s4", {"n_ssm": 4}, r"n_ssm must divide dim = 6 \(got 4\)"),
         ("s4", {"d_state": 7}, "size must be even"),
-        ("s4", {"disc": "zoh"}, r"disc must be one of 'bilinear' \(got 'zoh'\)"),
+        ("s4", {"disc": "zoh"}, r"disc must be 'bilinear' \(got 'zoh'\)"),
         ("s4d", {"disc": "dss"}, "pass its number of steps as l_max"),
         ("s4d", {"rank": 1}, "a diagonal system has no rank"),
         ("s4", {"init": "diag-lin"}, "init='diag-lin' has no low rank; use mixer 's4d'"),

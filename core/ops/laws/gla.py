@@ -57,7 +57,7 @@ LAWS = Laws(
             "decay_of": "values",
             "log_decay": a["log_decay"][..., :12],
         },
-        r"decay_of must be one of keys, values": lambda a: {**a, "decay_of": "heads"},
+        r"decay_of must be 'keys' or 'values'": lambda a: {**a, "decay_of": "heads"},
         r"initial_state must have shape": lambda a: {**a, "initial_state": a["initial_state"][:1]},
         r"packed input has batch size 1": lambda a: {**a, "cu_seqlens": torch.tensor([0, 5])},
     },

@@ -54,7 +54,7 @@ LAWS = Laws(
         r"q must have shape \[B, X, Y, H, K\]": lambda a: {**a, "q": a["q"][0]},
         r"k must have shape \[2, 5, 3, 2, 5\]": lambda a: {**a, "k": a["k"][..., :3]},
         r"v must have shape \[2, 5, 3, 2, V\]": lambda a: {**a, "v": a["v"][:, :, :1]},
-        r"mode must be one of P, D, free": lambda a: {**a, "mode": "L"},
+        r"mode must be one of 'P', 'D', 'free'": lambda a: {**a, "mode": "L"},
         r"orientations must be numbers from 0 to 3": lambda a: {**a, "orientations": (0, 1, 2, 4)},
         r"source must have shape \[2, 5, 3, 2, 3, 2\]": lambda a: {**a, "orientations": (0, 1, 2)},
         r"transition must have shape \[2, 5, 3, 2, 4, 2, 2\]": lambda a: {**a, "transition": a["transition"][:, :1]},

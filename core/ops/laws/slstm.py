@@ -58,7 +58,7 @@ LAWS = Laws(
         r"initial_n must have shape": lambda a: _with_state(a, 2, lambda t: t[..., None]),
         r"initial_m must have shape": lambda a: _with_state(a, 3, lambda t: t[:, 0]),
         r"initial_state must be \(y, c, n, m\) \(got 2": lambda a: {**a, "initial_state": a["initial_state"][:2]},
-        r"cell must be one of slstm, lstm, gru \(got 'rnn'\)": lambda a: {**a, "cell": "rnn"},
+        r"cell must be one of 'slstm', 'lstm', 'gru' \(got 'rnn'\)": lambda a: {**a, "cell": "rnn"},
         r"gates must be real floating point": lambda a: {**a, "gates": a["gates"].long()},
         r"packed input has batch size 1": lambda a: {**a, "cu_seqlens": torch.tensor([0, 5])},
     },
