@@ -7,14 +7,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core.checks import check_choice
+from sinuous.kernels import precision
 
 
 # FX cannot branch on the dtype of a traced value: the function stays one node. `wrap` patches this module's own
 # namespace, so callers write `norms.at_least_fp32(x)`.
 @torch.fx.wrap
 def at_least_fp32(x: Tensor) -> Tensor:
-    """`x` in fp32, or unchanged where it is fp64."""
-    return x if x.dtype == torch.float64 else x.float()
+    """`x` in fp32, or unchanged where it is fp64: `sinuous.kernels.precision.at_least_fp32` as one node of FX."""
+    return precision.at_least_fp32(x)
+
+
+def unit_length(x: Tensor) -> Tensor:
+    """Divide `x` by its length over the last axis, `sqrt(Σ x² + 1e-6)`, computed in at least fp32.
+
+    The output has the dtype of x.
+    """
+    wide = at_least_fp32(x)
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
-from sinuous.core.mixers.matrix_mixer import per_head, zero_states
+from sinuous.core.mixers.heads import per_head
+from sinuous.core.mixers.states import zero_states
 from sinuous.core.ops import additive_decay  # noqa: F401  (registers torch.ops.sinuous)
 
 

@@ -23,7 +23,7 @@ from sinuous.core import norms
 from sinuous.core.checks import check_sizes
 from sinuous.core.mixers import positions
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
-from sinuous.core.mixers.matrix_mixer import heads_of
+from sinuous.core.mixers.heads import heads_of
 
 
 @register_state

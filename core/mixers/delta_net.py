@@ -24,19 +24,13 @@ from torch import Tensor, nn
 from sinuous.core import norms
 from sinuous.core.checks import check_choice, check_sizes
 from sinuous.core.mixers.contract import register_mixer
+from sinuous.core.mixers.decay_init import init_A_log_uniform, init_dt_bias
 from sinuous.core.mixers.feature_maps import Fixed
-from sinuous.core.mixers.mamba import init_dt_bias
-from sinuous.core.mixers.mamba2 import init_A_log
-from sinuous.core.mixers.matrix_mixer import QueryKeyValueMixer, per_head
+from sinuous.core.mixers.heads import per_head
+from sinuous.core.mixers.matrix_mixer import QueryKeyValueMixer
 from sinuous.core.ops import delta_rule  # noqa: F401  (registers torch.ops.sinuous)
 
 ACTIVATIONS = {"silu": "swish", "relu": "relu", "elu": "elu", "identity": "identity"}
-
-
-def unit_length(x: Tensor) -> Tensor:
-    """`x / sqrt(Σ x² + 1e-6)` over the last axis, in at least fp32."""
-    wide = norms.at_least_fp32(x)
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 class DeltaRuleMixer(QueryKeyValueMixer):
@@ -136,7 +130,7 @@ class DeltaNet(DeltaRuleMixer):
             q, k, v = self.activation(q), self.activation(k), F.silu(v)
         q, k = q.unflatten(-1, [-1, self.head_k_dim]), k.unflatten(-1, [-1, self.head_k_dim])
         if self.qk_norm == "l2":
-            q, k = unit_length(q), unit_length(k)
+            q, k = norms.unit_length(q), norms.unit_length(k)
         else:
             q, k = q / q.sum(-1, keepdim=True), k / k.sum(-1, keepdim=True)
         if self.b_proj is None:
@@ -192,7 +186,7 @@ class ProductMixer(DeltaRuleMixer):
     def init_weights(self) -> None:
         super().init_weights()
         if self.A_log is not None and self.dt_bias is not None:
-            init_A_log(self.A_log, 0.0, 16.0)
+            init_A_log_uniform(self.A_log, 0.0, 16.0)
             init_dt_bias(self.dt_bias)
 
     def no_weight_decay(self) -> set[str]:
@@ -211,8 +205,8 @@ class ProductMixer(DeltaRuleMixer):
         if self.q_conv1d is None:
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
         beta = torch.sigmoid(norms.at_least_fp32(self.b_proj(x))) * self.greatest_beta
-        q = unit_length(q.unflatten(-1, [-1, self.head_k_dim]))
-        k = unit_length(k.unflatten(-1, [-1, self.head_k_dim]))
+        q = norms.unit_length(q.unflatten(-1, [-1, self.head_k_dim]))
+        k = norms.unit_length(k.unflatten(-1, [-1, self.head_k_dim]))
         v = v.unflatten(-1, [-1, self.head_v_dim])
         if self.factors > 1:
             k, v = k.unflatten(2, [self.factors, -1]), v.unflatten(2, [self.factors, -1])

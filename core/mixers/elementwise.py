@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sinuous.core.mixers.contract import Mixer, register_state
+from sinuous.core.mixers.states import zero_states
 from sinuous.core.ops import causal_conv1d, linear_scan  # noqa: F401  (registers torch.ops.sinuous)
 
 
@@ -55,10 +56,6 @@ class ElementwiseMixer(Mixer):
     def initial_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> ElementwiseState:
-        like = next(self.parameters())
-        device = like.device if device is None else device
-        dtype = like.dtype if dtype is None else dtype
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        conv = torch.zeros((batch_size, *self.conv_shape), device=device, dtype=dtype)
-        hidden_dtype = wide.to_complex() if self.complex_hidden else wide
-        return ElementwiseState(conv, torch.zeros(batch_size, self.hidden_width, device=device, dtype=hidden_dtype))
+        shapes = ((batch_size, *self.conv_shape), (batch_size, self.hidden_width))
+        conv, hidden = zero_states(next(self.parameters()), device, dtype, *shapes)
+        return ElementwiseState(conv, hidden.to(hidden.dtype.to_complex()) if self.complex_hidden else hidden)

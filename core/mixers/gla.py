@@ -17,15 +17,10 @@ from torch import Tensor, nn
 
 from sinuous.core import norms
 from sinuous.core.mixers.contract import register_mixer
+from sinuous.core.mixers.convolutions import convolve_together, short_convolutions
 from sinuous.core.mixers.feature_maps import ELEMENTWISE, build_feature_map
-from sinuous.core.mixers.matrix_mixer import (
-    MatrixMixer,
-    SwishGatedMixer,
-    convolve_together,
-    heads_of,
-    per_head,
-    short_convolutions,
-)
+from sinuous.core.mixers.heads import heads_of, per_head
+from sinuous.core.mixers.matrix_mixer import MatrixMixer, SwishGatedMixer
 from sinuous.core.ops import gla  # noqa: F401  (registers torch.ops.sinuous)
 
 

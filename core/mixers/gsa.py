@@ -21,7 +21,8 @@ from sinuous.core import norms
 from sinuous.core.checks import check_sizes
 from sinuous.core.mixers.contract import register_mixer, register_state
 from sinuous.core.mixers.feature_maps import build_feature_map
-from sinuous.core.mixers.matrix_mixer import GroupedMixer, zero_states
+from sinuous.core.mixers.matrix_mixer import GroupedMixer
+from sinuous.core.mixers.states import zero_states
 from sinuous.core.ops import gla  # noqa: F401  (registers torch.ops.sinuous)
 
 FEATURE_MAPS = ("swish", "relu", "t2r")

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from sinuous.core import norms
 from sinuous.core.checks import check_sizes
-from sinuous.core.mixers.centred_convolution import centred_conv1d, check_centred
 from sinuous.core.mixers.contract import Mixer, register_mixer
+from sinuous.core.mixers.convolutions import centred_conv1d, check_centred
+from sinuous.core.mixers.decay_init import init_dt_bias
 from sinuous.core.mixers.delay import one_step_late
-from sinuous.core.mixers.mamba import init_dt_bias
-from sinuous.core.mixers.matrix_mixer import heads_of
+from sinuous.core.mixers.heads import heads_of
 from sinuous.core.ops import ssd  # noqa: F401  (registers torch.ops.sinuous)
 
 

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from sinuous.core import norms
 from sinuous.core.checks import check_sizes
 from sinuous.core.mixers.contract import register_mixer
-from sinuous.core.mixers.delta_net import unit_length
-from sinuous.core.mixers.mamba import init_dt_bias
-from sinuous.core.mixers.mamba2 import init_A_log
-from sinuous.core.mixers.matrix_mixer import QueryKeyValueMixer, heads_of, per_head
+from sinuous.core.mixers.decay_init import init_A_log_uniform, init_dt_bias
+from sinuous.core.mixers.heads import heads_of, per_head
+from sinuous.core.mixers.matrix_mixer import QueryKeyValueMixer
 from sinuous.core.ops import dplr  # noqa: F401  (registers torch.ops.sinuous)
 
 HEAD_SIZE = 128
@@ -98,7 +97,7 @@ class KDA(QueryKeyValueMixer):
     def init_weights(self) -> None:
         super().init_weights()
         if self.lower_bound is None:
-            init_A_log(self.A_log, 1.0, 16.0)
+            init_A_log_uniform(self.A_log, 1.0, 16.0)
         else:
             nn.init.zeros_(self.A_log)
         init_dt_bias(self.dt_bias)
@@ -120,8 +119,8 @@ class KDA(QueryKeyValueMixer):
     ) -> tuple[Tensor, Tensor]:
         if self.q_conv1d is None:
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
-        q = unit_length(q.unflatten(-1, [-1, self.head_k_dim]))
-        k = unit_length(k.unflatten(-1, [-1, self.head_k_dim]))
+        q = norms.unit_length(q.unflatten(-1, [-1, self.head_k_dim]))
+        k = norms.unit_length(k.unflatten(-1, [-1, self.head_k_dim]))
         if self.groups > 1:
             q, k = q.repeat_interleave(self.groups, -2), k.repeat_interleave(self.groups, -2)
         log_decay = self._log_decay(x)

@@ -28,7 +28,9 @@ from sinuous.core import norms
 from sinuous.core.checks import check_grid
 from sinuous.core.mixers import positions
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
-from sinuous.core.mixers.matrix_mixer import QueryKeyValueMixer, heads_of, per_head, zero_states
+from sinuous.core.mixers.heads import heads_of, per_head
+from sinuous.core.mixers.matrix_mixer import QueryKeyValueMixer
+from sinuous.core.mixers.states import zero_states
 from sinuous.core.ops import additive_decay  # noqa: F401  (registers torch.ops.sinuous)
 
 

@@ -20,8 +20,11 @@ from sinuous.core.checks import check_choice
 from sinuous.core.mixers import positions
 from sinuous.core.mixers.contract import register_mixer, register_state
 from sinuous.core.mixers.feature_maps import ELEMENTWISE, NEVER_NEGATIVE, Hedgehog, build_feature_map, features
-from sinuous.core.mixers.matrix_mixer import GroupedMixer, SwishGatedMixer, gate_of, per_head
+from sinuous.core.mixers.heads import per_head
+from sinuous.core.mixers.matrix_mixer import GroupedMixer, SwishGatedMixer
+from sinuous.core.mixers.projections import gate_of
 from sinuous.core.ops import ssd  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.kernels.precision import real_dtype
 
 
 @register_mixer("linear_attention")
@@ -221,7 +224,7 @@ class Retention(SwishGatedMixer):
 @torch.fx.wrap
 def multi_scale_decay(x: Tensor, heads: int) -> Tensor:
     """`log(1 - 2^{-5-h})`, `[H]`, in at least fp32 and on the device of x."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = real_dtype(x.dtype)
     return torch.log1p(-torch.exp2(-5 - torch.arange(heads, device=x.device, dtype=dtype)))
 
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from sinuous.core import norms
 from sinuous.core.checks import check_sizes
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
+from sinuous.core.mixers.decay_init import init_A_log_s4d_real, init_dt
+from sinuous.core.mixers.states import zero_states
 from sinuous.core.ops import causal_conv1d, selective_scan  # noqa: F401  (registers torch.ops.sinuous)
 
 
@@ -59,29 +61,6 @@ def s6(
         x, F.linear(dt, dt_weight), A, B, C, D, z, dt_bias, initial_state, cu_seqlens, True, reverse, ""
     )
     return y, final
-
-
-def init_dt(projection: nn.Linear) -> None:
-    """Step sizes as `init_dt_bias` has them at the start, spread by a projection that preserves variance."""
-    bound = projection.in_features**-0.5
-    nn.init.uniform_(projection.weight, -bound, bound)
-    init_dt_bias(projection.bias)
-
-
-def init_dt_bias(bias: Tensor, dt_min: float = 1e-3, dt_max: float = 0.1, floor: float = 1e-4) -> None:
-    """Step sizes log-uniform in [dt_min, dt_max] where nothing is added to the bias."""
-    with torch.no_grad():
-        span = torch.rand_like(bias, dtype=torch.float32) * math.log(dt_max / dt_min)
-        dt = torch.exp(span + math.log(dt_min)).clamp(min=floor)
-        bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-
-
-def init_A_log(A_log: Tensor) -> None:
-    """`A = -(1, …, N)` in every channel: S4D's real initialisation."""
-    with torch.no_grad():
-        A_log.copy_(
-            torch.arange(1, A_log.shape[1] + 1, dtype=torch.float32, device=A_log.device).log().expand_as(A_log)
-        )
 
 
 class ChannelStateMixer(Mixer):
@@ -125,12 +104,8 @@ class ChannelStateMixer(Mixer):
     def initial_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> MambaState:
-        like = self.get_parameter("in_proj.weight")
-        device = like.device if device is None else device
-        dtype = like.dtype if dtype is None else dtype
-        conv = torch.zeros(batch_size, self.d_conv - 1, self.d_inner, device=device, dtype=dtype)
-        inner = torch.float64 if dtype == torch.float64 else torch.float32
-        return MambaState(conv, torch.zeros(batch_size, self.d_inner, self.d_state, device=device, dtype=inner))
+        conv, ssm = (batch_size, self.d_conv - 1, self.d_inner), (batch_size, self.d_inner, self.d_state)
+        return MambaState(*zero_states(self.get_parameter("in_proj.weight"), device, dtype, conv, ssm))
 
 
 @register_mixer("mamba")
@@ -174,7 +149,7 @@ class Mamba(ChannelStateMixer):
         for layer in (self.in_proj, self.conv1d, self.x_proj, self.out_proj):
             layer.reset_parameters()
         init_dt(self.dt_proj)
-        init_A_log(self.A_log)
+        init_A_log_s4d_real(self.A_log)
         nn.init.ones_(self.D)
 
     def no_weight_decay(self) -> set[str]:

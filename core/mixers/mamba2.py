@@ -22,8 +22,11 @@ from torch import Tensor, nn
 from sinuous.core import norms
 from sinuous.core.checks import check_sizes
 from sinuous.core.mixers.contract import Mixer, register_mixer
-from sinuous.core.mixers.mamba import init_dt_bias
-from sinuous.core.mixers.matrix_mixer import MatrixState, ShortConvolution, heads_of, zero_states
+from sinuous.core.mixers.convolutions import ShortConvolution
+from sinuous.core.mixers.decay_init import init_A_log_uniform, init_dt_bias
+from sinuous.core.mixers.heads import heads_of
+from sinuous.core.mixers.matrix_mixer import MatrixState
+from sinuous.core.mixers.states import zero_states
 from sinuous.core.ops import ssd  # noqa: F401  (registers torch.ops.sinuous)
 
 
@@ -106,7 +109,7 @@ class Mamba2(Mixer):
         if self.norm is not None:
             self.norm.reset_parameters()
         init_dt_bias(self.dt_bias)
-        init_A_log(self.A_log, *self.A_init_range)
+        init_A_log_uniform(self.A_log, *self.A_init_range)
         nn.init.ones_(self.D)
 
     def no_weight_decay(self) -> set[str]:
@@ -148,9 +151,3 @@ class Mamba2(Mixer):
     ) -> MatrixState:
         memory = (batch_size, self.nheads, self.d_state, self.headdim)
         return MatrixState(*zero_states(self.in_proj.weight, device, dtype, (batch_size, *self.conv_shape), memory))
-
-
-def init_A_log(A_log: Tensor, least: float, greatest: float) -> None:
-    """`-A` uniform in the range, per head."""
-    with torch.no_grad():
-        A_log.copy_(torch.empty_like(A_log, dtype=torch.float32).uniform_(least, greatest).clamp(min=1e-4).log())

@@ -13,11 +13,13 @@ from __future__ import annotations
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core import norms
 from sinuous.core.mixers.contract import Mixer, register_state
+from sinuous.core.mixers.convolutions import convolve_together, short_convolutions
+from sinuous.core.mixers.heads import per_head
+from sinuous.core.mixers.states import zero_states
 from sinuous.core.ops import causal_conv1d  # noqa: F401  (registers torch.ops.sinuous)
 
 
@@ -28,83 +30,6 @@ class MatrixState(NamedTuple):
 
     conv: Tensor
     memory: Tensor
-
-
-class ShortConvolution(nn.Conv1d):
-    """Weights of a depthwise causal convolution, `[channels, 1, taps]`; `causal_conv1d` applies them."""
-
-    def __init__(self, channels: int, taps: int, bias: bool = False, **dd: Any) -> None:
-        super().__init__(channels, channels, taps, padding=taps - 1, groups=channels, bias=bias, **dd)
-
-
-def short_convolutions(
-    widths: tuple[int, int, int], taps: int | None, bias: bool, dd: dict[str, Any]
-) -> tuple[ShortConvolution | None, ShortConvolution | None, ShortConvolution | None]:
-    """One for each width, or None for each where there are no taps."""
-    if taps is None:
-        return None, None, None
-    q, k, v = (ShortConvolution(width, taps, bias, **dd) for width in widths)
-    return q, k, v
-
-
-def convolve_together(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Three short convolutions in one call: q, k, v after it, and the last W-1 inputs side by side."""
-    given: list[Tensor] = []
-    for one in biases:
-        if one is not None:
-            given.append(one)
-    bias = torch.cat(given) if len(given) > 0 else None
-    y, state = torch.ops.sinuous.causal_conv1d(
-        torch.cat([q, k, v], -1), torch.cat(weights).squeeze(1), bias, state, cu_seqlens, silu, False, ""
-    )
-    q, k, v = y.split([q.shape[-1], k.shape[-1], v.shape[-1]], -1)
-    return q, k, v, state
-
-
-def per_head(width: int, heads: int, what: str) -> int:
-    """`width / heads`.
-
-    Raises:
-        ValueError: if that is no whole number of at least 1.
-    """
-    if heads < 1 or width < 1 or width % heads:
-        raise ValueError(f"{what} must be a positive multiple of the number of heads (got {width} and {heads} heads)")
-    return width // heads
-
-
-def gate_of(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`W x + b`, summed in at least fp32: in half precision, autocast's included, a logarithm of -10 is off by 3 %."""
-    return norms.at_least_fp32(F.linear(x, weight)) + norms.at_least_fp32(bias)
-
-
-def heads_of(width: int, size: int) -> int:
-    """How many heads of `size` or a little more, so that `width` is a multiple of their number."""
-    return next(n for n in range(max(width // size, 1), 0, -1) if width % n == 0)
-
-
-def zero_states(
-    like: Tensor,
-    device: torch.device | None,
-    dtype: torch.dtype | None,
-    conv: tuple[int, ...],
-    *memories: tuple[int, ...],
-) -> tuple[Tensor, ...]:
-    """Zeros: what convolutions keep in `dtype`, what recurrences keep in fp32 or fp64; both `like` a parameter if not
-    told otherwise."""
-    device = like.device if device is None else device
-    dtype = like.dtype if dtype is None else dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    first = torch.zeros(conv, device=device, dtype=dtype)
-    return (first, *(torch.zeros(shape, device=device, dtype=wide) for shape in memories))
 
 
 class MatrixMixer(Mixer):

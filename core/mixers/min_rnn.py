@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from sinuous.core import norms
 from sinuous.core.checks import check_sizes
 from sinuous.core.mixers.contract import register_mixer
+from sinuous.core.mixers.convolutions import ShortConvolution
 from sinuous.core.mixers.elementwise import ElementwiseMixer
-from sinuous.core.mixers.matrix_mixer import ShortConvolution
 
 
 def positive(x: Tensor) -> Tensor:

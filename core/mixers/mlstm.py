@@ -22,7 +22,10 @@ from torch import Tensor, nn
 
 from sinuous.core.checks import check_choice, check_sizes
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
-from sinuous.core.mixers.matrix_mixer import ShortConvolution, gate_of, per_head, zero_states
+from sinuous.core.mixers.convolutions import PaddedConvolution
+from sinuous.core.mixers.heads import per_head
+from sinuous.core.mixers.projections import HeadwiseLinear, gate_of
+from sinuous.core.mixers.states import zero_states
 from sinuous.core.norms import MultiHeadLayerNorm
 from sinuous.core.ops import causal_conv1d, mlstm  # noqa: F401  (registers torch.ops.sinuous)
 
@@ -39,29 +42,6 @@ class MLSTMState(NamedTuple):
     C: Tensor
     n: Tensor
     m: Tensor
-
-
-class HeadwiseLinear(nn.Module):
-    """A linear layer with a block-diagonal matrix, kept as its blocks `[blocks, size, size]`."""
-
-    def __init__(self, features: int, blocks: int, bias: bool, **dd: Any) -> None:
-        super().__init__()
-        size = per_head(features, blocks, "the width of a block-diagonal layer")
-        self.size = size
-        self.weight = nn.Parameter(torch.empty(blocks, size, size, **dd))
-        self.bias = nn.Parameter(torch.empty(features, **dd)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.einsum("...hd,hod->...ho", x.unflatten(-1, [-1, self.size]), self.weight).flatten(-2)
-        return y if self.bias is None else y + self.bias
-
-
-class PaddedConvolution(nn.Module):
-    """The depthwise convolution one level down, where NX-AI/xlstm has it."""
-
-    def __init__(self, channels: int, taps: int, **dd: Any) -> None:
-        super().__init__()
-        self.conv = ShortConvolution(channels, taps, True, **dd)
 
 
 class MLSTMCell(nn.Module):

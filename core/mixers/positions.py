@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sinuous.kernels.precision import real_dtype
+
 
 @torch.fx.wrap
 def steps(x: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -53,7 +55,7 @@ def rotate(x: Tensor, steps: Tensor, theta: float) -> Tensor:
 
     Source: Su et al. (arXiv 2104.09864), section 3.2.2.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = real_dtype(x.dtype)
     half = x.shape[3] // 2
     frequency = torch.pow(theta, -torch.arange(half, device=x.device, dtype=dtype) / half)
     angle = (steps.to(dtype).unsqueeze(-1) * frequency).unsqueeze(2)
@@ -76,7 +78,7 @@ def phases(x: Tensor, cu_seqlens: Tensor | None, grid: tuple[int, int] | None, t
 
     Source: Qin et al., LRPE (arXiv 2307.09270), in several dimensions as in LightNet (arXiv 2405.21022).
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = real_dtype(x.dtype)
     index = steps(x, None, cu_seqlens)[0]
     width = x.shape[1] if grid is None else grid[1]
     row = torch.zeros_like(index) if grid is None else torch.div(index, width, rounding_mode="floor")

@@ -24,7 +24,8 @@ from sinuous.core import norms
 from sinuous.core.checks import check_sizes
 from sinuous.core.mixers import positions
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
-from sinuous.core.mixers.matrix_mixer import heads_of, per_head
+from sinuous.core.mixers.heads import heads_of, per_head
+from sinuous.core.mixers.states import zero_states
 from sinuous.core.ops import causal_conv1d, linear_scan  # noqa: F401  (registers torch.ops.sinuous)
 
 
@@ -199,12 +200,6 @@ class RGLRU(Mixer):
     def initial_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> RGLRUState:
-        like = self.linear_x.weight
-        device = like.device if device is None else device
-        dtype = like.dtype if dtype is None else dtype
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return RGLRUState(
-            torch.zeros(batch_size, self.taps - 1, self.width, device=device, dtype=dtype),
-            torch.zeros(batch_size, self.width, device=device, dtype=wide),
-            torch.zeros(batch_size, device=device, dtype=torch.long),
-        )
+        shapes = ((batch_size, self.taps - 1, self.width), (batch_size, self.width))
+        conv, hidden = zero_states(self.linear_x.weight, device, dtype, *shapes)
+        return RGLRUState(conv, hidden, torch.zeros(batch_size, device=conv.device, dtype=torch.long))

@@ -28,7 +28,7 @@ from sinuous.core import norms
 from sinuous.core.checks import check_place, check_sizes
 from sinuous.core.mixers import positions
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
-from sinuous.core.mixers.matrix_mixer import zero_states
+from sinuous.core.mixers.states import zero_states
 from sinuous.core.ops import causal_conv1d, linear_scan  # noqa: F401  (registers torch.ops.sinuous)
 
 

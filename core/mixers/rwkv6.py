@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core.mixers.contract import register_mixer
-from sinuous.core.mixers.matrix_mixer import MatrixMixer, gate_of, heads_of, per_head
+from sinuous.core.mixers.heads import heads_of, per_head
+from sinuous.core.mixers.matrix_mixer import MatrixMixer
+from sinuous.core.mixers.projections import LowRank
 from sinuous.core.norms import MultiHeadLayerNorm
 from sinuous.core.ops import causal_conv1d, gla  # noqa: F401  (registers torch.ops.sinuous)
 
@@ -50,29 +52,6 @@ class MixedLinear(nn.Module):
     def forward(self, x: Tensor, delta: Tensor, mix: Tensor) -> Tensor:
         y: Tensor = self.linear(x + delta * mix)
         return y
-
-
-class LowRank(nn.Module):
-    """`W₂ f(W₁ x) + b`, with f `tanh`, `sigmoid` or `identity`; with a bias summed in at least fp32."""
-
-    def __init__(
-        self, dim: int, out_features: int, rank: int, activation: str = "tanh", bias: bool = True, **dd: Any
-    ) -> None:
-        super().__init__()
-        self.activation = activation
-        self.lora = nn.ModuleDict(
-            {"0": nn.Linear(dim, rank, bias=False, **dd), "2": nn.Linear(rank, out_features, bias=bias, **dd)}
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        low_rank, up = self.lora["0"](x), self.lora["2"]
-        if self.activation == "tanh":
-            low_rank = torch.tanh(low_rank)
-        elif self.activation == "sigmoid":
-            low_rank = torch.sigmoid(low_rank)
-        if up.bias is None:
-            return F.linear(low_rank, up.weight)  # type: ignore[arg-type]
-        return gate_of(low_rank, up.weight, up.bias)  # type: ignore[arg-type]
 
 
 class MixedLowRank(nn.Module):

@@ -30,8 +30,10 @@ from torch import Tensor, nn
 from sinuous.core import norms
 from sinuous.core.checks import check_place
 from sinuous.core.mixers.contract import Shared, register_mixer
-from sinuous.core.mixers.matrix_mixer import MatrixMixer, MatrixState, heads_of, per_head
-from sinuous.core.mixers.rwkv6 import HEAD_SIZE, LowRank
+from sinuous.core.mixers.heads import heads_of, per_head
+from sinuous.core.mixers.matrix_mixer import MatrixMixer, MatrixState
+from sinuous.core.mixers.projections import LowRank
+from sinuous.core.mixers.rwkv6 import HEAD_SIZE
 from sinuous.core.ops import causal_conv1d, dplr  # noqa: F401  (registers torch.ops.sinuous)
 
 

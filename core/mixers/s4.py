@@ -33,6 +33,7 @@ from sinuous.core import norms
 from sinuous.core.checks import check_choice, check_sizes
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
 from sinuous.core.mixers.delay import one_step_late
+from sinuous.core.mixers.states import zero_states
 from sinuous.core.ops import (
     hippo,
     lti_conv,  # noqa: F401  (registers torch.ops.sinuous)
@@ -263,11 +264,8 @@ class S4(Mixer):
     ) -> LTIState:
         if self.two_sided:
             super().initial_state(batch_size)  # which refuses
-        like = self.layer.D
-        dtype = like.dtype if dtype is None else dtype
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        shape = (batch_size, like.numel(), self.d_state // 2, 2)
-        return LTIState(torch.zeros(shape, device=like.device if device is None else device, dtype=wide))
+        shape = (batch_size, self.layer.D.numel(), self.d_state // 2, 2)
+        return LTIState(zero_states(self.layer.D, device, dtype, (0,), shape)[1])
 
     def _normalised(self, C: Tensor, dt: Tensor, A: Tensor) -> Tensor:
         """C over the sum of exp(ΔA l) (exp(ΔA) - 1) of all l < l_max, which is exp(ΔA l_max) - 1; and half of that, as

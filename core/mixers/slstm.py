@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from sinuous.core.checks import check_place
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
-from sinuous.core.mixers.matrix_mixer import per_head, zero_states
-from sinuous.core.mixers.mlstm import HeadwiseLinear, PaddedConvolution
+from sinuous.core.mixers.convolutions import PaddedConvolution
+from sinuous.core.mixers.heads import per_head
+from sinuous.core.mixers.projections import HeadwiseLinear
+from sinuous.core.mixers.states import zero_states
 from sinuous.core.norms import MultiHeadLayerNorm
 from sinuous.core.ops import causal_conv1d, slstm  # noqa: F401  (registers torch.ops.sinuous)
 

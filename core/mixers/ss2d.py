@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from sinuous.core import norms
 from sinuous.core.checks import check_grid, check_sizes
-from sinuous.core.mixers.centred_convolution import centred_conv1d, check_centred
 from sinuous.core.mixers.contract import Mixer, register_mixer
-from sinuous.core.mixers.mamba import init_A_log, init_dt_bias
+from sinuous.core.mixers.convolutions import centred_conv1d, check_centred
+from sinuous.core.mixers.decay_init import init_A_log_s4d_real, init_dt_bias
 from sinuous.core.ops import selective_scan  # noqa: F401  (registers torch.ops.sinuous)
 
 ROUTES = 4
@@ -93,7 +93,7 @@ class SS2D(Mixer):
         nn.init.uniform_(self.x_proj_weight, -(self.d_inner**-0.5), self.d_inner**-0.5)
         nn.init.uniform_(self.dt_projs_weight, -(self.rank**-0.5), self.rank**-0.5)
         init_dt_bias(self.dt_projs_bias)
-        init_A_log(self.A_logs)
+        init_A_log_s4d_real(self.A_logs)
         nn.init.ones_(self.Ds)
 
     def no_weight_decay(self) -> set[str]:

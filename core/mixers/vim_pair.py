@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from sinuous.core.checks import check_choice, check_sizes
 from sinuous.core.mixers.contract import Mixer, register_mixer
-from sinuous.core.mixers.mamba import init_A_log, init_dt, s6
+from sinuous.core.mixers.decay_init import init_A_log_s4d_real, init_dt
+from sinuous.core.mixers.mamba import s6
 
 
 @register_mixer("vim_pair")
@@ -90,8 +91,8 @@ class VimPair(Mixer):
         else:
             self.dt_proj_b.reset_parameters()
             nn.init.zeros_(self.dt_proj_b.bias)
-        init_A_log(self.A_log)
-        init_A_log(self.A_b_log)
+        init_A_log_s4d_real(self.A_log)
+        init_A_log_s4d_real(self.A_b_log)
         nn.init.ones_(self.D)
         nn.init.ones_(self.D_b)
 

@@ -34,10 +34,10 @@ from sinuous.core.ops.checks import (
     check_packing,
     check_shape,
     sequence_count,
-    state_dtype,
 )
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.stepwise import State, run_steps
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.packing import rows
 
 CHUNK_SIZE = 64
@@ -72,7 +72,7 @@ def recurrent(
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, ...]:
     """The definition, step by step; plain autograd differentiates it to any order."""
-    dtype = state_dtype(q)
+    dtype = working_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     S_shape, z_shape = _state_shapes(q, v, cu_seqlens)
     z = q.new_full(z_shape, -torch.inf, dtype=dtype) if initial_z is None else initial_z.to(dtype)
@@ -138,7 +138,7 @@ def _state_shapes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[tupl
 
 def _fake(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, ...]:
     shapes = _state_shapes(q, v, cu_seqlens)
-    return (torch.empty_like(v), *(torch.empty(s, dtype=state_dtype(q), device=q.device) for s in shapes))
+    return (torch.empty_like(v), *(torch.empty(s, dtype=working_dtype(q.dtype), device=q.device) for s in shapes))
 
 
 def _kept_S(

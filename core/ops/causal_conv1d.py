@@ -22,9 +22,9 @@ from sinuous.core.ops.checks import (
     check_packing,
     check_shape,
     sequence_count,
-    state_dtype,
 )
 from sinuous.core.ops.family import Family, define
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.packing import flip_sequences, flip_time, mirror, rows
 
 MAX_WIDTH = 8
@@ -45,7 +45,7 @@ def recurrent(
         initial_state, bounds = flip_sequences(initial_state, cu_seqlens), mirror(cu_seqlens, length)
         y, final = recurrent(flip_time(x), weight, bias, initial_state, bounds, silu, False)
         return y.flip(1), flip_sequences(final, cu_seqlens)
-    dtype = state_dtype(x)
+    dtype = working_dtype(x.dtype)
     weight, inputs = weight.to(dtype), x.to(dtype).unbind(1)
     count = sequence_count(x, cu_seqlens)
     initial = x.new_zeros(count, width - 1, x.shape[2]) if initial_state is None else initial_state

@@ -7,16 +7,6 @@ import itertools
 import torch
 from torch import Tensor
 
-_DOUBLE = {torch.float64, torch.complex128}
-
-
-def state_dtype(x: Tensor) -> torch.dtype:
-    """dtype of states and of the arithmetic inside an op: double for double input, single for all else; real or complex
-    as the input."""
-    if x.is_complex():
-        return torch.complex128 if x.dtype in _DOUBLE else torch.complex64
-    return torch.float64 if x.dtype in _DOUBLE else torch.float32
-
 
 def check_floating(**tensors: Tensor | None) -> None:
     for name, t in tensors.items():

@@ -24,10 +24,10 @@ from sinuous.core.ops.checks import (
     check_packing,
     check_shape,
     sequence_count,
-    state_dtype,
 )
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.stepwise import State, run_steps
+from sinuous.kernels.precision import working_dtype
 
 CHUNK_SIZE = 64
 """Time steps between two states that the forward pass keeps for the backward pass."""
@@ -46,7 +46,7 @@ def recurrent(
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, step by step; plain autograd differentiates it to any order."""
-    dtype = state_dtype(q)
+    dtype = working_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k, v, beta = with_factors(k, v, beta)
     shape = (sequence_count(q, cu_seqlens), q.shape[2], q.shape[3], v.shape[4])
@@ -117,7 +117,7 @@ def _fake(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple
     state = (sequence_count(q, cu_seqlens), q.shape[2], q.shape[3], v.shape[-1])
     return (
         torch.empty((*q.shape[:3], v.shape[-1]), dtype=v.dtype, device=v.device),
-        torch.empty(state, dtype=state_dtype(q), device=q.device),
+        torch.empty(state, dtype=working_dtype(q.dtype), device=q.device),
     )
 
 

@@ -34,10 +34,10 @@ from sinuous.core.ops.checks import (
     check_packing,
     check_shape,
     sequence_count,
-    state_dtype,
 )
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.stepwise import State, run_steps
+from sinuous.kernels.precision import working_dtype
 
 CHUNK_SIZE = 64
 """Time steps between two states that the forward pass keeps for the backward pass."""
@@ -57,7 +57,7 @@ def recurrent(
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, step by step; plain autograd differentiates it to any order."""
-    dtype = state_dtype(q)
+    dtype = working_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     shape = (sequence_count(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
     initial = q.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
@@ -103,7 +103,7 @@ def _fake(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple
     state = (sequence_count(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
     return (
         torch.empty(v.shape, dtype=v.dtype, device=v.device),
-        torch.empty(state, dtype=state_dtype(q), device=q.device),
+        torch.empty(state, dtype=working_dtype(q.dtype), device=q.device),
     )
 
 

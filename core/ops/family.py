@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sinuous.core.ops import dispatch
-from sinuous.core.ops.checks import state_dtype
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.differentiation import autograd_inside_an_op
 
 Optionals = Sequence[Tensor | None]
@@ -151,7 +151,7 @@ def define(family: Family) -> None:
         args = dict(zip(names, values[:-1], strict=True))
         first = values[0]
         sizes = (math.prod(shape(**args, **family.options)) for shape in family.saved.values())
-        saved = (torch.empty(size, dtype=state_dtype(first), device=first.device) for size in sizes)
+        saved = (torch.empty(size, dtype=working_dtype(first.dtype), device=first.device) for size in sizes)
         return (*family.fake(**args), *saved)
 
     def backward_fake(*values: Any) -> tuple[Tensor, ...]:

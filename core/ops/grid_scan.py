@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from sinuous.core.checks import check_choice
-from sinuous.core.ops.checks import check_device, check_floating, check_shape, state_dtype
+from sinuous.core.ops.checks import check_device, check_floating, check_shape
 from sinuous.core.ops.family import Family, define
+from sinuous.kernels.precision import at_least_fp32, working_dtype
 from sinuous.kernels.torch.orientations import unwalked, walked
 
 MODES = ("P", "D", "free")
@@ -54,7 +55,7 @@ def recurrent(
     with_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, cell by cell; plain autograd differentiates it to any order."""
-    dtype = state_dtype(q)
+    dtype = working_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     left_shape, up_shape = _state_shapes(q, v, orientations)
     left = q.new_zeros(left_shape, dtype=dtype) if left is None else left.to(dtype)
@@ -132,7 +133,7 @@ def _fake(
     q: Tensor, v: Tensor, orientations: Sequence[int], with_state: bool, **_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     shapes = _state_shapes(q, v, orientations) if with_state else ((0,), (0,))
-    right, down = (torch.empty(shape, dtype=state_dtype(q), device=q.device) for shape in shapes)
+    right, down = (torch.empty(shape, dtype=working_dtype(q.dtype), device=q.device) for shape in shapes)
     return torch.empty(v.shape, dtype=v.dtype, device=v.device), right, down
 
 
@@ -169,7 +170,7 @@ def bounded(transition: Tensor, mode: str) -> Tensor:
     check_choice("mode", mode, MODES)
     if mode == "free":
         return transition
-    wide = transition if transition.dtype == torch.float64 else transition.float()
+    wide = at_least_fp32(transition)
     if mode == "P":
         return wide / wide.abs().sum(-2, keepdim=True).clamp_min(1)
     open_turns = torch.tensor([[1.0, 1.0], [0.0, 1.0]], dtype=wide.dtype, device=wide.device)

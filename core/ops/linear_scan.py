@@ -16,9 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sinuous.core.ops.checks import check_device, check_packing, check_shape, sequence_count, state_dtype
+from sinuous.core.ops.checks import check_device, check_packing, check_shape, sequence_count
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.stepwise import State, run_steps
+from sinuous.kernels.precision import working_dtype
 
 CHUNK_SIZE = 64
 """Time steps between two states that the forward pass keeps for the backward pass."""
@@ -34,7 +35,7 @@ def recurrent(
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, step by step; plain autograd differentiates it to any order."""
-    dtype = state_dtype(x)
+    dtype = working_dtype(x.dtype)
     shape = (sequence_count(x, cu_seqlens), x.shape[2])
     initial = x.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
 
@@ -85,7 +86,7 @@ def _fake(x: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, Te
     state = (sequence_count(x, cu_seqlens), x.shape[2])
     return (
         torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty(state, dtype=state_dtype(x), device=x.device),
+        torch.empty(state, dtype=working_dtype(x.dtype), device=x.device),
     )
 
 

@@ -25,10 +25,10 @@ from sinuous.core.ops.checks import (
     check_packing,
     check_shape,
     sequence_count,
-    state_dtype,
 )
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.stepwise import State, run_steps
+from sinuous.kernels.precision import working_dtype
 
 CHUNK_SIZE = 64
 """Time steps between two states that the forward pass keeps for the backward pass."""
@@ -48,7 +48,7 @@ def recurrent(
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, step by step; plain autograd differentiates it to any order."""
-    dtype = state_dtype(x)
+    dtype = working_dtype(x.dtype)
     u, k, q = x.to(dtype), k.to(dtype), q.to(dtype)
     beta = torch.sigmoid(dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype))
     epsilon = beta / (1 + beta * k.square().sum(-1, keepdim=True))
@@ -103,7 +103,7 @@ def _fake(x: Tensor, k: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple
     state = (sequence_count(x, cu_seqlens), x.shape[2], k.shape[2])
     return (
         torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty(state, dtype=state_dtype(x), device=x.device),
+        torch.empty(state, dtype=working_dtype(x.dtype), device=x.device),
     )
 
 

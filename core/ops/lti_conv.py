@@ -31,10 +31,10 @@ from sinuous.core.ops.checks import (
     check_packing,
     check_shape,
     sequence_count,
-    state_dtype,
 )
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.stepwise import State, run_steps
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.discretization import conj, discretize, dot, times
 
 DISCRETIZATIONS = ("zoh", "bilinear")
@@ -54,7 +54,7 @@ def recurrent(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """The definition, step by step; plain autograd differentiates it to any order."""
-    dtype = state_dtype(u)
+    dtype = working_dtype(u.dtype)
     # The step in double precision: a slow mode's factor is so near 1 that fp32 would lose most of what it decays by.
     system = discretize(dt.double(), A.double(), B.double(), None if P is None else P.double(), discretization)
     factor, b, p, q = (None if t is None else t.to(dtype) for t in system)
@@ -128,7 +128,7 @@ def _fake(u: Tensor, A: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple
     state = (sequence_count(u, cu_seqlens), u.shape[2], A.shape[-2], 2)
     return (
         torch.empty(u.shape, dtype=u.dtype, device=u.device),
-        torch.empty(state, dtype=state_dtype(u), device=u.device),
+        torch.empty(state, dtype=working_dtype(u.dtype), device=u.device),
     )
 
 

@@ -38,10 +38,10 @@ from sinuous.core.ops.checks import (
     check_packing,
     check_shape,
     sequence_count,
-    state_dtype,
 )
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.stepwise import State, run_steps
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.chunked import LOWEST
 
 CHUNK_SIZE = 64
@@ -52,7 +52,7 @@ MatrixMemory = tuple[Tensor, Tensor, Tensor]
 
 
 def _zeros(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> MatrixMemory:
-    sequences, heads, dtype = sequence_count(q, cu_seqlens), v.shape[2], state_dtype(q)
+    sequences, heads, dtype = sequence_count(q, cu_seqlens), v.shape[2], working_dtype(q.dtype)
     C, n, m = (sequences, heads, q.shape[3], v.shape[3]), (sequences, heads, q.shape[3]), (sequences, heads)
     return q.new_zeros(C, dtype=dtype), q.new_zeros(n, dtype=dtype), q.new_zeros(m, dtype=dtype)
 
@@ -75,7 +75,7 @@ def recurrent(
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, ...]:
     """The definition, step by step, with m held constant as described above; autograd differentiates it."""
-    dtype, stabilised = state_dtype(q), input_activation == "exp"
+    dtype, stabilised = working_dtype(q.dtype), input_activation == "exp"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     given = zip((initial_C, initial_n, initial_m), _zeros(q, v, cu_seqlens), strict=True)
     C, n, m = (zero if t is None else t.to(dtype) for t, zero in given)

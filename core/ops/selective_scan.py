@@ -22,9 +22,9 @@ from sinuous.core.ops.checks import (
     check_packing,
     check_shape,
     sequence_count,
-    state_dtype,
 )
 from sinuous.core.ops.family import Family, define
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.packing import flip_sequences, flip_time, mirror, rows, segments
 
 CHUNK_SIZE = 64
@@ -53,7 +53,7 @@ def recurrent(
         initial_state, bounds = flip_sequences(initial_state, cu_seqlens), mirror(cu_seqlens, length)
         y, final, kept = recurrent(u, dt, A, B, C, D, z, dt_bias, initial_state, bounds, dt_softplus, False, chunk_size)
         return y.flip(1), flip_sequences(final, cu_seqlens), kept
-    dtype = state_dtype(u)
+    dtype = working_dtype(u.dtype)
     A, x = A.to(dtype), u.to(dtype)
     B, C = expand_groups(B, width).to(dtype), expand_groups(C, width).to(dtype)
     delta = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
@@ -132,7 +132,7 @@ def _fake(u: Tensor, A: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple
     state = (sequence_count(u, cu_seqlens), *A.shape)
     return (
         torch.empty(u.shape, dtype=u.dtype, device=u.device),
-        torch.empty(state, dtype=state_dtype(u), device=u.device),
+        torch.empty(state, dtype=working_dtype(u.dtype), device=u.device),
     )
 
 

@@ -42,10 +42,10 @@ from sinuous.core.ops.checks import (
     check_packing,
     check_shape,
     sequence_count,
-    state_dtype,
 )
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.stepwise import State, run_steps
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.chunked import LOWEST
 
 CHUNK_SIZE = 32
@@ -103,7 +103,7 @@ def recurrent(
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, ...]:
     """The definition, step by step; autograd differentiates it."""
-    dtype, shape = state_dtype(gates), _state_shape(gates, cu_seqlens)
+    dtype, shape = working_dtype(gates.dtype), _state_shape(gates, cu_seqlens)
     given = (initial_y, initial_c, initial_n, initial_m)
     initial = tuple(gates.new_zeros(shape, dtype=dtype) if t is None else t.to(dtype) for t in given)
     R, bias = R.to(dtype), bias.to(dtype)
@@ -149,7 +149,7 @@ def _check(
 def _fake(gates: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, ...]:
     y = torch.empty_like(gates[:, :, 0], memory_format=torch.contiguous_format)
     shape = _state_shape(gates, cu_seqlens)
-    return y, *(gates.new_empty(shape, dtype=state_dtype(gates)) for _ in range(4))
+    return y, *(gates.new_empty(shape, dtype=working_dtype(gates.dtype)) for _ in range(4))
 
 
 def _hidden(gates: Tensor, **_: object) -> tuple[int, ...]:

@@ -23,10 +23,10 @@ from sinuous.core.ops.checks import (
     check_packing,
     check_shape,
     sequence_count,
-    state_dtype,
 )
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.stepwise import State, run_steps
+from sinuous.kernels.precision import working_dtype
 
 CHUNK_SIZE = 64
 """Time steps between two states that the forward pass keeps for the backward pass."""
@@ -44,7 +44,7 @@ def recurrent(
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, step by step; plain autograd differentiates it to any order."""
-    dtype, heads = state_dtype(q), v.shape[2]
+    dtype, heads = working_dtype(q.dtype), v.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     queries, keys = (t.to(dtype).repeat_interleave(heads // max(q.shape[2], 1), 2) for t in (q, k))
     decay = None if log_decay is None else log_decay.to(dtype).exp().expand(v.shape[:3])
@@ -86,7 +86,7 @@ def _check(
 
 def _fake(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, Tensor]:
     state = (sequence_count(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
-    return torch.empty_like(v), torch.empty(state, dtype=state_dtype(q), device=q.device)
+    return torch.empty_like(v), torch.empty(state, dtype=working_dtype(q.dtype), device=q.device)
 
 
 def _chunk_states(q: Tensor, v: Tensor, chunk_size: int, **_: object) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sinuous.core.mixers import Hydra
-from sinuous.core.mixers.centred_convolution import centred_conv1d
+from sinuous.core.mixers.convolutions import centred_conv1d
 from sinuous.core.mixers.delay import one_step_late
 
 DIM = 12
