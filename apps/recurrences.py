@@ -28,10 +28,10 @@ registry of mixers; a test keeps it so.
 
 ## Ops
 
-`sinuous.ops.<name>`. State and cost are those of one sequence and, where there are heads, of one head; cost counts
-multiplications per time step in the parallel form, where C is the length of a chunk, and in a single step. Every op has
-exact gradients through its inputs and its initial and final state. What the laws say is in
-`core/ops/laws/declaration.py`; the form named first is the fastest.
+`sinuous.ops.<name>`. State and costs are those of one sequence and, where there are heads, of one head. Costs are
+multiplications per time step: in the parallel form, in chunks of C steps, and in a call of a single step. Every op has
+exact gradients through its inputs and its initial and final state. `core/ops/laws/declaration.py` states the laws; the
+form named first is the fastest.
 """
 
 _MIXERS = f"""
@@ -55,7 +55,8 @@ def _op(name: str, laws: Laws) -> Row:
         "op": name,
         "equation": _first_display(inspect.getdoc(module) or ""),
         "state": laws.state,
-        "cost": laws.cost,
+        "cost, parallel": laws.parallel_cost,
+        "cost, single step": laws.step_cost,
         "forms": ", ".join(laws.family.forms),
         "laws": ", ".join(sorted(laws.holds)),
         "source": " ".join(source.group(1).split()),
@@ -93,7 +94,7 @@ def _mixer(name: str) -> Row:
         state = sum(t.numel() for t in tree_leaves(carried))
     return {
         "mixer": name,
-        "what": described,
+        "description": described,
         "ops": ", ".join(used) or "attention",
         "state": "looks both ways" if state is None else f"{state:,}" + ("" if cls.constant_state else ", grows"),
         "parameters": f"{sum(p.numel() for p in mixer.parameters()):,}",
@@ -131,6 +132,6 @@ def _cell(column: str, text: str) -> str:
     text = text.replace("|", "\\|")
     if column == "equation":
         return "<br>".join(f"`{re.sub(' {2,}', '   ', line)}`" for line in text.splitlines())
-    if column in ("op", "mixer", "cost"):
+    if column in ("op", "mixer", "cost, parallel", "cost, single step"):
         return f"`{text}`"
     return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)

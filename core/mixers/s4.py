@@ -29,15 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sinuous.core import norms
+from sinuous.core import hippo, norms
 from sinuous.core.checks import check_choice, check_sizes
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
 from sinuous.core.mixers.delay import one_step_late
 from sinuous.core.mixers.states import zero_states
-from sinuous.core.ops import (
-    hippo,
-    lti_conv,  # noqa: F401  (registers torch.ops.sinuous)
-)
+from sinuous.core.ops import lti_conv  # noqa: F401  (registers torch.ops.sinuous)
 from sinuous.kernels.torch.discretization import conj, discretize, matrix
 
 DISCRETIZATIONS = {"dplr": ("bilinear",), "diag": ("zoh", "bilinear", "dss")}
@@ -142,7 +139,7 @@ class S4(Mixer):
     Args:
         dim: width of the model, H.
         d_state: N, size of each state, conjugates included.
-        init: what the systems start from, see `sinuous.core.ops.hippo.start`; `None` is `legs` in S4, `diag-lin` in
+        init: what the systems start from, see `sinuous.core.hippo.start`; `None` is `legs` in S4, `diag-lin` in
             S4D.
         disc: how they are made discrete: `bilinear` in S4; `zoh`, `bilinear` or `dss` in S4D, where it is zero-order
             hold with the response divided by its sum over `l_max` steps, mode by mode. `None` is the first of these.

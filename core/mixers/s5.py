@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from sinuous.core import norms
 from sinuous.core.checks import check_choice, check_sizes
+from sinuous.core.hippo import normal_part
 from sinuous.core.mixers.contract import register_mixer
 from sinuous.core.mixers.heads import per_head
 from sinuous.core.mixers.lru import ConstantFactorMixer
-from sinuous.core.ops.hippo import normal_part
 
 DISCRETIZATIONS = ("zoh", "bilinear")
 C_INITS = ("trunc_standard_normal", "lecun_normal", "complex_normal")

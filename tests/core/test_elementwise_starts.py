@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from sinuous.core import mixers
-from sinuous.core.ops.hippo import normal_part
+from sinuous.core.hippo import normal_part
 
 
 @pytest.fixture(autouse=True)

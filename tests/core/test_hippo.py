@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sinuous.core.ops import hippo
+from sinuous.core import hippo
 from sinuous.kernels.torch.discretization import discretize, matrix
 
 N = 64

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from parity import assert_close, cast, draw, named, run, run_with_gradients, with_leaves
 from torch import Tensor
 
-from sinuous.core.ops import hippo, lti_conv
+from sinuous.core import hippo
+from sinuous.core.ops import lti_conv
 from sinuous.core.ops.laws import LAWS
 from sinuous.kernels.torch import lti_conv as by_blocks_or_transforms
 from sinuous.kernels.torch.discretization import relative_expm1

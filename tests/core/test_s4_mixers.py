@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sinuous.core import mixers
-from sinuous.core.ops import hippo
+from sinuous.core import hippo, mixers
 
 NAMES = ("s4", "s4d", "s4_bidirectional", "s4d_bidirectional")
 H, STATE = 6, 8

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sinuous.apps.bench.op_cases.contract import Case, Inputs, Peer, Prepared, Shape, channels_first, leaves, lstm
 from sinuous.core import ops
-from sinuous.core.ops.hippo import diagonal_response
+from sinuous.core.hippo import diagonal_response
 from sinuous.core.ops.lti_conv import FAMILY as LTI_CONV_FAMILY
 
 

@@ -52,7 +52,8 @@ LAWS = Laws(
     # same, which is a law of tests/core/test_additive_decay.py.
     fails={"not_causal": frozenset({"split", "step"}), "fresh_not_causal": frozenset({"split", "step"})},
     state="K V + K",
-    cost="C (K + V) + 2 K V; 3 K V",
+    parallel_cost="C (K + V) + 2 K V",
+    step_cost="3 K V",
     refusals={
         r"q must have shape \[B, T, H, K\]": lambda a: {**a, "q": a["q"][0]},
         r"k must have shape \[2, 5, 2, 16\]": lambda a: {**a, "k": a["k"][..., :3]},

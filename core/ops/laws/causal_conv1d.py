@@ -32,7 +32,8 @@ LAWS = Laws(
     time=("x",),
     holds=ALL,
     state="D (W - 1)",
-    cost="D W; D W",
+    parallel_cost="D W",
+    step_cost="D W",
     refusals={
         r"x must have shape \[B, T, D\]": lambda a: {**a, "x": a["x"][0]},
         r"weight must have shape \[D, W\].*squeeze": lambda a: {**a, "weight": a["weight"][:, None]},

@@ -43,7 +43,8 @@ class Laws:
         holds: names of the laws that hold.
         fails: variant -> those among them that it does not keep.
         state: what is carried, in symbols, for one sequence and, where there are heads, for one head.
-        cost: multiplications per time step of the same, in the parallel form in chunks of C and in a single step.
+        parallel_cost: multiplications per time step of the same in the parallel form, with chunks of C steps.
+        step_cost: multiplications of a single step.
         refusals: a piece of the error message -> a change to valid arguments that must raise it as a ValueError.
         bf16: relative RMS bound on outputs and on gradients for bf16 inputs, as measured.
     """
@@ -55,7 +56,8 @@ class Laws:
     time: tuple[str, ...]
     holds: frozenset[str]
     state: str
-    cost: str
+    parallel_cost: str
+    step_cost: str
     refusals: dict[str, Callable[[Arguments], Arguments]] = field(default_factory=dict)
     bf16: tuple[float, float] = (5e-3, 2e-2)
     fails: dict[str, frozenset[str]] = field(default_factory=dict)

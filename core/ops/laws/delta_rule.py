@@ -44,7 +44,8 @@ LAWS = Laws(
     time=("q", "k", "v", "beta", "log_decay"),
     holds=ALL,
     state="K V",
-    cost="n (C (2 K + V) + 3 K V); 4 n K V",
+    parallel_cost="n (C (2 K + V) + 3 K V)",
+    step_cost="4 n K V",
     refusals={
         r"q must have shape \[B, T, H, K\]": lambda a: {**a, "q": a["q"][0]},
         r"k must have shape \[2, 5, 2, 16\]": lambda a: {**a, "k": a["k"][..., :3]},

@@ -48,7 +48,8 @@ LAWS = Laws(
     time=("q", "k", "v", "log_decay", "a", "b"),
     holds=ALL,
     state="K V",
-    cost="C (4 K + 3 V) + 4 K V; 5 K V",
+    parallel_cost="C (4 K + 3 V) + 4 K V",
+    step_cost="5 K V",
     refusals={
         r"q must have shape \[B, T, H, K\]": lambda a: {**a, "q": a["q"][0]},
         r"k must have shape \[2, 5, 2, 16\]": lambda a: {**a, "k": a["k"][..., :3]},

@@ -49,7 +49,8 @@ LAWS = Laws(
     time=("q", "k", "v", "source", "transition", "mark", "direct", "up"),
     holds=frozenset({"linear", "isolation"}),
     state="2 (X + Y) K V",
-    cost="per orientation, in blocks of C · C: 4 C K V + C² (K + V) + 2 C³; 8 K V",
+    parallel_cost="4 C K V + C² (K + V) + 2 C³ per orientation, in blocks of C · C",
+    step_cost="8 K V per orientation",
     refusals={
         r"q must have shape \[B, X, Y, H, K\]": lambda a: {**a, "q": a["q"][0]},
         r"k must have shape \[2, 5, 3, 2, 5\]": lambda a: {**a, "k": a["k"][..., :3]},

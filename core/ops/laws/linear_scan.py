@@ -39,7 +39,8 @@ LAWS = Laws(
     time=("x", "a", "reset"),
     holds=ALL,
     state="1 per channel",
-    cost="1 per channel; 1 per channel",
+    parallel_cost="1 per channel",
+    step_cost="1 per channel",
     refusals={
         r"x must have shape \[B, T, D\]": lambda a: {**a, "x": a["x"][0]},
         r"a must have shape \[2, 5, 19\]": lambda a: {**a, "a": a["a"][..., :3]},

@@ -42,7 +42,8 @@ LAWS = Laws(
     time=("x", "dt", "k", "q", "z"),
     holds=ALL,
     state="D N",
-    cost="4 D N; 4 D N",
+    parallel_cost="4 D N",
+    step_cost="4 D N",
     refusals={
         r"dt must have shape \[2, 5, 19\]": lambda a: {**a, "dt": a["dt"][:, :, :3]},
         r"x must have shape \[B, T, D\]": lambda a: {**a, "x": a["x"][0]},

@@ -46,7 +46,8 @@ LAWS = Laws(
     time=("u",),
     holds=ALL,
     state="D N",
-    cost="D (2 N + C); 3 D N",
+    parallel_cost="D (2 N + C)",
+    step_cost="3 D N",
     refusals={
         r"u must have shape \[B, T, D\]": lambda a: {**a, "u": a["u"][0]},
         r"dt must have shape \[7\]": lambda a: {**a, "dt": a["dt"][:3]},

@@ -46,7 +46,8 @@ LAWS = Laws(
     time=("q", "k", "v", "input_gate", "forget_gate"),
     holds=ALL,
     state="K V + K + 1",
-    cost="C (K + V) + 2 K V; 3 K V",
+    parallel_cost="C (K + V) + 2 K V",
+    step_cost="3 K V",
     refusals={
         r"q must have shape \[B, T, H, K\]": lambda a: {**a, "q": a["q"][0]},
         r"k must have shape \[2, 5, 2, 16\]": lambda a: {**a, "k": a["k"][..., :3]},

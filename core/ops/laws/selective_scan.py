@@ -46,7 +46,8 @@ LAWS = Laws(
     time=("u", "dt", "B", "C", "z"),
     holds=ALL,
     state="D N",
-    cost="4 D N; 4 D N",
+    parallel_cost="4 D N",
+    step_cost="4 D N",
     refusals={
         r"dt must have shape \[2, 5, 19\]": lambda a: {**a, "dt": a["dt"][:, :, :3]},
         r"u must have shape \[B, T, D\]": lambda a: {**a, "u": a["u"][0]},

@@ -47,7 +47,8 @@ LAWS = Laws(
     time=("gates",),
     holds=ALL,
     state="4 D",
-    cost="sequential; 4 D²",
+    parallel_cost="sequential",
+    step_cost="4 D²",
     refusals={
         r"gates must have shape \[B, T, 4, H, D\]": lambda a: {**a, "gates": a["gates"][0]},
         r"in the order i, f, z, o \(got \[2, 5, 3": lambda a: {**a, "gates": a["gates"][:, :, :3]},

@@ -1,6 +1,6 @@
-r"""What S4 and its relatives start from: HiPPO matrices, their normal plus low-rank form, diagonal ones; and responses.
+r"""HiPPO matrices in normal plus low-rank form, diagonal systems beside them, and impulse responses: starts of S4.
 
-HiPPO makes a state of the past of a signal: coefficients of a basis, weighted by a measure. `x' = A x + B u` with
+HiPPO keeps the past of a signal as coefficients of a basis, weighted by a measure. `x' = A x + B u` with
 
     legs    Legendre polynomials, all of the past         A_nk = -√(2n+1) √(2k+1) below the diagonal, -(n+1) on it
     legt    Legendre polynomials, a window of length 2    A_nk = -½ √(2n+1) √(2k+1) · ((-1)^(n-k) above the diagonal)
@@ -12,7 +12,7 @@ Diagonal systems (S4D) start from Λ alone, or from the simple sequences that it
     legs    Λ of HiPPO-LegS                  lin     -½ - πin
     inv     -½ - i N/π (N / (2n+1) - 1)      real    -(n+1)
 
-Of conjugate pairs the one with the negative imaginary part is kept, n = 0 … N/2 - 1.
+One of each conjugate pair is kept, the one with the negative imaginary part, n = 0 … N/2 - 1.
 
 Source: Gu et al. (arXiv 2008.07669), appendix D, for the matrices; Gu et al. (2206.12037), sections 3 and 4, for FouT
 and the scale of time; S4 (2111.00396), section 3 and appendix C, for the low rank and the response; S4D (2206.11893),
@@ -40,7 +40,7 @@ COMBINATIONS = {
 """Starts that copies of a system share out among themselves, the first ones first."""
 
 REAL_PARTS = {"legs": -0.5, "legt": 0.0, "fout": 0.0}
-"""Of all eigenvalues of a measure's normal part."""
+"""Real parts that all eigenvalues of a measure's normal part have."""
 
 CLIP = 2.0
 """Bound of the imaginary parts of B, as the authors have it."""
@@ -60,7 +60,7 @@ def _check_size(size: int) -> None:
 
 
 def transition(measure: str, size: int) -> tuple[Tensor, Tensor]:
-    """A `[N, N]` and B `[N]` of a measure, in double precision.
+    """Build A `[N, N]` and B `[N]` of a measure, in double precision.
 
     Raises:
         ValueError: if there is no such measure.
@@ -82,7 +82,7 @@ def transition(measure: str, size: int) -> tuple[Tensor, Tensor]:
 
 
 def low_rank(measure: str, size: int) -> Tensor:
-    """P `[R, N]` such that `A + Σ_r P_r P_r^T` is normal: rank 2 for `legt`, else 1."""
+    """Build P `[R, N]` such that `A + Σ_r P_r P_r^T` is normal: rank 2 for `legt`, else 1."""
     n = torch.arange(size, dtype=torch.float64, device="cpu")
     if measure == "legs":
         return torch.sqrt(n + 0.5)[None]
@@ -93,10 +93,10 @@ def low_rank(measure: str, size: int) -> Tensor:
 
 
 def normal_part(measure: str, size: int) -> tuple[Tensor, Tensor]:
-    """Eigenvalues `[N]`, by imaginary part, and eigenvectors, in columns, of `A + Σ_r P_r P_r^T`: complex128.
+    """Eigenvalues `[N]`, sorted by imaginary part, and eigenvectors, in columns, of `A + Σ_r P_r P_r^T`, complex128.
 
-    It is a multiple of the identity plus a skew-symmetric matrix, so that the real parts are equal and the imaginary
-    ones come from a Hermitian problem, where the general one would be ill-conditioned.
+    That sum is a multiple of the identity plus a skew-symmetric matrix. So all real parts are equal, and the imaginary
+    ones come from a Hermitian eigenvalue problem; the general one would be ill-conditioned.
     """
     A, _ = transition(measure, size)
     P = low_rank(measure, size)
@@ -107,7 +107,7 @@ def normal_part(measure: str, size: int) -> tuple[Tensor, Tensor]:
 
 
 def nplr(measure: str, size: int, clip: float | None = CLIP) -> tuple[Start, Tensor]:
-    """A measure's system in the basis V in which it is diagonal plus low rank, and V `[N, M]`.
+    """Build a measure's system in the basis V in which it is diagonal plus low rank; and V itself, `[N, M]`.
 
     `A = 2 Re(V diag(Λ) V^*) - Σ_r P_r P_r^T`, `B ← V^* B`, `P ← V^* P`; imaginary parts of B are clipped to ±`clip`.
 
@@ -129,7 +129,7 @@ def nplr(measure: str, size: int, clip: float | None = CLIP) -> tuple[Start, Ten
 
 
 def diagonal(name: str, size: int) -> Start:
-    """A diagonal start by name; B is 1, or that of HiPPO for `legs`, and P has rank 0.
+    """Build a diagonal system by name. B is 1, or that of HiPPO for `legs`; P has rank 0.
 
     Raises:
         ValueError: if there is no such start, or the size is odd.
@@ -150,14 +150,14 @@ def diagonal(name: str, size: int) -> Start:
 
 
 def start(name: str, size: int, copies: int = 1, rank: int | None = None) -> Start:
-    """The systems that a layer starts from: A and B `[copies, M]`, P `[rank, copies, M]`.
+    """Build the systems that a layer starts from: A and B `[copies, M]`, P `[rank, copies, M]`.
 
     Args:
         name: `legs`, `legt`, `fout` (`fourier`), one of `diag-lin`, `diag-inv`, `diag-legs`, `diag-real`, or a
             combination: `hippo`, `diag`, `all`, of which every start gets as many neighbouring copies.
         size: N, even.
         copies: systems, S.
-        rank: rows of P; what a start has no use for is 0. `None` is as many as needed.
+        rank: rows of P; those that a start does not need are 0. `None` is as many as needed.
 
     Raises:
         ValueError: if there is no such start, the size is odd, the rank too low or the copies are no multiple of the
@@ -168,8 +168,10 @@ def start(name: str, size: int, copies: int = 1, rank: int | None = None) -> Sta
         raise ValueError(f"{name!r} needs a multiple of {len(names)} systems (got {copies})")
     parts = []
     for each in names:
-        measure = "fout" if each == "fourier" else each
-        parts.append(diagonal(each[5:], size) if each.startswith("diag-") else nplr(measure, size)[0])
+        if each.startswith("diag-"):
+            parts.append(diagonal(each.removeprefix("diag-"), size))
+        else:
+            parts.append(nplr("fout" if each == "fourier" else each, size)[0])
     needed = max(part.P.shape[0] for part in parts)
     rank = needed if rank is None else rank
     if rank < needed:
@@ -184,9 +186,11 @@ def start(name: str, size: int, copies: int = 1, rank: int | None = None) -> Sta
 
 
 def diagonal_response(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, length: int, discretization: str = "zoh") -> Tensor:
-    """`K_l = 2 Re Σ_m C_m b_m λ_m^l`, `[D, length]`, of a diagonal system given as to `lti_conv`, in double precision.
+    """Impulse response `[D, length]` of a diagonal system with the arguments of `lti_conv`, in double precision.
 
-    S4D's Vandermonde product, over √length powers twice.
+        K_l = 2 Re Σ_m C_m b_m λ_m^l
+
+    S4D's Vandermonde product, as a product of two tables of √length powers.
     """
     factor, b, _, _ = discretize(dt.double(), A.double(), B.double(), None, discretization)
     C = torch.view_as_complex(C.double().contiguous())
@@ -201,7 +205,8 @@ def diagonal_response(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, length: int, 
 
 
 def low_rank_response(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, P: Tensor, length: int) -> Tensor:
-    r"""`K_l = C Ā^l B̄`, `[D, length]`, of a system with a low rank given as to `lti_conv`, in double precision.
+    r"""Impulse response `K_l = C Ā^l B̄`, `[D, length]`, of a system with P and the arguments of `lti_conv`, in double
+    precision.
 
     S4's generating function, `Σ_l K_l ω^l` at the roots of unity: with `C̃ = C (1 - Ā^L)`, `f = (1 + ω) / 2` and the
     sums over all N states `⟨v, w⟩ = Σ Δ v w / (1 - ω - f ΔΛ)`,
@@ -209,7 +214,7 @@ def low_rank_response(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, P: Tensor, le
         k̂(ω) = ⟨C̃, B⟩ - f ⟨C̃, P⟩ (1 + f ⟨P^*, P⟩)^{-1} ⟨P^*, B⟩
 
     Written in f rather than in z = 2 (1 - ω) / (1 + ω), it is regular at ω = -1, where z is infinite and
-    `k̂ = ½ Σ Δ C̃ B`. At ω = 1 it is not where a mode has Λ = 0: real parts must be below 0.
+    `k̂ = ½ Σ Δ C̃ B`. At ω = 1 it is not regular if a mode has Λ = 0: real parts must be below 0.
     """
     dt, A, B, C, P = (t.double() for t in (dt, A, B, C, P))
     if length == 0:
