@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sinuous.kernels.cpu import build
-from sinuous.kernels.cpu.arrays import Timed, bounds, fields, pointer, real, run, whole
-from sinuous.kernels.torch.packing import flip_sequences
+from sinuous.kernels.cpu.call import SequenceCall, fields
+from sinuous.kernels.precision import real_dtype
 
 _BLOCK = 64
 """Channels per task, as in the C source."""
-
 
 _FIELDS = fields(
     "sequences steps channels width blocks silu packed threads bounds x dy x_batch x_time dy_batch dy_time "
@@ -19,8 +17,8 @@ _FIELDS = fields(
 )
 
 
-class _Call:
-    """What forward and backward hand over alike; keeps every tensor alive until the kernel is done."""
+class CausalConv1dCall(SequenceCall):
+    """The arguments that forward and backward share."""
 
     def __init__(
         self,
@@ -32,46 +30,15 @@ class _Call:
         silu: bool,
         reverse: bool,
     ) -> None:
-        self.dtype, self.reverse = real(x), reverse
-        self.shape = x.shape
-        self.width = weight.shape[1]
-        self.sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.library = build.library("causal_conv1d", 64 if self.dtype == torch.float64 else 32)
-        self.x = Timed.of(x, self.dtype, reverse)
-        self.weight, self.bias = whole(weight.T, self.dtype), whole(bias, self.dtype)
-        self.initial = whole(flip_sequences(initial_state, cu_seqlens if reverse else None), self.dtype)
-        self.bounds = bounds(cu_seqlens, x.shape[1], reverse)
-        self.arguments = _FIELDS.copy()
+        super().__init__("causal_conv1d", _FIELDS, real_dtype(x.dtype), x.shape, cu_seqlens, reverse)
+        self.channels, self.width = weight.shape
+        self.over_time("x", x)
+        self.array("weight", weight.T)
+        self.array("bias", bias)
+        self.states("initial", initial_state)
         self.arguments.update(
-            sequences=self.sequences,
-            steps=x.shape[1],
-            channels=x.shape[2],
-            width=self.width,
-            blocks=(x.shape[2] + _BLOCK - 1) // _BLOCK,
-            silu=silu,
-            packed=cu_seqlens is not None,
-            threads=build.threads(),
-            bounds=pointer(self.bounds),
-            x=self.x.pointer,
-            x_batch=self.x.batch,
-            x_time=self.x.time,
-            weight=pointer(self.weight),
-            bias=pointer(self.bias),
-            initial=pointer(self.initial),
+            channels=self.channels, width=self.width, blocks=(self.channels + _BLOCK - 1) // _BLOCK, silu=silu
         )
-
-    def timed_output(self, name: str) -> Tensor:
-        """An output `[B, T, D]` that the kernel fills in processing order."""
-        t = torch.empty(self.shape, dtype=self.dtype)
-        place = Timed.of(t, self.dtype, self.reverse)
-        self.arguments[name] = place.pointer
-        self.arguments["y_batch"], self.arguments["y_time"] = place.batch, place.time
-        return t
-
-    def output(self, name: str, rows: int) -> Tensor:
-        t = torch.empty(self.sequences, rows, self.shape[2], dtype=self.dtype)
-        self.arguments[name] = t.data_ptr()
-        return t
 
 
 def forward(
@@ -84,10 +51,11 @@ def forward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """`(y, final_state)`; see sinuous.core.ops.causal_conv1d."""
-    call = _Call(x, weight, bias, initial_state, cu_seqlens, silu, reverse)
-    y, final = call.timed_output("y"), call.output("final", call.width - 1)
-    run(call.library.forward, call.arguments)
-    return y.to(x.dtype), flip_sequences(final, cu_seqlens if reverse else None).to(x.dtype)
+    call = CausalConv1dCall(x, weight, bias, initial_state, cu_seqlens, silu, reverse)
+    y = call.output_over_time("y", call.channels)
+    final = call.output("final", call.sequences, call.width - 1, call.channels)
+    call.run(call.library.forward)
+    return y.to(x.dtype), call.in_order(final).to(x.dtype)
 
 
 def backward(
@@ -101,21 +69,21 @@ def backward(
     reverse: bool,
 ) -> list[Tensor | None]:
     """Gradients of x, weight, bias and initial_state; the values before the activation are recomputed."""
-    call = _Call(x, weight, bias, initial_state, cu_seqlens, silu, reverse)
+    call = CausalConv1dCall(x, weight, bias, initial_state, cu_seqlens, silu, reverse)
     dy, dfinal = grads
-    given = Timed.of(torch.zeros_like(x) if dy is None else dy, call.dtype, reverse)
-    dfinal = whole(flip_sequences(dfinal, cu_seqlens if reverse else None), call.dtype)
-    call.arguments.update(dy=given.pointer, dy_batch=given.batch, dy_time=given.time, dfinal=pointer(dfinal))
-    dx = call.timed_output("dx")
+    call.over_time("dy", torch.zeros_like(x) if dy is None else dy)
+    call.states("dfinal", dfinal)
+    dx = call.output_over_time("dx", call.channels)
     dweight, dbias, dinitial = (
-        call.output(name, rows) for name, rows in (("dweight", call.width), ("dbias", 1), ("dinitial", call.width - 1))
+        call.output(name, call.sequences, rows, call.channels)
+        for name, rows in (("dweight", call.width), ("dbias", 1), ("dinitial", call.width - 1))
     )
-    run(call.library.backward, call.arguments)
+    call.run(call.library.backward)
     return [
         dx,
         dweight.sum(0).T,
         None if bias is None else dbias.sum((0, 1)),
-        None if initial_state is None else flip_sequences(dinitial, cu_seqlens if reverse else None),
+        None if initial_state is None else call.in_order(dinitial),
     ]
 
 

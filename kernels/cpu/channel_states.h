@@ -27,7 +27,7 @@ typedef struct {
     int64_t u_batch, u_time, dt_batch, dt_time, z_batch, z_time, norm_batch, norm_time;
     int64_t B_batch, B_time, B_group, C_batch, C_time, C_group, dy_batch, dy_time;
     const real *A, *D, *bias, *initial, *dfinal; /* [channels, states], [channels], …, [sequences, channels, states] */
-    real *y, *final, *kept;                      /* kept: [batch, chunks, channels, states] */
+    real *y, *final, *chunk_states;              /* chunk_states: [batch, chunks, channels, states] */
     int64_t y_batch, y_time;
     real *du, *ddt, *dz; /* strides of y */
     real *dB, *dC; /* [blocks per group, batch, steps, groups, states] in processing order */
@@ -129,8 +129,8 @@ static int forward_task(const Scan *s, int64_t index) {
             const int64_t channel = t.first + v * LANES;
             vec *h = states + v * N, *a = A + v * N;
             if (from % s->chunk == 0) {
-                real *kept = s->kept + ((t.batch * s->chunks + from / s->chunk) * s->channels + channel) * N;
-                for (int64_t n = 0; n < N; n++) scatter(kept + n, N, h[n], lanes);
+                real *start = s->chunk_states + ((t.batch * s->chunks + from / s->chunk) * s->channels + channel) * N;
+                for (int64_t n = 0; n < N; n++) scatter(start + n, N, h[n], lanes);
             }
             if (lanes == LANES && N == 16)
                 forward_constant(s, &t, from, to, channel, LANES, a, h, 16);
@@ -277,7 +277,7 @@ static int backward_task(const Scan *s, int64_t index) {
         for (int64_t v = 0; v < vectors; v++) {
             const int lanes = lanes_at(t.width, v);
             const int64_t channel = t.first + v * LANES;
-            const real *h = s->kept + ((t.batch * s->chunks + from / K) * s->channels + channel) * N;
+            const real *h = s->chunk_states + ((t.batch * s->chunks + from / K) * s->channels + channel) * N;
             if (from == t.begin) h = s->initial ? s->initial + (t.sequence * s->channels + channel) * N : NULL;
             for (int64_t n = 0; n < N; n++) start[n] = h ? gather(h + n, N, lanes) : splat(0);
             if (lanes == LANES && N == 16)

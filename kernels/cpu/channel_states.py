@@ -7,15 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sinuous.kernels.cpu import build
-from sinuous.kernels.cpu.arrays import Timed, bounds, fields, pointer, real, run, whole
-from sinuous.kernels.torch.packing import Maybe, flip_sequences
+from sinuous.kernels.cpu.call import SequenceCall, fields
+from sinuous.kernels.precision import real_dtype
 
 _FIELDS = fields(
     "sequences steps channels states groups blocks chunk chunks softplus packed threads bounds "
     "u dt z norm B C dy u_batch u_time dt_batch dt_time z_batch z_time norm_batch norm_time "
     "B_batch B_time B_group C_batch C_time C_group dy_batch dy_time A D bias initial dfinal "
-    "y final kept y_batch y_time du ddt dz dB dC dnorm dA dD dbias dinitial"
+    "y final chunk_states y_batch y_time du ddt dz dB dC dnorm dA dD dbias dinitial"
 )
 
 
@@ -34,8 +33,8 @@ class Gradients(NamedTuple):
     initial_state: Tensor | None
 
 
-class Call:
-    """What forward and backward hand over alike; keeps every tensor alive until the kernel is done.
+class ChannelStatesCall(SequenceCall):
+    """The arguments that forward and backward share, and both.
 
     Args:
         family: name of the source.
@@ -62,61 +61,33 @@ class Call:
         reverse: bool,
         chunk_size: int,
     ) -> None:
-        self.dtype, self.reverse, self.like, self.cu_seqlens = real(u), reverse, u, cu_seqlens
-        self.batch, self.steps, self.channels = u.shape
-        self.states, self.groups = B.shape[-1], B.shape[2] if B.ndim == 4 else 1
-        self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.chunks = (self.steps + chunk_size - 1) // chunk_size
-        self.library = build.library(family, 64 if self.dtype == torch.float64 else 32)
+        super().__init__(family, _FIELDS, real_dtype(u.dtype), u.shape, cu_seqlens, reverse)
+        self.u, self.A, self.D, self.z, self.dt_bias, self.norm = u, A, D, z, dt_bias, norm
+        self.initial_state = initial_state
+        self.channels, self.state_size = u.shape[2], B.shape[-1]
+        self.groups = B.shape[2] if B.ndim == 4 else 1
         self.blocks = self._blocks()
-        self.u, self.dt, self.z, self.norm = (Timed.of(t, self.dtype, reverse) for t in (u, dt, z, norm))
-        self.B, self.C = (Timed.of(t.view(*t.shape[:2], self.groups, self.states), self.dtype, reverse) for t in (B, C))
-        self.A, self.D, self.bias = (whole(t, self.dtype) for t in (A, D, dt_bias))
-        self.initial = whole(self._in_given_order(initial_state), self.dtype)
-        self.bounds = bounds(cu_seqlens, self.steps, reverse)
-        self.arguments = _FIELDS.copy()
+        self.chunks = self.cut(chunk_size)
+        self.over_time("u", u)
+        self.over_time("dt", dt)
+        if z is not None:
+            self.over_time("z", z)
+        if norm is not None:
+            self.over_time("norm", norm)
+        for name, t in (("B", B), ("C", C)):
+            by_group = self.over_time(name, t if t.ndim == 4 else t.unsqueeze(2))
+            self.arguments[name + "_group"] = by_group.stride(2)
+        self.array("A", A)
+        self.array("D", D)
+        self.array("bias", dt_bias)
+        self.states("initial", initial_state)
         self.arguments.update(
-            sequences=self.sequences,
-            steps=self.steps,
             channels=self.channels,
-            states=self.states,
+            states=self.state_size,
             groups=self.groups,
             blocks=self.blocks,
-            chunk=chunk_size,
-            chunks=self.chunks,
             softplus=dt_softplus,
-            packed=cu_seqlens is not None,
-            threads=build.threads(),
-            bounds=pointer(self.bounds),
-            u=self.u.pointer,
-            u_batch=self.u.batch,
-            u_time=self.u.time,
-            dt=self.dt.pointer,
-            dt_batch=self.dt.batch,
-            dt_time=self.dt.time,
-            z=self.z.pointer,
-            z_batch=self.z.batch,
-            z_time=self.z.time,
-            norm=self.norm.pointer,
-            norm_batch=self.norm.batch,
-            norm_time=self.norm.time,
-            B=self.B.pointer,
-            B_batch=self.B.batch,
-            B_time=self.B.time,
-            B_group=self._group_stride(self.B),
-            C=self.C.pointer,
-            C_batch=self.C.batch,
-            C_time=self.C.time,
-            C_group=self._group_stride(self.C),
-            A=pointer(self.A),
-            D=pointer(self.D),
-            bias=pointer(self.bias),
-            initial=pointer(self.initial),
         )
-
-    @staticmethod
-    def _group_stride(t: Timed) -> int:
-        return 0 if t.tensor is None else t.tensor.stride(2)
 
     def _blocks(self) -> int:
         """Blocks of channels per group, from shapes alone: results must not change with the number of threads."""
@@ -128,44 +99,28 @@ class Call:
         rounded = (even + lanes - 1) // lanes * lanes  # as in the kernel
         return max(1, (per_group + rounded - 1) // max(rounded, 1))
 
-    def timed_output(self, name: str) -> Tensor:
-        """An output `[B, T, D]` that the kernel fills in processing order."""
-        t = torch.empty(self.batch, self.steps, self.channels, dtype=self.dtype)
-        place = Timed.of(t, self.dtype, self.reverse)
-        self.arguments[name] = place.pointer
-        self.arguments["y_batch"], self.arguments["y_time"] = place.batch, place.time
-        return t
-
-    def output(self, name: str, *shape: int) -> Tensor:
-        t = torch.empty(shape, dtype=self.dtype)
-        self.arguments[name] = t.data_ptr()
-        return t
-
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """`(y, final_state, chunk_states)`."""
-        y = self.timed_output("y")
-        final = self.output("final", self.sequences, self.channels, self.states)
-        kept = self.output("kept", self.batch, self.chunks, self.channels, self.states)
-        run(self.library.forward, self.arguments)
-        return y.to(self.like.dtype), self._in_given_order(final), kept
+        y = self.output_over_time("y", self.channels)
+        final = self.output("final", self.sequences, self.channels, self.state_size)
+        chunk_states = self.output("chunk_states", self.batch, self.chunks, self.channels, self.state_size)
+        self.run(self.library.forward)
+        return y.to(self.u.dtype), self.in_order(final), chunk_states
 
     def backward(self, grads: tuple[Tensor | None, Tensor | None], chunk_states: Tensor) -> Gradients:
         dy, dfinal = grads
-        given = Timed.of(torch.zeros_like(self.like) if dy is None else dy, self.dtype, self.reverse)
-        dfinal = whole(self._in_given_order(dfinal), self.dtype)
-        kept = whole(chunk_states, self.dtype)
-        self.arguments.update(
-            dy=given.pointer, dy_batch=given.batch, dy_time=given.time, dfinal=pointer(dfinal), kept=pointer(kept)
-        )
-        du, ddt = self.timed_output("du"), self.timed_output("ddt")
-        dz = None if self.z.tensor is None else self.timed_output("dz")
+        self.over_time("dy", torch.zeros_like(self.u) if dy is None else dy)
+        self.states("dfinal", dfinal)
+        self.array("chunk_states", chunk_states)
+        du, ddt = (self.output_over_time(name, self.channels) for name in ("du", "ddt"))
+        dz = None if self.z is None else self.output_over_time("dz", self.channels)
         parts = (self.blocks, self.batch, self.steps)
-        dB, dC = (self.output(name, *parts, self.groups, self.states) for name in ("dB", "dC"))
-        dnorm = None if self.norm.tensor is None else self.output("dnorm", *parts)
-        dA = None if self.A is None else self.output("dA", self.sequences, self.channels, self.states)
+        dB, dC = (self.output(name, *parts, self.groups, self.state_size) for name in ("dB", "dC"))
+        dnorm = None if self.norm is None else self.output("dnorm", *parts)
+        dA = None if self.A is None else self.output("dA", self.sequences, self.channels, self.state_size)
         dD, dbias = (self.output(name, self.sequences, self.channels) for name in ("dD", "dbias"))
-        dinitial = self.output("dinitial", self.sequences, self.channels, self.states)
-        run(self.library.backward, self.arguments)
+        dinitial = self.output("dinitial", self.sequences, self.channels, self.state_size)
+        self.run(self.library.backward)
         return Gradients(
             du,
             ddt,
@@ -174,13 +129,10 @@ class Call:
             self._over_blocks(dC),
             None if self.D is None else dD.sum(0),
             dz,
-            None if self.bias is None else dbias.sum(0),
+            None if self.dt_bias is None else dbias.sum(0),
             None if dnorm is None else self._over_blocks(dnorm),
-            None if self.initial is None else self._in_given_order(dinitial),
+            None if self.initial_state is None else self.in_order(dinitial),
         )
-
-    def _in_given_order(self, states: Maybe) -> Maybe:
-        return flip_sequences(states, self.cu_seqlens if self.reverse else None)
 
     def _over_blocks(self, t: Tensor) -> Tensor:
         t = t[0] if self.blocks == 1 else t.sum(0)

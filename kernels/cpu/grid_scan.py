@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sinuous.kernels.cpu import build
-from sinuous.kernels.cpu.arrays import fields, pointer, real, run, whole
+from sinuous.kernels.cpu.call import Call, fields
+from sinuous.kernels.precision import real_dtype
 from sinuous.kernels.torch.grid_scan import add_direct, add_direct_gradients
 
 _FIELDS = fields(
@@ -24,8 +24,8 @@ TASKS = 16
 """As many pairs of a sequence and a head leave no core without work: keys are not parted then."""
 
 
-class _Call:
-    """What forward and backward hand over alike; keeps every tensor alive until the kernel is done."""
+class GridScanCall(Call):
+    """The arguments that forward and backward share."""
 
     def __init__(
         self,
@@ -38,11 +38,11 @@ class _Call:
         orientations: Sequence[int],
         scale: float | None,
     ) -> None:
-        self.dtype = real(q)
-        self.library = build.library("grid_scan", 64 if self.dtype == torch.float64 else 32)
+        super().__init__("grid_scan", _FIELDS, real_dtype(q.dtype))
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
-        self.q, self.k, self.v, self.source, self.transition, self.mark = (
-            self.array(t) for t in (q, k, v, source, transition, mark)
+        self.q, self.k, self.v = (self.array(name, t) for name, t in (("q", q), ("k", k), ("v", v)))
+        self.source, self.transition, self.mark = (
+            self.array(name, t) for name, t in (("source", source), ("transition", transition), ("mark", mark))
         )
         self.orientations = torch.tensor(orientations, dtype=torch.int64)
         self.batch, self.width, self.height, self.heads, self.keys = q.shape
@@ -51,7 +51,6 @@ class _Call:
         inner, outer = (self.width, self.height), (self.height, 1)  # of each side its cells, and how far apart they are
         if self.swapped:
             inner, outer = outer, inner
-        self.arguments = _FIELDS.copy()
         self.arguments.update(
             inner=inner[0],
             outer=outer[0],
@@ -63,21 +62,14 @@ class _Call:
             keys=self.keys,
             values=self.values,
             orientations=len(orientations),
-            threads=build.threads(),
             orientation=self.orientations.data_ptr(),
         )
-        self.give(q=self.q, k=self.k, v=self.v, source=self.source, transition=self.transition, mark=self.mark)
-
-    def array(self, t: Tensor) -> Tensor:
-        return t.to(self.dtype).contiguous()
-
-    def give(self, **tensors: Tensor | None) -> None:
-        self.arguments.update({name: pointer(t) for name, t in tensors.items()})
 
     def states(self, name: str, left: Tensor | None, up: Tensor | None) -> None:
-        """Hand over states on both sides; `name` has a place for `along` or `across`."""
+        """Pass states on both sides; `name` has a place for `along` or `across`."""
         along, across = (up, left) if self.swapped else (left, up)
-        self.give(**{name.format("along"): along, name.format("across"): across})
+        self.array(name.format("along"), along)
+        self.array(name.format("across"), across)
 
     def groups(self) -> int:
         """Parts of the keys, from shapes alone: results must not change with the number of threads."""
@@ -105,16 +97,14 @@ def forward(
     with_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, right, down)`; see sinuous.core.ops.grid_scan."""
-    call = _Call(q, k, v, source, transition, mark, orientations, scale)
-    left, up = (whole(t, call.dtype) for t in (left, up))
+    call = GridScanCall(q, k, v, source, transition, mark, orientations, scale)
     call.states("{}", left, up)
-    y = torch.empty(v.shape, dtype=call.dtype)
-    call.give(y=y)
+    y = call.output("y", *v.shape)
     right, down = y.new_empty(0), y.new_empty(0)
     if with_state:
         right, down = (call.side(length, call.keys, call.values) for length in (call.height, call.width))
         call.states("{}_end", right, down)
-    run(call.library.forward, call.arguments)
+    call.run(call.library.forward)
     add_direct(y, call.q, call.k, call.v, direct)
     return y.mul_(call.scale).to(v.dtype), right, down
 
@@ -135,23 +125,23 @@ def backward(
     with_state: bool,
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, source, transition, mark, direct, left and up."""
-    call = _Call(q, k, v, source, transition, mark, orientations, scale)
-    dy = torch.zeros_like(call.v) if grads[0] is None else (grads[0] * call.scale).to(call.dtype).contiguous()
+    call = GridScanCall(q, k, v, source, transition, mark, orientations, scale)
+    dy = call.array("dy", torch.zeros_like(call.v) if grads[0] is None else grads[0] * call.scale)
     # In the backward pass lanes run over keys.
-    turned = [None if t is None else whole(t.mT, call.dtype) for t in (left, up, *(grads[1:] if with_state else ()))]
-    call.states("{}", *turned[:2])
+    value_first = [None if t is None else t.mT for t in (left, up, *(grads[1:] if with_state else ()))]
+    call.states("{}", *value_first[:2])
     if with_state:
-        call.states("d{}_end", *turned[2:])
+        call.states("d{}_end", *value_first[2:])
     sides = ((left, call.height), (up, call.width))
     dleft, dup = (None if t is None else call.side(length, call.values, call.keys) for t, length in sides)
     call.states("d{}", dleft, dup)
     groups = call.groups()
     call.arguments["groups"] = groups
-    dq, dk = torch.empty_like(call.q), torch.empty_like(call.k)
-    dv = torch.zeros(groups, *v.shape, dtype=call.dtype)
-    dgates = [torch.empty(groups, *t.shape, dtype=call.dtype) for t in (source, transition, mark)]
-    call.give(dy=dy, dq=dq, dk=dk, dv=dv, dsource=dgates[0], dtransition=dgates[1], dmark=dgates[2])
-    run(call.library.backward, call.arguments)
+    dq, dk, dv = call.output("dq", *q.shape), call.output("dk", *k.shape), call.output("dv", groups, *v.shape)
+    dv.zero_()
+    gates = (("dsource", source), ("dtransition", transition), ("dmark", mark))
+    dgates = [call.output(name, groups, *t.shape) for name, t in gates]
+    call.run(call.library.backward)
     dv, *dgates = (t[0] if groups == 1 else t.sum(0) for t in (dv, *dgates))
     ddirect = add_direct_gradients(dq, dk, dv, dy, call.q, call.k, call.v, direct)
     return [dq, dk, dv, *dgates, ddirect, None if dleft is None else dleft.mT, None if dup is None else dup.mT]

@@ -17,7 +17,7 @@ typedef struct {
     const uint8_t *reset;
     int64_t x_batch, x_time, a_batch, a_time, dy_batch, dy_time, reset_batch, reset_time;
     const real *initial, *dfinal; /* [sequences, channels] */
-    real *y, *final, *kept;       /* final like initial; kept: [batch, chunks, channels] */
+    real *y, *final, *chunk_states; /* final like initial; chunk_states: [batch, chunks, channels] */
     int64_t y_batch, y_time;
     real *dx, *da, *dinitial;     /* strides of y, but da like initial where a is constant; like initial */
 } Scan;
@@ -190,8 +190,8 @@ static int forward_task(const Scan *s, int64_t index) {
         EACH_PIECE {
             const int64_t channel = t.first + v * LANES;
             if (from % s->chunk == 0) {
-                real *kept = s->kept + (t.batch * s->chunks + from / s->chunk) * s->channels + channel;
-                for (int64_t i = 0; i < V; i++) store(kept + i * LANES, h[v + i], (int)left);
+                real *start = s->chunk_states + (t.batch * s->chunks + from / s->chunk) * s->channels + channel;
+                for (int64_t i = 0; i < V; i++) store(start + i * LANES, h[v + i], (int)left);
             }
             if (V == 8)
                 WITH_CONSTANT_FLAGS(forward_chunk, s, &t, from, to, channel, LANES, h + v, 8)
@@ -217,7 +217,7 @@ static int backward_task(const Scan *s, int64_t index) {
         from = from > t.begin ? from : t.begin;
         EACH_PIECE {
             const int64_t channel = t.first + v * LANES;
-            const real *start = s->kept + (t.batch * s->chunks + from / s->chunk) * s->channels + channel;
+            const real *start = s->chunk_states + (t.batch * s->chunks + from / s->chunk) * s->channels + channel;
             if (from == t.begin) start = s->initial ? s->initial + state + v * LANES : NULL;
             if (V == 8)
                 WITH_CONSTANT_FLAGS(backward_chunk, s, &t, from, to, channel, LANES, start, adjoint + v, sum + v, before, 8)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sinuous.kernels.cpu.arrays import real
-from sinuous.kernels.cpu.channel_states import Call
+from sinuous.kernels.cpu.channel_states import ChannelStatesCall
+from sinuous.kernels.precision import at_least_fp32
 
 
 def _norm(k: Tensor) -> Tensor:
-    return k.to(real(k)).square().sum(-1)
+    return at_least_fp32(k).square().sum(-1)
 
 
 def forward(
@@ -27,8 +27,8 @@ def forward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)`; see sinuous.core.ops.longhorn."""
-    options = (False, reverse, chunk_size)
-    return Call("longhorn", x, dt, None, k, q, D, z, dt_bias, _norm(k), initial_state, cu_seqlens, *options).forward()
+    options = (initial_state, cu_seqlens, False, reverse, chunk_size)
+    return ChannelStatesCall("longhorn", x, dt, None, k, q, D, z, dt_bias, _norm(k), *options).forward()
 
 
 def backward(
@@ -47,8 +47,8 @@ def backward(
     chunk_size: int,
 ) -> list[Tensor | None]:
     """Gradients of x, dt, k, q, D, z, dt_bias and initial_state."""
-    options = (False, reverse, chunk_size)
-    call = Call("longhorn", x, dt, None, k, q, D, z, dt_bias, _norm(k), initial_state, cu_seqlens, *options)
+    options = (initial_state, cu_seqlens, False, reverse, chunk_size)
+    call = ChannelStatesCall("longhorn", x, dt, None, k, q, D, z, dt_bias, _norm(k), *options)
     d = call.backward(grads, chunk_states)
     assert d.norm is not None
     dk = d.B.view(k.shape) + 2 * k.to(call.dtype) * d.norm[..., None]

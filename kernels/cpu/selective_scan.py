@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sinuous.kernels.cpu.channel_states import Call
+from sinuous.kernels.cpu.channel_states import ChannelStatesCall
 
 
 def forward(
@@ -24,8 +24,8 @@ def forward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)`; see sinuous.core.ops.selective_scan."""
-    options = (dt_softplus, reverse, chunk_size)
-    return Call("selective_scan", u, dt, A, B, C, D, z, dt_bias, None, initial_state, cu_seqlens, *options).forward()
+    options = (initial_state, cu_seqlens, dt_softplus, reverse, chunk_size)
+    return ChannelStatesCall("selective_scan", u, dt, A, B, C, D, z, dt_bias, None, *options).forward()
 
 
 def backward(
@@ -46,8 +46,8 @@ def backward(
     chunk_size: int,
 ) -> list[Tensor | None]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias and initial_state."""
-    options = (dt_softplus, reverse, chunk_size)
-    call = Call("selective_scan", u, dt, A, B, C, D, z, dt_bias, None, initial_state, cu_seqlens, *options)
+    options = (initial_state, cu_seqlens, dt_softplus, reverse, chunk_size)
+    call = ChannelStatesCall("selective_scan", u, dt, A, B, C, D, z, dt_bias, None, *options)
     d = call.backward(grads, chunk_states)
     return [d.u, d.dt, d.A, d.B.view(B.shape), d.C.view(C.shape), d.D, d.z, d.dt_bias, d.initial_state]
 

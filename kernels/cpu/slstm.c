@@ -20,7 +20,7 @@ typedef struct {
     const real *into_gates, *from_gates;              /* [heads, in, 4, out] and [heads, 4, out, in], padded */
     const real *bias;                                 /* [heads, 4, padded] */
     const real *initial[STATES], *dfinal[STATES];     /* [sequences, heads, width] */
-    real *hidden, *kept[STATES], *final[STATES];      /* [batch, steps, …], [batch, chunks, …], like initial */
+    real *hidden, *chunk_states[STATES], *final[STATES]; /* [batch, steps, …], [batch, chunks, …], like initial */
     real *dgates, *dinitial[STATES];                  /* [batch, steps, 4, heads, width], like initial */
     int64_t hidden_batch, hidden_time, dgates_batch, dgates_time;
 } Cells;
@@ -238,7 +238,7 @@ INLINE void read_gates(const Cells *s, const Task *t, int64_t time, real *to) {
 
 INLINE int64_t place_of_states(const Cells *s, const Task *t) { return (t->first * s->heads + t->head) * s->width; }
 
-/* Row `r` of the outputs at a step, or of what was kept at a chunk's start; both have a row per batch. */
+/* Row `r` of the outputs at a step, or of the states at a chunk's start; both have a row per batch. */
 INLINE int64_t place_of_row(const Cells *s, const Task *t) {
     return (s->packed ? 0 : t->first) * s->hidden_batch + t->head * s->width;
 }
@@ -253,7 +253,7 @@ INLINE void forward_cells(const Cells *s, const Task *t, const int cell) {
     for (int64_t time = t->begin; time < t->end; time++) {
         if (time % s->chunk == 0)
             for (int k = 0; k < STATES; k++)
-                write_states(s, t, k ? t->state[k] : y, s->kept[k] + place_of_chunk(s, t, time), s->chunks * states);
+                write_states(s, t, k ? t->state[k] : y, s->chunk_states[k] + place_of_chunk(s, t, time), s->chunks * states);
         read_gates(s, t, time, t->x);
         product(weights, columns, t->y, s->padded, t->x, t->rows);
         for (int64_t r = 0; r < t->rows; r++) {
@@ -355,7 +355,7 @@ static int backward_task(const Cells *s, int64_t index) {
             if (from == t.begin)
                 read_states(s, &t, s->initial[k] ? s->initial[k] + place_of_states(s, &t) : NULL, states, start[k]);
             else
-                read_states(s, &t, s->kept[k] + place_of_chunk(s, &t, from), s->chunks * states, start[k]);
+                read_states(s, &t, s->chunk_states[k] + place_of_chunk(s, &t, from), s->chunks * states, start[k]);
         WITH_CELL(backward_chunk, s, &t, from, to, start, (real *)y_before, (real *)x, units)
     }
     for (int k = 0; k < STATES; k++)
