@@ -1,7 +1,7 @@
 """Orders in which a recurrence can visit the cells of a grid.
 
-A route is a permutation: `route.to_sequence(x.flatten(1, 2))` is the sequence of `x` `[B, H, W, D]`, and
-`route.to_cells(y)` brings a sequence back to cells in raster order. Every route exists for every grid.
+A route is a permutation of the cells: it makes a sequence of cells `[B, H·W, D]` in raster order, and brings the
+sequence back to raster order. Every route exists for every grid.
 
     raster            row by row, each from the left                            Vim
     reversed          raster, from its end                                      Vim
@@ -13,7 +13,10 @@ A route is a permutation: `route.to_sequence(x.flatten(1, 2))` is the sequence o
 
 These two step along an axis, except that `hilbert` takes one diagonal step where the longer side is odd and the shorter
 one is even and above 2: on such a grid no path of single steps joins the two ends of the longer side.
-`cross_routes` gives the four of VMamba's cross-scan.
+A recurrence that can run from the end reads a route and its reverse from one sequence.
+
+`scan_route` gives a route as indices. `to_sequence` and `to_cells` follow a route by its name, without indices where a
+transposition does.
 
 Sources: VMamba (arXiv 2401.10166), section 4.2; LocalMamba (arXiv 2403.09338), section 3.2; for the curve on rectangles
 of any shape, the recursive halving described by J. Červený, "Generalized Hilbert space-filling curve".
@@ -32,6 +35,9 @@ import torch
 from torch import Tensor
 
 from sinuous.core.checks import check_sizes
+
+CROSS = ("raster", "column", "reversed", "column_reversed")
+"""The routes of VMamba's cross-scan, in its order: rows, columns, and both from their ends."""
 
 
 class Route(NamedTuple):
@@ -144,9 +150,46 @@ def scan_route(name: str, height: int, width: int, *, window: int = 2, device: t
     return Route(torch.tensor(order, device=device), torch.tensor(inverse, device=device))
 
 
-def cross_routes(height: int, width: int, *, device: torch.device | None = None) -> tuple[Route, Route, Route, Route]:
-    """VMamba's cross-scan: by rows, by columns, and both from their ends, in its order."""
-    by_row, by_column, rows_back, columns_back = (
-        scan_route(name, height, width, device=device) for name in ("raster", "column", "reversed", "column_reversed")
-    )
-    return by_row, by_column, rows_back, columns_back
+def to_sequence(cells: Tensor, route: str, height: int, width: int) -> Tensor:
+    """Put cells `[B, H·W, ...]`, in raster order, into the order of a route.
+
+    `raster` copies nothing and `column` once; these two also run in TorchScript. Other routes gather along indices,
+    which are computed once per grid; a compiled graph holds them as constants.
+
+    Raises:
+        ValueError: for an unknown route, naming the closest.
+    """
+    if route == "raster":
+        return cells
+    if route == "column":
+        return _transposed(cells, height, width)
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        raise ValueError("TorchScript has only the routes raster and column; compile or export instead")
+    else:
+        return cells.index_select(1, _order(route, height, width)[0].to(cells.device))
+
+
+def to_cells(sequence: Tensor, route: str, height: int, width: int) -> Tensor:
+    """Bring a sequence `[B, H·W, ...]` in the order of a route back to raster order: undo `to_sequence`.
+
+    Raises:
+        ValueError: for an unknown route, naming the closest.
+    """
+    if route == "raster":
+        return sequence
+    if route == "column":
+        return _transposed(sequence, width, height)
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        raise ValueError("TorchScript has only the routes raster and column; compile or export instead")
+    else:
+        return sequence.index_select(1, _order(route, height, width)[1].to(sequence.device))
+
+
+def _transposed(cells: Tensor, height: int, width: int) -> Tensor:
+    by_column: Tensor = cells.unflatten(1, [height, width]).transpose(1, 2).flatten(1, 2)
+    return by_column
+
+
+@torch.compiler.assume_constant_result
+def _order(route: str, height: int, width: int) -> tuple[Tensor, Tensor]:
+    return scan_route(route, height, width)

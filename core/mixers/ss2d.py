@@ -5,9 +5,9 @@
     y = Σ_k S6_k(x along route k), each brought back to the cells
     out = out_proj(norm(y) ⊙ silu(z))
 
-The routes are those of `sinuous.core.scan_routes.cross_routes`: rows, columns, and both from their ends, each with its
-own A, D, Δ, B and C. A route and its reverse read the same sequence, so there are two sequences and two scans, of which
-the second runs from the end; columns are a transposition.
+The routes are those of `sinuous.core.scan_routes.CROSS`: rows, columns, and both from their ends, each with its own A,
+D, Δ, B and C. A route and its reverse read the same sequence. So there are two sequences, scanned side by side, once
+from their beginning and once from their end.
 
 Without a grid the tokens are one row: the convolution keeps the middle row of its filter, and rows and columns are the
 same order.
@@ -31,9 +31,10 @@ from sinuous.core.mixers.contract import Mixer, register_mixer
 from sinuous.core.mixers.convolutions import centred_conv1d, check_centred
 from sinuous.core.mixers.decay_init import init_A_log_s4d_real, init_dt_bias
 from sinuous.core.ops import selective_scan  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.scan_routes import CROSS, to_cells, to_sequence
 
-ROUTES = 4
-"""By rows, by columns, rows from the end, columns from the end: the order of the parameters."""
+ROUTES = len(CROSS)
+"""Parameters are stacked in the order of `CROSS`."""
 
 
 @register_mixer("ss2d")
@@ -120,8 +121,10 @@ class SS2D(Mixer):
         else:
             check_grid(grid, x.shape[1], cu_seqlens)
             x = F.silu(self.conv2d(x.mT.unflatten(-1, [grid[0], grid[1]])).flatten(2)).mT
-            y = self._scan(torch.stack([x, transposed(x, grid[0], grid[1])], 2), None)
-            y = y[:, :, 0] + transposed(y[:, :, 1], grid[1], grid[0])
+            height, width = grid
+            rows, columns = to_sequence(x, "raster", height, width), to_sequence(x, "column", height, width)
+            y = self._scan(torch.stack([rows, columns], 2), None)
+            y = to_cells(y[:, :, 0], "raster", height, width) + to_cells(y[:, :, 1], "column", height, width)
         y = self.out_norm(norms.at_least_fp32(y)).to(x.dtype)
         out: Tensor = self.out_proj(y * F.silu(z) if self.gate else y)
         return out
@@ -144,9 +147,3 @@ class SS2D(Mixer):
         )  # fmt: skip
         both: Tensor = y.unflatten(-1, [2, self.d_inner])
         return both
-
-
-def transposed(x: Tensor, height: int, width: int) -> Tensor:
-    """Cells `[B, height · width, D]` from row by row to column by column."""
-    by_column: Tensor = x.unflatten(1, [height, width]).transpose(1, 2).flatten(1, 2)
-    return by_column

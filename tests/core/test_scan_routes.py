@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sinuous.core.scan_routes import Route, cross_routes, list_routes, scan_route
+from sinuous.core.scan_routes import CROSS, Route, list_routes, scan_route, to_cells, to_sequence
 
 SIDES = st.integers(1, 12)
 
@@ -36,11 +36,40 @@ def test_bijection_and_inverse(name: str, height: int, width: int, window: int) 
 @given(height=SIDES, width=SIDES)
 @example(height=3, width=5)
 def test_cross_is_four_bijections_and_two_pairs_of_opposites(height: int, width: int) -> None:
-    routes = cross_routes(height, width)
+    routes = [scan_route(name, height, width) for name in CROSS]
     assert all(is_bijection(route, height, width) for route in routes)
     assert torch.equal(routes[0].order.flip(0), routes[2].order)
     assert torch.equal(routes[1].order.flip(0), routes[3].order)
     assert cells(routes[1], width)[:height] == [(row, 0) for row in range(height)]
+
+
+@pytest.mark.parametrize("name", list_routes())
+@given(height=SIDES, width=SIDES)
+@example(height=3, width=5)
+def test_following_a_route_by_name_equals_following_its_indices(name: str, height: int, width: int) -> None:
+    route, x = scan_route(name, height, width), torch.randn(2, height * width, 3)
+    sequence = to_sequence(x, name, height, width)
+    assert torch.equal(sequence, route.to_sequence(x))
+    assert torch.equal(to_cells(sequence, name, height, width), x)
+
+
+def test_the_plain_routes_copy_at_most_once() -> None:
+    x = torch.randn(1, 12, 2)
+    assert to_sequence(x, "raster", 3, 4) is x
+    assert to_cells(x, "raster", 3, 4) is x
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        to_sequence(x, "column", 3, 4)
+    assert sum(event.name == "aten::copy_" for event in profile.events()) == 1
+
+
+@pytest.mark.parametrize("name", list_routes())
+def test_a_route_by_name_compiles(name: str) -> None:
+    def there_and_back(x: torch.Tensor) -> torch.Tensor:
+        return to_cells(2 * to_sequence(x, name, 3, 5), name, 3, 5)
+
+    torch.compiler.reset()
+    x = torch.randn(2, 15, 3)
+    assert torch.equal(torch.compile(there_and_back, fullgraph=True, backend="aot_eager")(x), 2 * x)
 
 
 def test_orders_on_a_small_grid() -> None:
@@ -86,6 +115,8 @@ def test_a_route_made_without_data_leaves_the_next_one_whole() -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="did you mean 'hilbert'"):
         scan_route("hilbertt", 2, 2)
+    with pytest.raises(ValueError, match="did you mean 'serpentine'"):
+        to_sequence(torch.zeros(1, 4, 1), "serpentin", 2, 2)
     with pytest.raises(ValueError, match="window must be at least 1"):
         scan_route("windows", 2, 2, window=0)
     with pytest.raises(ValueError, match="negative side"):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sinuous.core.mixers import SS2D
 from sinuous.core.ops import selective_scan
-from sinuous.core.scan_routes import cross_routes
+from sinuous.core.scan_routes import CROSS, scan_route
 
 DIM = 10
 
@@ -40,7 +40,8 @@ def by_routes(mixer: SS2D, x: Tensor, grid: tuple[int, int]) -> Tensor:
     x, z = mixer.in_proj(x).split([inner, mixer.in_proj.out_features - inner], -1)
     x = F.silu(mixer.conv2d(x.mT.unflatten(2, grid)).flatten(2).mT)
     y = torch.zeros_like(x)
-    for k, route in enumerate(cross_routes(*grid)):
+    for k, name in enumerate(CROSS):
+        route = scan_route(name, *grid)
         along = route.to_sequence(x)
         dt, B, C = (along @ mixer.x_proj_weight[k].T).split(
             [mixer.x_proj_weight.shape[1] - 2 * state, state, state], -1
