@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, ClassVar
 
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -12,26 +12,7 @@ from sinuous.core import norms
 from sinuous.core.mixers.contract import Mixer
 
 PLACEMENTS = ("pre", "post", "both")
-"""Of the norms of a `ResidualBlock`."""
-
-
-class MixerBlock(nn.Module):
-    """`x ← x + DropPath(mixer(norm(x)))`, with x the fp32 residual stream.
-
-    Mamba's code carries two streams, (hidden, residual), and adds the previous mixer's output at the start of a block,
-    which lets one kernel add and normalise. The numbers are those of this form, with one difference in book-keeping:
-    there a block's DropPath acts on the mixer before it, so that rates lie one place further along.
-    """
-
-    def __init__(self, norm: norms.RMSNorm, mixer: Mixer, drop_path: float = 0.0) -> None:
-        super().__init__()
-        self.norm = norm
-        self.mixer = mixer
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        update: Tensor = self.drop_path(self.mixer(self.norm(x)))
-        return x + update
+"""Places of the norms of a `ResidualBlock`."""
 
 
 class ResidualBlock(nn.Module):
@@ -43,6 +24,10 @@ class ResidualBlock(nn.Module):
         post    x ← norm(x + f(x))
         both    x ← x + norm'(f(norm(x)))
 
+    Mamba's code carries two streams, (hidden, residual), and adds the previous mixer's output at the start of a block,
+    which lets one kernel add and normalise. The numbers are those of `pre`, with one difference in book-keeping: there
+    a block's DropPath acts on the mixer before it, so that rates lie one place further along.
+
     Args:
         mixer: of the width that `norm` makes norms for.
         mlp: `None` for a block that only mixes.
@@ -51,6 +36,11 @@ class ResidualBlock(nn.Module):
         drop_path: rate at which f is left out of a sample in training.
         fp32_stream: keep x in fp32 where `"post"` would round it to the dtype of the norm.
     """
+
+    # TorchScript compiles only the branch that a constant takes; the other one reads weights that a block may lack.
+    __constants__: ClassVar[list[str]] = ["mixes_channels", "shares"]
+    shares = False
+    """The block takes tensors from blocks before it, and gives some to those behind; see `SharingBlock`."""
 
     def __init__(
         self,
@@ -62,7 +52,7 @@ class ResidualBlock(nn.Module):
         fp32_stream: bool = True,
     ) -> None:
         super().__init__()
-        self.placement = placement
+        self.norms_last = placement == "post"
         self.fp32_stream = fp32_stream
         self.norm = norm()
         self.mixer = mixer
@@ -83,49 +73,56 @@ class ResidualBlock(nn.Module):
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        return self._after_mixer(x, self.mixer(self._enter(x, self.norm), cu_seqlens))
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+        return self._after_mixer(x, self.mixer(self._before_mixer(x), cu_seqlens, grid))
 
     def prefill(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        y, state = self.mixer.prefill(self._enter(x, self.norm), state)
+        y, state = self.mixer.prefill(self._before_mixer(x), state)
         return self._after_mixer(x, y), state
 
     def step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
-        y, state = self.mixer.step(self._enter(x_t, self.norm), state)
+        y, state = self.mixer.step(self._before_mixer(x_t), state)
         return self._after_mixer(x_t, y), state
 
+    def _before_mixer(self, x: Tensor) -> Tensor:
+        if self.norms_last:
+            return x.to(self.norm.weight.dtype)  # type: ignore[arg-type]
+        normed: Tensor = self.norm(x)
+        return normed
+
     def _after_mixer(self, x: Tensor, y: Tensor) -> Tensor:
-        x = self._join(x, y, self.norm, self.norm_out)
-        if not self.mixes_channels:
-            return x
-        return self._join(x, self.mlp(self._enter(x, self.norm2)), self.norm2, self.norm2_out)
+        if self.norms_last:
+            x = self._stream(self.norm(x + self.drop_path(y)))
+        else:
+            x = x + self.drop_path(self.norm_out(y))
+        if self.mixes_channels:
+            if self.norms_last:
+                y = self.mlp(x.to(self.norm2.weight.dtype))  # type: ignore[arg-type]
+                x = self._stream(self.norm2(x + self.drop_path(y)))
+            else:
+                x = x + self.drop_path(self.norm2_out(self.mlp(self.norm2(x))))
+        return x
 
-    def _enter(self, x: Tensor, norm: nn.Module) -> Tensor:
-        if self.placement == "post":
-            return x.to(cast("Tensor", norm.weight).dtype)
-        entered: Tensor = norm(x)
-        return entered
-
-    def _join(self, x: Tensor, y: Tensor, norm: nn.Module, norm_out: nn.Module) -> Tensor:
-        if self.placement != "post":
-            update: Tensor = self.drop_path(norm_out(y))
-            return x + update
-        normed: Tensor = norm(x + self.drop_path(y))
-        return norms.at_least_fp32(normed) if self.fp32_stream else normed
+    def _stream(self, x: Tensor) -> Tensor:
+        return norms.at_least_fp32(x) if self.fp32_stream else x
 
 
 class SharingBlock(ResidualBlock):
-    """A `ResidualBlock` around a mixer that shares: its calls take, behind the usual arguments, what the block with the
-    mixer of that name before it gave, and return, behind the usual results, what the next one gets."""
+    """A `ResidualBlock` around a mixer that shares: its calls take, behind the usual arguments, the tensors that the
+    block with the mixer of that name before it gave, and return, behind the usual results, those for the next one."""
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, *shared: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        y, _, given = self.mixer.mix_sharing(self._enter(x, self.norm), shared, None, cu_seqlens)
-        return self._after_mixer(x, y), *given
+    shares = True
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None, *shared: Tensor
+    ) -> tuple[Tensor, ...]:
+        y, _, passed_on = self.mixer.mix_sharing(self._before_mixer(x), shared, None, cu_seqlens)
+        return self._after_mixer(x, y), *passed_on
 
     def prefill(self, x: Tensor, state: Any = None, *shared: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        y, state, given = self.mixer.mix_sharing(self._enter(x, self.norm), shared, state)
-        return self._after_mixer(x, y), state, *given
+        y, state, passed_on = self.mixer.mix_sharing(self._before_mixer(x), shared, state)
+        return self._after_mixer(x, y), state, *passed_on
 
     def step(self, x_t: Tensor, state: Any, *shared: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, state, *given = self.prefill(x_t.unsqueeze(1), state, *shared)
-        return x.squeeze(1), state, *given
+        x, state, *passed_on = self.prefill(x_t.unsqueeze(1), state, *shared)
+        return x.squeeze(1), state, *passed_on

@@ -32,7 +32,7 @@ from torch.utils import _pytree as pytree
 from sinuous.core.checks import check_sizes
 from sinuous.core.mixers import Mixer, build_mixer, list_mixers, mixer_class, mixer_options
 from sinuous.core.ragged import run_ragged
-from sinuous.core.sequence_model import NORMS
+from sinuous.core.stack import NORMS
 
 State = tuple[Any, ...]
 """For each layer the state of its mixer, or of its two mixers, that which runs from the beginning first."""

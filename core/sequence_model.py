@@ -11,38 +11,17 @@ layers.N.norm2, layers.N.mlp, norm_f), so that a pattern `("mamba",)` is the lan
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import GluMlp, Mlp, SwiGLU
-from timm.models import checkpoint
 from torch import Tensor, nn
 
 from sinuous.core import norms
-from sinuous.core.blocks import PLACEMENTS, ResidualBlock, SharingBlock
-from sinuous.core.mixers import Bidirectional, Mixer, build_mixer, list_mixers, mixer_class
-from sinuous.core.mixers import mixer_options as options_of
-
-MLPS: dict[str, Callable[..., nn.Module]] = {
-    "gelu": Mlp,
-    "geglu": functools.partial(GluMlp, act_layer=nn.GELU, gate_last=False),
-    "swiglu": SwiGLU,
-}
-NORMS: dict[str, Callable[..., nn.Module]] = {
-    "rms": norms.RMSNorm,
-    "layer": norms.LayerNorm,
-    "layer_no_bias": functools.partial(norms.LayerNorm, bias=False),
-}
-WRITE_TO_THE_STREAM = ("out_proj.weight", "o_proj.weight", "linear_out.weight", "to_out.weight", "fc2.weight")
-PLACE = {"block_index", "num_blocks"}
-"""Options of mixers that start differently for their place in a model."""
-
-State = tuple[Any, ...]
-"""The states of all mixers, first block first."""
+from sinuous.core.checks import check_sizes
+from sinuous.core.stack import NORMS, Stack, State
 
 
 class SequenceModel(nn.Module):
@@ -55,7 +34,7 @@ class SequenceModel(nn.Module):
         pattern: names of mixers, taken in turn and over again; one name stands for itself.
         mixer_options: for each name of the pattern that needs any, keyword arguments of its constructor. Mixers that
             have `num_blocks` or `block_index` are told `depth` and their place; those that share with their name in
-            later blocks (rwkv7 its first values) read, in each but the first of them, what it shares.
+            later blocks (rwkv7 its first values) read, in each but the first of them, the shared tensors.
         mlp: `"none"`, `"gelu"`, `"geglu"` or `"swiglu"`, after every mixer; or one of them for each name whose mixers
             have one, others having none.
         mlp_ratio: width of the MLP between its layers, over `dim`.
@@ -110,114 +89,70 @@ class SequenceModel(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        names = (pattern,) if isinstance(pattern, str) else tuple(pattern)
-        options = {name: dict(given) for name, given in (mixer_options or {}).items()}
-        _at_least_one(vocab_size=vocab_size, dim=dim, depth=depth, mlp_multiple_of=mlp_multiple_of)
-        _at_least_one(pad_vocab_multiple=pad_vocab_multiple)
-        mlps = dict.fromkeys(names, mlp) if isinstance(mlp, str) else {**dict.fromkeys(names, "none"), **mlp}
-        for kind in mlps.values():
-            _one_of("mlp", kind, ("none", *MLPS))
-        _one_of("norm", norm, tuple(NORMS))
-        _one_of("norm_placement", norm_placement, PLACEMENTS)
-        _one_of("weight_init", weight_init, ("gpt2", "xlstm"))
-        _check_pattern(names, options, mlps, causal)
-
+        check_sizes(vocab_size=vocab_size, dim=dim, depth=depth, pad_vocab_multiple=pad_vocab_multiple)
         self.vocab_size = vocab_size
         self.padded_vocab_size = math.ceil(vocab_size / pad_vocab_multiple) * pad_vocab_multiple
         self.num_features = self.embed_dim = self.dim = dim
         self.depth = depth
-        self.pattern = names
         self.causal = causal
         self.tie_head = tie_head
         self.logit_cap = logit_cap
         self.residual_in_fp32 = residual_in_fp32
         self.weight_init = weight_init
-        self.grad_checkpointing = False
 
-        make_norm = functools.partial(NORMS[norm], dim, eps=norm_eps, **dd)
-        hidden = math.ceil(dim * mlp_ratio / mlp_multiple_of) * mlp_multiple_of
-        mlp_options = {"bias": mlp_bias, "drop": drop_rate, **dd}
         self.embedding = nn.Embedding(self.padded_vocab_size, dim, **dd)
         self.drop = nn.Dropout(drop_rate)
-        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
-        self.layers = nn.ModuleList(
-            (SharingBlock if mixer_class(name).reads_shared else ResidualBlock)(
-                _mixer(name, dim, {**_of_place(self._names(), i), **options.get(name, {}), **dd}, causal),
-                _mlp(mlps[name], dim, hidden, mlp_options),
-                make_norm,
-                norm_placement,
-                rate,
-                residual_in_fp32,
-            )
-            for i, (name, rate) in enumerate(zip(self._names(), rates, strict=True))
+        self.layers = Stack(
+            dim,
+            depth,
+            pattern,
+            mixer_options,
+            mlp=mlp,
+            mlp_ratio=mlp_ratio,
+            mlp_multiple_of=mlp_multiple_of,
+            mlp_bias=mlp_bias,
+            norm=norm,
+            norm_eps=norm_eps,
+            norm_placement=norm_placement,
+            causal=causal,
+            residual_in_fp32=residual_in_fp32,
+            weight_init=weight_init,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            **dd,
         )
-        self.norm_f = make_norm() if final_norm else nn.Identity()
+        self.norm_f = NORMS[norm](dim, eps=norm_eps, **dd) if final_norm else nn.Identity()
         self.head = None if tie_head else nn.Linear(dim, self.padded_vocab_size, bias=False, **dd)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Fill every parameter and buffer anew, the mixers by their own rules.
-
-        With `"gpt2"`, embedding and head are N(0, 0.02²), and what writes to the residual stream, as other rules leave
-        it, is divided by the root of the number of its summands, except in mixers that are told `num_blocks` and have
-        a rule of their own. With `"xlstm"`, embedding, head and the first layers of MLPs are N(0, 2 / (5 dim)) and
-        their last layers N(0, 4 / (depth² dim)), as in NX-AI/xlstm."""
-        for block in self._blocks():
-            block.init_weights()
+        """Fill every parameter and buffer anew: blocks as in `Stack.init_weights`, embedding and head N(0, 0.02²), or
+        N(0, 2 / (5 dim)) with `"xlstm"`."""
+        self.layers.init_weights()
         if not isinstance(self.norm_f, nn.Identity):
             cast("norms.RMSNorm", self.norm_f).reset_parameters()
-        xlstm = self.weight_init == "xlstm"
-        small, last = math.sqrt(2 / (5 * self.dim)), 2 / (self.depth * math.sqrt(self.dim))
-        summands = sum(1 + block.mixes_channels for block in self._blocks())
-        with torch.no_grad():
-            for name, block in zip(self._names(), self._blocks(), strict=True):
-                scaled: list[nn.Module] = [] if PLACE & options_of(name) else [block.mixer]
-                if xlstm:
-                    for key, parameter in block.mlp.named_parameters():
-                        if parameter.ndim == 2:
-                            parameter.normal_(std=last if key.endswith(WRITE_TO_THE_STREAM) else small)
-                else:
-                    scaled.append(block.mlp)
-                for part in scaled:
-                    for key, parameter in part.named_parameters():
-                        if key.endswith(WRITE_TO_THE_STREAM):
-                            parameter.div_(math.sqrt(summands))
-        nn.init.normal_(self.embedding.weight, std=small if xlstm else 0.02)
+        deviation = math.sqrt(2 / (5 * self.dim)) if self.weight_init == "xlstm" else 0.02
+        nn.init.normal_(self.embedding.weight, std=deviation)
         if self.head is not None:
-            nn.init.normal_(self.head.weight, std=small if xlstm else 0.02)
-
-    def _names(self) -> list[str]:
-        """Of the mixers, block by block."""
-        return [self.pattern[i % len(self.pattern)] for i in range(self.depth)]
-
-    def _blocks(self) -> list[ResidualBlock]:
-        return [cast("ResidualBlock", block) for block in self.layers]
+            nn.init.normal_(self.head.weight, std=deviation)
 
     def no_weight_decay(self) -> set[str]:
-        return {f"layers.{i}.mixer.{name}" for i, b in enumerate(self._blocks()) for name in b.mixer.no_weight_decay()}
+        return {f"layers.{name}" for name in self.layers.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return {"stem": r"^embedding", "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f|^head", (99999,))]}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping what it computed."""
-        self.grad_checkpointing = enable
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.layers.set_grad_checkpointing(enable)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Logits `[B, T, padded_vocab_size]` of ids `[B, T]` or embeddings `[B, T, dim]`."""
         return self.forward_head(self.forward_features(x, cu_seqlens))
 
     def forward_features(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """What the head reads, `[B, T, dim]`, of ids `[B, T]` or embeddings `[B, T, dim]`."""
-        x = self._embed(x, 2)
-        shared: dict[str, list[Tensor]] = {}
-        for name, block in zip(self._names(), self._blocks(), strict=True):
-            run = functools.partial(checkpoint, block) if self.grad_checkpointing else block
-            if isinstance(block, SharingBlock):
-                x, *shared[name] = run(x, cu_seqlens, *shared.get(name, ()))
-            else:
-                x = run(x, cu_seqlens)
-        return self._finish(x)
+        """Features `[B, T, dim]` that the head reads, of ids `[B, T]` or embeddings `[B, T, dim]`."""
+        return self._finish(self.layers(self._embed(x, 2), cu_seqlens))
 
     def forward_head(self, x: Tensor) -> Tensor:
         """Logits of features `[..., dim]`."""
@@ -238,13 +173,8 @@ class SequenceModel(nn.Module):
         Raises:
             NotImplementedError: if the model is not causal.
         """
-        x = self._embed(x, 2)
-        shared: dict[str, list[Tensor]] = {}
-        after = []
-        for name, block, before in zip(self._names(), self._blocks(), self._states(state), strict=True):
-            x, new, *shared[name] = block.prefill(x, before, *shared.get(name, ()))
-            after.append(new)
-        return self.forward_head(self._finish(x[:, -1:] if last_only else x)), tuple(after)
+        x, after = self.layers.prefill(self._embed(x, 2), state)
+        return self.forward_head(self._finish(x[:, -1:] if last_only else x)), after
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """One step: ids `[B]` or embeddings `[B, dim]` to logits `[B, padded_vocab_size]` and the next state.
@@ -252,13 +182,8 @@ class SequenceModel(nn.Module):
         Raises:
             NotImplementedError: if the model is not causal.
         """
-        x = self._embed(x_t, 1)
-        shared: dict[str, list[Tensor]] = {}
-        after = []
-        for name, block, before in zip(self._names(), self._blocks(), self._states(state), strict=True):
-            x, new, *shared[name] = block.step(x, before, *shared.get(name, ()))
-            after.append(new)
-        return self.forward_head(self._finish(x)), tuple(after)
+        x, after = self.layers.step(self._embed(x_t, 1), state)
+        return self.forward_head(self._finish(x)), after
 
     def initial_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -268,14 +193,7 @@ class SequenceModel(nn.Module):
         Raises:
             NotImplementedError: if the model is not causal.
         """
-        if not self.causal:
-            _no_state()
-        return tuple(block.mixer.initial_state(batch_size, device, dtype) for block in self._blocks())
-
-    def _states(self, state: State | None) -> State:
-        if not self.causal:
-            _no_state()
-        return (None,) * self.depth if state is None else state
+        return self.layers.initial_state(batch_size, device, dtype)
 
     def _embed(self, x: Tensor, ndim: int) -> Tensor:
         if x.is_floating_point():
@@ -292,55 +210,3 @@ class SequenceModel(nn.Module):
     def _finish(self, x: Tensor) -> Tensor:
         normed: Tensor = self.norm_f(x)
         return normed.to(self.embedding.weight.dtype)
-
-
-def _no_state() -> NoReturn:
-    raise NotImplementedError("this model looks at the future (causal=False) and has no state to carry; call forward")
-
-
-def _mixer(name: str, dim: int, options: dict[str, Any], causal: bool) -> Mixer:
-    if causal or not mixer_class(name).causal:
-        return build_mixer(name, dim, **options)
-    return Bidirectional(name, dim, **options)
-
-
-def _of_place(names: Sequence[str], i: int) -> dict[str, int]:
-    """Where the mixer of block i stands among those of all blocks, for those that differ for it."""
-    known = {"block_index": i, "num_blocks": len(names), mixer_class(names[i]).reads_shared: names[i] in names[:i]}
-    return {option: value for option, value in known.items() if option in options_of(names[i])}
-
-
-def _mlp(kind: str, dim: int, hidden: int, options: dict[str, Any]) -> nn.Module | None:
-    if kind == "none":
-        return None
-    return MLPS[kind](dim, 2 * hidden if kind == "geglu" else hidden, **options)  # GluMlp counts both halves
-
-
-def _check_pattern(
-    names: tuple[str, ...], options: Mapping[str, Any], with_mlp: Mapping[str, str], causal: bool
-) -> None:
-    if not names:
-        raise ValueError(f"pattern must name at least one mixer (got none); choose from {', '.join(list_mixers())}")
-    if strangers := sorted(set(options) - set(names)):
-        raise ValueError(
-            f"mixer_options has options for {', '.join(strangers)}, which the pattern {list(names)} lacks; "
-            "correct the name or leave them out"
-        )
-    for name in with_mlp:
-        mixer_class(name)  # refuses a name that no mixer has
-    blind = [name for name in names if not mixer_class(name).causal]
-    if causal and blind:
-        raise ValueError(
-            f"mixer {blind[0]!r} looks at the future and the model is causal; choose another mixer or causal=False"
-        )
-
-
-def _at_least_one(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1 (got {size})")
-
-
-def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))} (got {value!r})")

@@ -6,7 +6,8 @@ independent implementation; parameters have the reference's names, so that its `
 
     model = sinuous.create_model("vim_tiny_patch16_224", checkpoint_path="vim_t_midclstok_76p1acc.pth")
 
-Shapes: B batch, M patches, L = M + 1 tokens, D width; the class token is token M // 2.
+Shapes: B batch, M patches, D width, L tokens: the patches and, at M // 2 unless told otherwise, the class token. Mixers
+that read a grid leave no place for it, and L = M.
 """
 
 # Annotations stay objects: FX copies that of `forward` into its graphs, and TorchScript cannot read a string there.
@@ -25,25 +26,27 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 from torchvision.datasets import FashionMNIST
 
 from sinuous.core import norms
-from sinuous.core.blocks import MixerBlock
-from sinuous.core.mixers import Bidirectional, Mixer, build_mixer, mixer_class
-from sinuous.core.mixers import mixer_options as options_of
+from sinuous.core.checks import check_choice
+from sinuous.core.mixers import mixer_class
 from sinuous.core.registry import check_weights, register_vision_model
+from sinuous.core.stack import Stack
 
 __all__ = ["Vim", "checkpoint_filter_fn"]
 
 IntOrPair = int | tuple[int, int]
 
 POOLS = ("token", "avg", "")
+CLASS_TOKENS = ("middle", "head", "tail", "none")
+MIXER_SIZES = ("d_state", "d_conv", "expand")
 
-# Widths and depths; all variants have a state of 16 unless they say otherwise, expansion 2 and 4 taps.
+# Widths and depths. Sizes of mixers are those of `vim_pair`, whose state is 16 unless a variant says otherwise.
 SIZES: dict[str, dict[str, Any]] = {
     "vim_tiny_patch16_224": {"patch_size": 16, "embed_dim": 192, "depth": 24},
     "vim_tiny_patch16_stride8_224": {"patch_size": 16, "stride": 8, "embed_dim": 192, "depth": 24},
@@ -69,18 +72,44 @@ def grid_of(img_size: tuple[int, int], patch_size: tuple[int, int], stride: tupl
     return height, width
 
 
-def resize_pos_embed(pos_embed: Tensor, old_grid: list[int], new_grid: list[int]) -> Tensor:
-    """Position embeddings `[1, M+1, D]` for another grid: the middle row stays the class token's, the others are
-    interpolated bicubically."""
-    middle = (pos_embed.shape[1] - 1) // 2
-    patches = torch.cat([pos_embed[:, :middle], pos_embed[:, middle + 1 :]], 1)
-    patches = resample_abs_pos_embed(patches, new_grid, old_grid, num_prefix_tokens=0)
-    new = patches.shape[1] // 2
-    return torch.cat([patches[:, :new], pos_embed[:, middle : middle + 1], patches[:, new:]], 1)
+def class_row(patches: int, class_token: str) -> int:
+    """Place of the class token in a row of so many patches."""
+    if class_token == "head":
+        return 0
+    return patches if class_token == "tail" else patches // 2
+
+
+def with_class_token(x: Tensor, token: Tensor, class_token: str) -> Tensor:
+    """Patches `[B, M, D]` and a token `[B, 1, D]` as `[B, M+1, D]`."""
+    row = class_row(x.shape[1], class_token)
+    return torch.cat([x[:, :row], token, x[:, row:]], 1)
+
+
+def without_class_token(x: Tensor, class_token: str) -> Tensor:
+    """Patches `[B, M, D]` of tokens `[B, M+1, D]`, or all tokens where `class_token` is `"none"`."""
+    if class_token == "none":
+        return x
+    row = class_row(x.shape[1] - 1, class_token)
+    return torch.cat([x[:, :row], x[:, row + 1 :]], 1)
+
+
+def resize_pos_embed(
+    pos_embed: Tensor, old_grid: list[int], new_grid: list[int], class_token: str = "middle"
+) -> Tensor:
+    """Position embeddings `[1, L, D]` for another grid: those of patches are interpolated bicubically, that of the
+    class token stays as it is."""
+    patches = without_class_token(pos_embed, class_token)
+    resampled: Tensor = resample_abs_pos_embed(patches, new_grid, old_grid, num_prefix_tokens=0)
+    if class_token == "none":
+        return resampled
+    row = class_row(patches.shape[1], class_token)
+    return with_class_token(resampled, pos_embed[:, row : row + 1], class_token)
 
 
 @register_notrace_function
-def fit_pos_embed(pos_embed: Tensor, grid: list[int], height: int, width: int, dynamic: bool) -> Tensor:
+def fit_pos_embed(
+    pos_embed: Tensor, grid: list[int], height: int, width: int, dynamic: bool, class_token: str
+) -> Tensor:
     """Position embeddings for a map of `height` × `width` patches, resampled if `dynamic`."""
     if height == grid[0] and width == grid[1]:
         return pos_embed
@@ -89,7 +118,7 @@ def fit_pos_embed(pos_embed: Tensor, grid: list[int], height: int, width: int, d
             f"the image has {height} x {width} patches and the model is made for {grid[0]} x {grid[1]}; resize the "
             "image, call set_input_size, or build the model with dynamic_img_size=True"
         )
-    return resize_pos_embed(pos_embed, grid, [height, width])
+    return resize_pos_embed(pos_embed, grid, [height, width], class_token)
 
 
 @register_notrace_function
@@ -167,20 +196,25 @@ class Vim(nn.Module):
         in_chans: channels of the image.
         num_classes: outputs of the head; 0 for features.
         global_pool: what the head reads: `"token"` the class token, `"avg"` the mean over patches, `""` everything.
+            `None` is `"token"`, or `"avg"` where there is no class token.
+        class_token: its place in the row of patches, `"middle"`, `"head"` or `"tail"`, or `"none"`. `None` is
+            `"middle"`, or `"none"` for mixers that read the patches as a grid, which has no cell for it.
         embed_dim: D, width of the residual stream.
         depth: number of blocks.
-        d_state, d_conv, expand: sizes of the mixers, for those mixers that have them.
-        mixer: `"vim_pair"`, or any other registered mixer; a causal one gets a twin that runs from the end.
+        d_state, d_conv, expand: sizes of the mixers, for those mixers that have them; the mixer's own if absent.
+        mixer: `"vim_pair"`, or any other registered mixer; a causal one gets a twin that runs from the end. Without a
+            class token, mixers are told the grid.
         mixer_options: further keyword arguments of the mixer, such as `backward_dt_init="reference"`.
         drop_rate: dropout after the position embedding.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
         dynamic_img_size: accept images of every size; position embeddings are then resampled in each call.
 
     Raises:
-        ValueError: if an image is smaller than a patch, or `global_pool` or `mixer` is unknown.
+        ValueError: if an image is smaller than a patch, `global_pool`, `class_token` or `mixer` is unknown, a mixer
+            that reads a grid is given a class token, or there is none for `global_pool` to read.
+        TypeError: if the mixer has no such option.
     """
 
-    num_prefix_tokens = 0  # the class token stands in the middle
     output_fmt = "NLC"
 
     def __init__(
@@ -190,12 +224,13 @@ class Vim(nn.Module):
         stride: IntOrPair | None = None,
         in_chans: int = 3,
         num_classes: int = 1000,
-        global_pool: str = "token",
+        global_pool: str | None = None,
+        class_token: str | None = None,
         embed_dim: int = 192,
         depth: int = 24,
-        d_state: int = 16,
-        d_conv: int = 4,
-        expand: float = 2,
+        d_state: int | None = None,
+        d_conv: int | None = None,
+        expand: float | None = None,
         mixer: str = "vim_pair",
         mixer_options: dict[str, Any] | None = None,
         drop_rate: float = 0.0,
@@ -206,26 +241,25 @@ class Vim(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        _check_pool(global_pool)
+        self.class_token = _class_token(class_token, mixer)
+        self.num_prefix_tokens = 1 if self.class_token == "head" else 0
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.global_pool = global_pool
+        self.global_pool = _pool(global_pool, self.class_token)
         self.dynamic_img_size = dynamic_img_size
-        self.grad_checkpointing = False
 
         self.patch_embed = PatchEmbed(img_size, patch_size, stride, in_chans, embed_dim, **dd)
-        height, width = self.patch_embed.grid_size
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
-        self.pos_embed = nn.Parameter(torch.empty(1, height * width + 1, embed_dim, **dd))
+        has_token = self.class_token != "none"
+        rows = math.prod(self.patch_embed.grid_size) + int(has_token)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if has_token else None
+        self.pos_embed = nn.Parameter(torch.empty(1, rows, embed_dim, **dd))
         self.pos_drop = nn.Dropout(drop_rate)
-        options = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
-        options = {name: value for name, value in options.items() if name in options_of(mixer)}
-        options = {**options, **(mixer_options or {}), **dd}
-        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
-        self.layers = nn.ModuleList(
-            MixerBlock(norms.RMSNorm(embed_dim, **dd), _looking_both_ways(mixer, embed_dim, options), rate)
-            for rate in rates
+        sizes = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
+        options = {name: value for name, value in sizes.items() if value is not None}
+        options.update(mixer_options or {})
+        self.layers = Stack(
+            embed_dim, depth, mixer, {mixer: options}, causal=False, drop_path_rate=drop_path_rate, **dd
         )
         self.feature_info = [
             {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": max(self.patch_embed.stride)}
@@ -240,21 +274,13 @@ class Vim(nn.Module):
         """Fill every parameter anew, with the reference's distributions."""
         lecun_normal_(self.patch_embed.proj.weight)
         nn.init.zeros_(cast("Tensor", self.patch_embed.proj.bias))
-        trunc_normal_(self.cls_token, std=0.02)
+        if self.cls_token is not None:
+            trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.pos_embed, std=0.02)
-        for block in self._blocks():
-            block.norm.reset_parameters()
-            block.mixer.init_weights()
-        with torch.no_grad():
-            for name, parameter in self.layers.named_parameters():
-                if name.endswith("out_proj.weight"):  # GPT-2's rule for layers that write to the residual stream
-                    parameter.div_(math.sqrt(len(self.layers)))
+        self.layers.init_weights()
         if isinstance(self.norm_f, norms.RMSNorm):
             self.norm_f.reset_parameters()
         self._init_head()
-
-    def _blocks(self) -> list[MixerBlock]:
-        return [cast("MixerBlock", block) for block in self.layers]
 
     def _init_head(self) -> None:
         if isinstance(self.head, nn.Linear):
@@ -263,10 +289,8 @@ class Vim(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        mixers = {
-            f"layers.{i}.mixer.{name}" for i, b in enumerate(self._blocks()) for name in b.mixer.no_weight_decay()
-        }
-        return {"cls_token", "pos_embed", *mixers}
+        own = {"pos_embed"} if self.cls_token is None else {"cls_token", "pos_embed"}
+        return own | {f"layers.{name}" for name in self.layers.no_weight_decay()}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -277,7 +301,7 @@ class Vim(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
+        self.layers.set_grad_checkpointing(enable)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -288,7 +312,7 @@ class Vim(nn.Module):
         """A fresh head with the device, dtype and mode of the model, none for 0 classes. Pooling stays if absent."""
         dd = get_device_dtype(self)
         if global_pool is not None:
-            self.global_pool = _check_pool(global_pool)
+            self.global_pool = _pool(global_pool, self.class_token)
         self.num_classes = num_classes
         self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         self.head.train(self.training)
@@ -305,7 +329,7 @@ class Vim(nn.Module):
         self.patch_embed.set_input_size(img_size, patch_size)
         grid = self.patch_embed.grid_size
         if grid != old_grid:
-            resized = resize_pos_embed(self.pos_embed.detach(), list(old_grid), list(grid))
+            resized = resize_pos_embed(self.pos_embed.detach(), list(old_grid), list(grid), self.class_token)
             self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
         for info in self.feature_info:
             info["reduction"] = max(self.patch_embed.stride)
@@ -316,29 +340,29 @@ class Vim(nn.Module):
             stride=self.patch_embed.stride,
         )
 
-    def _embed(self, x: Tensor) -> Tensor:
-        """Image `[B, C, H, W]` to the residual stream `[B, L, D]`, in fp32 at least."""
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
+        """Image `[B, C, H, W]` to the residual stream `[B, L, D]`, in fp32 at least, and the grid if it is one."""
         x = self.patch_embed(at_least_a_patch(x, self.patch_embed.patch_size))
-        grid = self.patch_embed.grid_size
-        pos_embed = fit_pos_embed(self.pos_embed, grid, x.shape[2], x.shape[3], self.dynamic_img_size)
+        height, width = x.shape[2], x.shape[3]
+        pos_embed = fit_pos_embed(
+            self.pos_embed, self.patch_embed.grid_size, height, width, self.dynamic_img_size, self.class_token
+        )
         x = x.flatten(2).transpose(1, 2)
-        middle = x.shape[1] // 2
-        x = torch.cat([x[:, :middle], self.cls_token.expand(x.shape[0], -1, -1), x[:, middle:]], 1)
-        return norms.at_least_fp32(self.pos_drop(x + pos_embed))
+        grid: tuple[int, int] | None = None
+        if self.cls_token is not None:
+            x = with_class_token(x, self.cls_token.expand(x.shape[0], -1, -1), self.class_token)
+        else:
+            grid = (height, width)
+        return norms.at_least_fp32(self.pos_drop(x + pos_embed)), grid
 
     def _finish(self, x: Tensor) -> Tensor:
         normed: Tensor = self.norm_f(x)
         return normed.to(self.pos_embed.dtype)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Image `[B, C, H, W]` to tokens `[B, L, D]`, the class token among them at `(L - 1) // 2`."""
-        x = self._embed(x)
-        for block in self.layers:
-            if self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
-                x = checkpoint(block, x)
-            else:
-                x = block(x)
-        return self._finish(x)
+        """Image `[B, C, H, W]` to tokens `[B, L, D]`, the class token, if there is one, among them."""
+        x, grid = self._embed(x)
+        return self._finish(self.layers(x, None, grid))
 
     @torch.jit.ignore
     def forward_intermediates(
@@ -365,16 +389,16 @@ class Vim(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC' (got {output_fmt!r})")
-        taken, last = feature_take_indices(len(self.layers), indices)
+        taken, _ = feature_take_indices(len(self.layers), indices)
         stride, patch = self.patch_embed.stride, self.patch_embed.patch_size
         height, width = grid_of((x.shape[2], x.shape[3]), patch, stride)
-        x = self._embed(x)
+        x, grid = self._embed(x)
+        x, taps = self.layers.forward_intermediates(x, None, grid, taps=taken, stop_early=stop_early)
         intermediates = []
-        for i, block in enumerate(self.layers[: last + 1] if stop_early else self.layers):
-            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
-            if i in taken:
-                tap = without_class_token(self._finish(x) if norm else x.to(self.pos_embed.dtype))
-                intermediates.append(tap.mT.unflatten(2, (height, width)) if output_fmt == "NCHW" else tap)
+        for tap in taps:
+            tap = self._finish(tap) if norm else tap.to(self.pos_embed.dtype)
+            tap = without_class_token(tap, self.class_token)
+            intermediates.append(tap.mT.unflatten(2, (height, width)) if output_fmt == "NCHW" else tap)
         return intermediates if intermediates_only else (self._finish(x), intermediates)
 
     @torch.jit.ignore
@@ -384,7 +408,7 @@ class Vim(nn.Module):
         """Drop what intermediates at `indices` do not need; returns the indices kept."""
         taken: list[int]
         taken, last = feature_take_indices(len(self.layers), indices)
-        self.layers = self.layers[: last + 1]
+        del self.layers[last + 1 :]
         if prune_norm:
             self.norm_f = nn.Identity()
         if prune_head:
@@ -394,28 +418,34 @@ class Vim(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens `[B, L, D]` to logits, or to what the classifier reads."""
         if self.global_pool == "token":
-            x = x[:, (x.shape[1] - 1) // 2]
+            x = x[:, class_row(x.shape[1] - 1, self.class_token)]
         elif self.global_pool == "avg":
-            x = without_class_token(x).mean(1)
+            x = without_class_token(x, self.class_token).mean(1)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
 
-def without_class_token(x: Tensor) -> Tensor:
-    """`[B, M+1, D]` to the patches `[B, M, D]`."""
-    middle = (x.shape[1] - 1) // 2
-    return torch.cat([x[:, :middle], x[:, middle + 1 :]], 1)
+def _class_token(class_token: str | None, mixer: str) -> str:
+    reads_grid = mixer_class(mixer).reads_grid
+    if class_token is None:
+        return "none" if reads_grid else "middle"
+    check_choice("class_token", class_token, CLASS_TOKENS)
+    if reads_grid and class_token != "none":
+        raise ValueError(
+            f"class_token must be 'none' for mixer {mixer!r}, which reads the patches as a grid without a cell for it "
+            f"(got {class_token!r}); leave it out, or choose a mixer that reads a row"
+        )
+    return class_token
 
 
-def _looking_both_ways(name: str, dim: int, options: dict[str, Any]) -> Mixer:
-    return Bidirectional(name, dim, **options) if mixer_class(name).causal else build_mixer(name, dim, **options)
-
-
-def _check_pool(global_pool: str) -> str:
-    if global_pool not in POOLS:
-        raise ValueError(f"global_pool must be one of {', '.join(map(repr, POOLS))} (got {global_pool!r})")
+def _pool(global_pool: str | None, class_token: str) -> str:
+    if global_pool is None:
+        return "avg" if class_token == "none" else "token"
+    check_choice("global_pool", global_pool, POOLS)
+    if global_pool == "token" and class_token == "none":
+        raise ValueError("global_pool='token' reads the class token and the model has none; use 'avg' or ''")
     return global_pool
 
 
@@ -423,7 +453,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Vim) -> dict[str, Te
     """The authors' checkpoints, or our own, as `model` needs them: unwrapped and resampled to its grid and patch.
 
     Unlike the authors' fine-tuning script, which takes the first rows of `pos_embed` for the class token's, this takes
-    the middle row, where it lies.
+    the row where it lies.
 
     Raises:
         ValueError: if the weights are of another model, or their grid cannot be told from their number.
@@ -434,9 +464,10 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Vim) -> dict[str, Te
     embed = model.patch_embed
     kernel, pos_embed = state.get("patch_embed.proj.weight"), state.get("pos_embed")
     if kernel is not None and kernel.ndim == 4 and pos_embed is not None:
-        grid = _grid_of_checkpoint(model, pos_embed.shape[1] - 1, (kernel.shape[2], kernel.shape[3]))
+        patches = pos_embed.shape[1] - int(model.class_token != "none")
+        grid = _grid_of_checkpoint(model, patches, (kernel.shape[2], kernel.shape[3]))
         if grid != embed.grid_size:
-            state["pos_embed"] = resize_pos_embed(pos_embed, list(grid), list(embed.grid_size))
+            state["pos_embed"] = resize_pos_embed(pos_embed, list(grid), list(embed.grid_size), model.class_token)
         state["patch_embed.proj.weight"] = resample_patch_embed(kernel, list(embed.patch_size))
     check_weights(state, model, adapted=("head.", "patch_embed.proj.weight"))
     return state
@@ -504,7 +535,10 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> Vim:
-    sizes = {**SIZES[variant], **kwargs}
+    sizes = dict(SIZES[variant])
+    if kwargs.get("mixer", "vim_pair") != "vim_pair":
+        sizes = {name: size for name, size in sizes.items() if name not in MIXER_SIZES}
+    sizes.update(kwargs)
     depth = sizes.get("depth", 24)
     quarters = tuple(sorted({max(0, depth * (k + 1) // 4 - 1) for k in range(4)}))
     vim: Vim = build_model_with_cfg(

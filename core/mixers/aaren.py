@@ -64,6 +64,9 @@ class Aaren(Mixer):
             layer.reset_parameters()
         nn.init.normal_(self.query)
 
+    def output_weights(self) -> set[str]:
+        return {"o_proj.weight"}
+
     def no_weight_decay(self) -> set[str]:
         return {"query"}
 

@@ -196,6 +196,9 @@ class SoftmaxAttention(Mixer):
             q, k = positions.rotate(q, steps, self.rope_theta), positions.rotate(k, steps, self.rope_theta)
         return q, k, v
 
+    def output_weights(self) -> set[str]:
+        return {"o_proj.weight"}
+
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
         q, k, v = self._project(x, None, cu_seqlens)
         y: Tensor = self.o_proj(attend(q, k, v, cu_seqlens).flatten(2))

@@ -36,6 +36,9 @@ class Bidirectional(Mixer):
         self.past.init_weights()
         self.future.init_weights()
 
+    def output_weights(self) -> set[str]:
+        return {f"{side}.{name}" for side in ("past", "future") for name in self.past.output_weights()}
+
     def no_weight_decay(self) -> set[str]:
         return {f"{side}.{name}" for side in ("past", "future") for name in self.past.no_weight_decay()}
 

@@ -32,13 +32,15 @@ class Mixer(nn.Module):
     Attributes:
         causal: output t depends on inputs up to t only.
         constant_state: the state's size does not grow with the length of the past.
-        reads_shared: of mixers that share tensors with those of their name in later blocks of a model: the option of
-            the constructor that makes one of the later ones, which reads them. Empty for mixers that share nothing.
+        reads_grid: the output depends on the grid, of mixers that look around and not only along the row.
+        shared_option: for mixers that share tensors with those of their name in later blocks of a model, the option of
+            the constructor that makes a later one, which reads them; `None` for mixers that share nothing.
     """
 
     causal: ClassVar[bool]
     constant_state: ClassVar[bool]
-    reads_shared: ClassVar[str] = ""
+    reads_grid: ClassVar[bool] = False
+    shared_option: ClassVar[str | None] = None
 
     def forward(
         self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None
@@ -85,6 +87,14 @@ class Mixer(nn.Module):
 
     def init_weights(self) -> None:
         """Fill every parameter and buffer anew, as after `to_empty`."""
+        raise NotImplementedError
+
+    def output_weights(self) -> set[str]:
+        """Names of own parameters that write to the residual stream: where they are zero, so is the output, or it is a
+        constant. A deep model starts with smaller ones.
+
+        Empty where the output passes through no weights, as that of a bounded state which is read as it is.
+        """
         raise NotImplementedError
 
     def no_weight_decay(self) -> set[str]:

@@ -71,6 +71,9 @@ class GateLoop(ElementwiseMixer):
             if isinstance(layer, nn.Linear | nn.LayerNorm):
                 layer.reset_parameters()
 
+    def output_weights(self) -> set[str]:
+        return {"to_out.weight"} if isinstance(self.to_out, nn.Linear) else set()
+
     def _mix(
         self, x: Tensor, conv: Tensor | None, hidden: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -78,6 +78,9 @@ class HGRN(ElementwiseMixer):
             if isinstance(layer, nn.Linear | nn.Conv1d | norms.GatedRMSNorm):
                 layer.reset_parameters()
 
+    def output_weights(self) -> set[str]:
+        return {"o_proj.weight"}
+
     def _mix(
         self, x: Tensor, conv: Tensor | None, hidden: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -106,6 +106,9 @@ class Hydra(Mixer):
         if self.init_states is not None:
             nn.init.zeros_(self.init_states)
 
+    def output_weights(self) -> set[str]:
+        return {"out_proj.weight"}
+
     def no_weight_decay(self) -> set[str]:
         return {"A_log", "D", "dt_bias"} | ({"init_states"} if self.init_states is not None else set())
 

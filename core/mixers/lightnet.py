@@ -154,6 +154,7 @@ class LightNetNonCausal(Mixer):
 
     causal: ClassVar[bool] = False
     constant_state: ClassVar[bool] = False
+    reads_grid: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -183,6 +184,9 @@ class LightNetNonCausal(Mixer):
     def init_weights(self) -> None:
         for layer in (self.q_proj, self.k_proj, self.v_proj, *self.g_proj, self.g_norm, self.o_proj):
             layer.reset_parameters()
+
+    def output_weights(self) -> set[str]:
+        return {"o_proj.weight"}
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
         """Mix the cells of a grid, or rows of tokens.

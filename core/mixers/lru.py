@@ -55,6 +55,11 @@ class ConstantFactorMixer(ElementwiseMixer):
             if isinstance(layer, nn.Linear):
                 layer.reset_parameters()
 
+    def output_weights(self) -> set[str]:
+        if self.activation == "full_glu":
+            return {"out1.weight", "out1.bias"}  # the bias goes through the gate, which depends on the input
+        return {"D"} | {name for name, _ in self.named_parameters() if name in ("C", "C_re", "C_im")}
+
     def _system(self) -> tuple[Tensor, Tensor, Tensor]:
         """In at least fp32: λ complex `[N]`, the input matrix `[2N, dim]`, real parts above imaginary ones, and the
         output matrix `[dim, 2N]`, which is (Re C, -Im C)."""

@@ -87,6 +87,9 @@ class ChannelStateMixer(Mixer):
         self.d_state = d_state
         self.d_conv = d_conv
 
+    def output_weights(self) -> set[str]:
+        return {"out_proj.weight"}
+
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
         return self._mix(x, None, None, cu_seqlens)[0]
 

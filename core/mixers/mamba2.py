@@ -112,6 +112,9 @@ class Mamba2(Mixer):
         init_A_log_uniform(self.A_log, *self.A_init_range)
         nn.init.ones_(self.D)
 
+    def output_weights(self) -> set[str]:
+        return {"out_proj.weight"}
+
     def no_weight_decay(self) -> set[str]:
         return {"A_log", "D", "dt_bias"}
 

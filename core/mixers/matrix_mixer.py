@@ -71,6 +71,9 @@ class MatrixMixer(Mixer):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def output_weights(self) -> set[str]:
+        return {"o_proj.weight"}
+
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
         return self._mix(x, None, None, cu_seqlens)[0]
 

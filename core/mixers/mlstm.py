@@ -159,6 +159,9 @@ class MLSTM(MemoryMixer):
         nn.init.normal_(self.mlstm_cell.igate.bias, std=0.1)
         init_forget_gate(self.mlstm_cell.fgate)
 
+    def output_weights(self) -> set[str]:
+        return {"proj_down.weight"}
+
     def no_weight_decay(self) -> set[str]:
         return {"learnable_skip"}
 
@@ -249,6 +252,9 @@ class MLSTMLarge(MemoryMixer):
         nn.init.zeros_(self.igate_preact.weight)
         nn.init.constant_(self.igate_preact.bias, self.input_gate_bias)
         init_forget_gate(self.fgate_preact)
+
+    def output_weights(self) -> set[str]:
+        return {"out_proj.weight"}
 
     def _mix(
         self,

@@ -161,6 +161,7 @@ class PLSTMGrid(Mixer):
 
     causal: ClassVar[bool] = False
     constant_state: ClassVar[bool] = False
+    reads_grid: ClassVar[bool] = True
     __constants__ = ["propagates"]  # so that TorchScript leaves the branch of the other mode alone
 
     def __init__(
@@ -216,6 +217,9 @@ class PLSTMGrid(Mixer):
             elif isinstance(layer, (Direct, HeadProjection, HeadScaleRMSNorm)):
                 layer.init_weights()
         _small_(self.outprojection.weight)
+
+    def output_weights(self) -> set[str]:
+        return {"outprojection.weight"}
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith(("bias", "scale"))}

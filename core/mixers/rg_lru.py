@@ -161,6 +161,9 @@ class RGLRU(Mixer):
         self.conv_1d.reset_parameters()
         self.rg_lru.reset_parameters()
 
+    def output_weights(self) -> set[str]:
+        return {"linear_out.weight"}
+
     def no_weight_decay(self) -> set[str]:
         return {"rg_lru.a_param"}
 

@@ -124,6 +124,9 @@ class RWKV4(Mixer):
             for layer in (self.key, self.receptance, self.output):
                 layer.weight.zero_()
 
+    def output_weights(self) -> set[str]:
+        return {"output.weight"}
+
     def no_weight_decay(self) -> set[str]:
         return {"time_decay", "time_first", "time_mix_k", "time_mix_v", "time_mix_r"}
 

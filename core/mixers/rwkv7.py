@@ -61,7 +61,7 @@ class RWKV7(MatrixMixer):
         ValueError: if a width is no multiple of the heads, or `block_index` is not one of `num_blocks`.
     """
 
-    reads_shared: ClassVar[str] = "value_residual"
+    shared_option: ClassVar[str | None] = "value_residual"
 
     def __init__(
         self,

@@ -239,6 +239,9 @@ class S4(Mixer):
             if parameter is not None:
                 parameter._optim = {"weight_decay": 0.0} | ({} if self.lr is None else {"lr": self.lr})
 
+    def output_weights(self) -> set[str]:
+        return {"output_linear.0.weight"}
+
     def no_weight_decay(self) -> set[str]:
         kernel = self.layer.kernel
         return {f"layer.kernel.{name}" for name in SPECIAL if getattr(kernel, name) is not None}

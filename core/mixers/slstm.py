@@ -118,6 +118,9 @@ class SLSTM(Mixer):
             bias = self.slstm_cell._bias_.zero_().unflatten(0, (GATES, -1, self.head_dim))
             bias[1] = 5 - 12 * place ** (0.3 + 1.3 * depth)
 
+    def output_weights(self) -> set[str]:
+        return {"group_norm.weight"}
+
     def no_weight_decay(self) -> set[str]:
         return {"slstm_cell._recurrent_kernel_", "slstm_cell._bias_"}
 

@@ -56,6 +56,7 @@ class SS2D(Mixer):
 
     causal: ClassVar[bool] = False
     constant_state: ClassVar[bool] = False
+    reads_grid: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -96,6 +97,9 @@ class SS2D(Mixer):
         init_dt_bias(self.dt_projs_bias)
         init_A_log_s4d_real(self.A_logs)
         nn.init.ones_(self.Ds)
+
+    def output_weights(self) -> set[str]:
+        return {"out_proj.weight"}
 
     def no_weight_decay(self) -> set[str]:
         return {"A_logs", "Ds"}

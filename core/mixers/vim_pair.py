@@ -96,6 +96,9 @@ class VimPair(Mixer):
         nn.init.ones_(self.D)
         nn.init.ones_(self.D_b)
 
+    def output_weights(self) -> set[str]:
+        return {"out_proj.weight"}
+
     def no_weight_decay(self) -> set[str]:
         return {"A_log", "A_b_log", "D", "D_b"}
 

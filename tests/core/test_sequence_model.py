@@ -18,7 +18,8 @@ from sinuous.core import mixers
 from sinuous.core.blocks import PLACEMENTS
 from sinuous.core.checkpoints import save_safetensors
 from sinuous.core.language_models import checkpoint_filter_fn
-from sinuous.core.sequence_model import MLPS, NORMS, SequenceModel
+from sinuous.core.sequence_model import SequenceModel
+from sinuous.core.stack import MLPS, NORMS
 
 VOCAB, DIM = 13, 24
 CAUSAL = [name for name in mixers.list_mixers() if mixers.mixer_class(name).causal]
@@ -298,7 +299,7 @@ def test_an_exported_step_can_be_saved() -> None:
         ({"depth": 0}, r"depth must be at least 1 \(got 0\)"),
         ({"mlp": "relu"}, "mlp must be one of 'none', 'gelu', 'geglu', 'swiglu' .got 'relu'"),
         ({"norm": "batch"}, "norm must be one of 'rms', 'layer'"),
-        ({"weight_init": "zero"}, "weight_init must be one of 'gpt2', 'xlstm' .got 'zero'"),
+        ({"weight_init": "zero"}, "weight_init must be 'gpt2' or 'xlstm' .got 'zero'"),
         ({"norm_placement": "none"}, "norm_placement must be one of"),
         ({"pattern": []}, "pattern must name at least one mixer"),
         ({"pattern": ["mamba", "mambo"]}, "no mixer 'mambo'; did you mean 'mamba'"),

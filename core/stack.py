@@ -1,0 +1,316 @@
+"""Residual blocks around mixers chosen by name, and the one place where they are run one after another.
+
+    x ← x + mixer(norm(x));  x ← x + mlp(norm(x))         `depth` times, the mixers taken in turn from `pattern`
+
+Every backbone is something in front of a `Stack` and something behind it. The stack knows what a block alone cannot:
+its place in depth, the tensors that it shares with other blocks, the scale of what it writes to the residual stream,
+its rate of stochastic depth, and whether its activations are kept or computed again.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn, cast
+
+import torch
+from timm.layers import GluMlp, Mlp, SwiGLU
+from timm.models import checkpoint
+from torch import Tensor, nn
+
+from sinuous.core import norms
+from sinuous.core.blocks import PLACEMENTS, ResidualBlock, SharingBlock
+from sinuous.core.checks import check_choice, check_sizes
+from sinuous.core.mixers import Bidirectional, Mixer, build_mixer, list_mixers, mixer_class
+from sinuous.core.mixers import mixer_options as options_of
+
+MLPS: dict[str, Callable[..., nn.Module]] = {
+    "gelu": Mlp,
+    "geglu": functools.partial(GluMlp, act_layer=nn.GELU, gate_last=False),
+    "swiglu": SwiGLU,
+}
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "rms": norms.RMSNorm,
+    "layer": norms.LayerNorm,
+    "layer_no_bias": functools.partial(norms.LayerNorm, bias=False),
+}
+PLACE = {"block_index", "num_blocks"}
+"""Options of mixers that start differently for their place in a model."""
+
+State = tuple[Any, ...]
+"""The states of all mixers, first block first."""
+
+
+class Stack(nn.ModuleList):
+    """`depth` residual blocks. A model keeps it as `layers`, so that parameters are called `layers.N.mixer.…`.
+
+    Args:
+        dim: width of the residual stream.
+        depth: number of blocks.
+        pattern: names of mixers, taken in turn and over again; one name stands for itself.
+        mixer_options: for each name of the pattern that needs any, keyword arguments of its constructor. Mixers that
+            have `num_blocks` or `block_index` are told `depth` and their place; those that share with their name in
+            later blocks (rwkv7 its first values) read, in each but the first of them, the shared tensors.
+        mlp: `"none"`, `"gelu"`, `"geglu"` or `"swiglu"`, after every mixer; or one of them for each name whose mixers
+            have one, others having none.
+        mlp_ratio: width of the MLP between its layers, over `dim`.
+        mlp_multiple_of: that width is rounded up to a multiple of this.
+        mlp_bias: biases in the MLP.
+        norm: `"rms"`, `"layer"` or `"layer_no_bias"`.
+        norm_eps: added under its root.
+        norm_placement: `"pre"`, `"post"` or `"both"`; see `ResidualBlock`.
+        causal: `False` for a stack that sees both sides: causal mixers get a twin that runs from the end.
+        residual_in_fp32: keep the residual stream in fp32 whatever the dtype of the parameters.
+        weight_init: `"gpt2"` or `"xlstm"`; see `init_weights`.
+        drop_rate: dropout inside the MLPs.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
+
+    Shapes: B batch, T steps. Packed sequences are `[1, ΣT, dim]` with `cu_seqlens`.
+
+    Raises:
+        ValueError: if a size or a choice is not allowed, a mixer is unknown or is not causal in a causal stack, or
+            options are for a mixer that is not in the pattern.
+        TypeError: if a mixer has no such option.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        pattern: str | Sequence[str] = ("mamba",),
+        mixer_options: Mapping[str, Mapping[str, Any]] | None = None,
+        mlp: str | Mapping[str, str] = "none",
+        mlp_ratio: float = 4.0,
+        mlp_multiple_of: int = 1,
+        mlp_bias: bool = False,
+        norm: str = "rms",
+        norm_eps: float = 1e-5,
+        norm_placement: str = "pre",
+        causal: bool = True,
+        residual_in_fp32: bool = True,
+        weight_init: str = "gpt2",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.dim = dim
+        self.pattern = (pattern,) if isinstance(pattern, str) else tuple(pattern)
+        self.causal = causal
+        self.weight_init = weight_init
+        self.grad_checkpointing = False
+        options = {} if mixer_options is None else mixer_options
+        mlps = dict.fromkeys(self.pattern, "none")
+        mlps.update(dict.fromkeys(self.pattern, mlp) if isinstance(mlp, str) else mlp)
+        check_sizes(dim=dim, depth=depth, mlp_multiple_of=mlp_multiple_of)
+        for kind in mlps.values():
+            check_choice("mlp", kind, ("none", *MLPS))
+        check_choice("norm", norm, NORMS)
+        check_choice("norm_placement", norm_placement, PLACEMENTS)
+        check_choice("weight_init", weight_init, ("gpt2", "xlstm"))
+        _check_pattern(self.pattern, options, mlps, causal)
+
+        make_norm = functools.partial(NORMS[norm], dim, eps=norm_eps, **dd)
+        hidden = math.ceil(dim * mlp_ratio / mlp_multiple_of) * mlp_multiple_of
+        mlp_options = {"bias": mlp_bias, "drop": drop_rate, **dd}
+        names = [self.pattern[i % len(self.pattern)] for i in range(depth)]
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        for i, (name, rate) in enumerate(zip(names, rates, strict=True)):
+            block = ResidualBlock if mixer_class(name).shared_option is None else SharingBlock
+            mixer = _mixer(name, dim, {**_place(names, i), **options.get(name, {}), **dd}, causal)
+            mlp_of_block = _mlp(mlps[name], dim, hidden, mlp_options)
+            self.append(block(mixer, mlp_of_block, make_norm, norm_placement, rate, residual_in_fp32))
+
+    def __getitem__(self, index: int | slice) -> Any:
+        """A block, or some as a plain list of modules: a stack is not made of blocks but of names."""
+        if isinstance(index, slice):
+            return nn.ModuleList(list(self._modules.values())[index])
+        return super().__getitem__(index)
+
+    def init_weights(self) -> None:
+        """Fill every parameter and buffer anew, the mixers by their own rules.
+
+        With `"gpt2"`, all that writes to the residual stream (`Mixer.output_weights` and the last layers of MLPs), as
+        other rules leave it, is divided by the root of the number of its summands, except in mixers that are told
+        `num_blocks` and have a rule of their own. With `"xlstm"`, the first layers of MLPs are N(0, 2 / (5 dim)) and
+        their last layers N(0, 4 / (depth² dim)), as in NX-AI/xlstm.
+
+        Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.3.
+        """
+        xlstm = self.weight_init == "xlstm"
+        small, last = math.sqrt(2 / (5 * self.dim)), 2 / (len(self) * math.sqrt(self.dim))
+        blocks = [cast("ResidualBlock", block) for block in self]
+        summands = sum(1 + block.mixes_channels for block in blocks)
+        for block in blocks:
+            block.init_weights()
+        with torch.no_grad():
+            for name, block in zip(self._names(), blocks, strict=True):
+                writes: list[Tensor] = []
+                if not PLACE & options_of(name):
+                    writes += [block.mixer.get_parameter(key) for key in sorted(block.mixer.output_weights())]
+                if xlstm:
+                    for key, parameter in block.mlp.named_parameters():
+                        if parameter.ndim == 2:
+                            parameter.normal_(std=last if key == "fc2.weight" else small)
+                elif block.mixes_channels:
+                    writes.append(block.mlp.get_parameter("fc2.weight"))
+                for weight in writes:
+                    weight.div_(math.sqrt(summands))
+
+    def no_weight_decay(self) -> set[str]:
+        return {f"{i}.mixer.{name}" for i, b in enumerate(self) for name in cast("Any", b).mixer.no_weight_decay()}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+        """Residual stream after the last block.
+
+        Args:
+            x: `[B, T, dim]`, the stream ahead of the first block.
+            cu_seqlens: boundaries of packed sequences, `[sequences + 1]`.
+            grid: (height, width) where the tokens are the cells of a grid, row by row.
+        """
+        taps: list[int] = []
+        return self.run(x, cu_seqlens, grid, taps, None)[0]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+        *,
+        taps: Iterable[int],
+        stop_early: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Residual stream after the last block, and after each block of `taps`, in the order of depth.
+
+        Args:
+            x, cu_seqlens, grid: as in `forward`.
+            taps: indices of blocks, from 0.
+            stop_early: leave out the blocks after the last of `taps`; the first result is then that block's.
+        """
+        indices = sorted(taps)
+        return self.run(x, cu_seqlens, grid, indices, indices[-1] + 1 if stop_early and indices else None)
+
+    def run(
+        self, x: Tensor, cu_seqlens: Tensor | None, grid: tuple[int, int] | None, taps: list[int], depth: int | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run the first `depth` blocks, or all, one after another, and keep the stream behind those of `taps`.
+
+        Whatever runs a stack in another way replaces this. TorchScript compiles it, and takes neither arguments by
+        keyword alone nor results of two kinds: hence the two methods in front of it."""
+        tapped: list[Tensor] = []
+        shared: dict[str, list[Tensor]] = {}
+        for i, block in enumerate(self):
+            if depth is None or i < depth:
+                if block.shares:
+                    name = self.pattern[i % len(self.pattern)]
+                    x, shared[name] = self._run_sharing(block, x, cu_seqlens, grid, shared.get(name, []))
+                elif self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
+                    x = checkpoint(block, x, cu_seqlens, grid)
+                else:
+                    x = block(x, cu_seqlens, grid)
+                if i in taps:
+                    tapped.append(x)
+        return x, tapped
+
+    def _run_sharing(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        cu_seqlens: Tensor | None,
+        grid: tuple[int, int] | None,
+        shared: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        call = functools.partial(checkpoint, block) if self.grad_checkpointing else block
+        x, *passed_on = call(x, cu_seqlens, grid, *shared)
+        return x, passed_on
+
+    def prefill(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Read a part of a sequence `[B, T, dim]` and go on from `state`; `None` at the start of a sequence.
+
+        Returns:
+            The residual stream `[B, T, dim]`, and the states after the last step.
+
+        Raises:
+            NotImplementedError: if the stack is not causal.
+        """
+        return self._carry("prefill", x, (None,) * len(self) if state is None else state)
+
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """One step: `[B, dim]` and states to `[B, dim]` and the next states.
+
+        Raises:
+            NotImplementedError: if the stack is not causal.
+        """
+        return self._carry("step", x_t, state)
+
+    def _carry(self, call: str, x: Tensor, state: State) -> tuple[Tensor, State]:
+        if not self.causal:
+            _no_state()
+        shared: dict[str, list[Tensor]] = {}
+        after = []
+        for name, block, before in zip(self._names(), self, state, strict=True):
+            x, new, *shared[name] = getattr(block, call)(x, before, *shared.get(name, ()))
+            after.append(new)
+        return x, tuple(after)
+
+    def initial_state(
+        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        """States before the first step, on the device and in the dtype of the parameters if none is given.
+
+        Raises:
+            NotImplementedError: if the stack is not causal.
+        """
+        if not self.causal:
+            _no_state()
+        return tuple(cast("Any", block).mixer.initial_state(batch_size, device, dtype) for block in self)
+
+    def _names(self) -> list[str]:
+        """Names of the mixers, block by block."""
+        return [self.pattern[i % len(self.pattern)] for i in range(len(self))]
+
+
+def _no_state() -> NoReturn:
+    raise NotImplementedError("this model looks at the future (causal=False) and has no state to carry; call forward")
+
+
+def _mixer(name: str, dim: int, options: dict[str, Any], causal: bool) -> Mixer:
+    if causal or not mixer_class(name).causal:
+        return build_mixer(name, dim, **options)
+    return Bidirectional(name, dim, **options)
+
+
+def _place(names: Sequence[str], i: int) -> dict[str, int]:
+    """Options that tell the mixer of block i where it stands among those of all blocks, if it has such options."""
+    known = {"block_index": i, "num_blocks": len(names), mixer_class(names[i]).shared_option: names[i] in names[:i]}
+    return {option: value for option, value in known.items() if option is not None and option in options_of(names[i])}
+
+
+def _mlp(kind: str, dim: int, hidden: int, options: dict[str, Any]) -> nn.Module | None:
+    if kind == "none":
+        return None
+    return MLPS[kind](dim, 2 * hidden if kind == "geglu" else hidden, **options)  # GluMlp counts both halves
+
+
+def _check_pattern(names: tuple[str, ...], options: Mapping[str, Any], mlps: Mapping[str, str], causal: bool) -> None:
+    if not names:
+        raise ValueError(f"pattern must name at least one mixer (got none); choose from {', '.join(list_mixers())}")
+    if strangers := sorted(set(options) - set(names)):
+        raise ValueError(
+            f"mixer_options has options for {', '.join(strangers)}, which the pattern {list(names)} lacks; "
+            "correct the name or leave them out"
+        )
+    for name in mlps:
+        mixer_class(name)  # refuses a name that no mixer has
+    blind = [name for name in names if not mixer_class(name).causal]
+    if causal and blind:
+        raise ValueError(
+            f"mixer {blind[0]!r} looks at the future and the model is causal; choose another mixer or causal=False"
+        )
