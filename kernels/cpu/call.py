@@ -94,8 +94,8 @@ class SequenceCall(Call):
         self._flipped = cu_seqlens if reverse else None  # the sequences, if states must change their order
         arguments = self.arguments
         arguments["steps"] = self.steps
-        if cu_seqlens is not None:
-            bounds = mirror(cu_seqlens, self.steps) if reverse else cu_seqlens
+        bounds = mirror(cu_seqlens, self.steps) if reverse else cu_seqlens
+        if bounds is not None:
             bounds = bounds.to(torch.int64).contiguous()
             self._alive.append(bounds)
             self.sequences = bounds.shape[0] - 1

@@ -38,7 +38,7 @@ def rows(states: Tensor, n: int, cu_seqlens: Tensor | None) -> Tensor:
     return states if cu_seqlens is None else states[n : n + 1]
 
 
-def mirror(cu_seqlens: Maybe, length: int) -> Maybe:
+def mirror(cu_seqlens: Tensor | None, length: int) -> Tensor | None:  # TorchScript compiles it: no type variable
     """Sequence boundaries as they lie after the whole packed time axis is flipped."""
     return None if cu_seqlens is None else length - cu_seqlens.flip(0)
 
