@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sinuous.core import mixers
+from sinuous.core.mixers.lru import ACTIVATIONS
 
 DIM = 24
 CAUSAL = [name for name in mixers.list_mixers() if mixers.mixer_class(name).causal]
@@ -200,6 +201,74 @@ def test_compiles_whole_and_traces_and_scripts(name: str) -> None:
 def test_parameters_without_weight_decay_exist(name: str) -> None:
     mixer = build(name)
     assert mixer.no_weight_decay() <= {n for n, _ in mixer.named_parameters()}
+
+
+WITHOUT_OUTPUT_WEIGHTS = {"min_gru", "min_lstm"}  # a state between the bounds of what goes in, read as it is
+
+
+@pytest.mark.parametrize("name", mixers.list_mixers())
+def test_a_mixer_whose_output_weights_are_zero_says_nothing_of_its_input(name: str) -> None:
+    mixer = build(name, **({"proj_out": True} if name in WITHOUT_OUTPUT_WEIGHTS else {}))
+    parameters = dict(mixer.named_parameters())
+    writes = mixer.output_weights()
+    assert writes
+    assert writes <= parameters.keys()
+    x = sequence().requires_grad_()
+    (before,) = torch.autograd.grad(mixer(x).square().sum(), x)
+    assert before.any()
+    with torch.no_grad():
+        for key in writes:
+            parameters[key].fill_(-1.0 if name == "slstm" else 0.0)  # whose weight is kept less one
+    y = mixer(x)
+    torch.testing.assert_close(y, y[:1, :1].expand_as(y), atol=1e-12, rtol=0)
+    (after,) = torch.autograd.grad(y.square().sum(), x)
+    assert not after.any()
+
+
+@pytest.mark.parametrize("name", mixers.list_mixers())
+def test_default_mixers_name_the_weights_of_their_output(name: str) -> None:
+    assert bool(mixers.build_mixer(name, DIM).output_weights()) is (name not in WITHOUT_OUTPUT_WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {"activation": kind}) for name in ("lru", "s5") for kind in ACTIVATIONS),
+        ("gate_loop", {"swish_gate": False}),
+        ("s4", {"final_act": "id"}),
+        ("mamba2", {"bias": True}),
+        ("hydra", {"bias": True}),
+        ("mlstm", {"bias": True}),
+    ],
+)
+def test_output_weights_follow_the_options(name: str, options: dict[str, object]) -> None:
+    mixer, x = build(name, **options), sequence()
+    if name == "gate_loop":
+        assert mixer.output_weights() == set()
+        return
+    with torch.no_grad():
+        for key in mixer.output_weights():
+            mixer.get_parameter(key).zero_()
+    y = mixer(x)
+    torch.testing.assert_close(y, y[:1, :1].expand_as(y), atol=1e-12, rtol=0)
+
+
+def test_a_twin_names_the_output_weights_of_both() -> None:
+    assert mixers.Bidirectional("gla", DIM).output_weights() == {"past.o_proj.weight", "future.o_proj.weight"}
+
+
+@pytest.mark.parametrize("name", mixers.list_mixers())
+def test_reads_grid_says_what_holds(name: str) -> None:
+    mixer, x = build(name), sequence(2, 12)
+    row, grid, turned = mixer(x), mixer(x, None, (3, 4)), mixer(x, None, (4, 3))
+    for other in (row, turned):
+        assert torch.allclose(grid, other, atol=1e-10) is not mixer.reads_grid
+
+
+@pytest.mark.parametrize("name", mixers.list_mixers())
+def test_a_shared_option_is_an_option(name: str) -> None:
+    option = mixers.mixer_class(name).shared_option
+    assert option is None or option in mixers.mixer_options(name)
 
 
 def test_an_unknown_mixer_is_refused_with_the_closest_name() -> None:

@@ -1,0 +1,206 @@
+"""The stack: what it tells blocks, what it hands from one to the next, and how large they write."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sinuous.core import mixers
+from sinuous.core.mixers import contract
+from sinuous.core.stack import MLPS, PLACE, Stack
+
+DIM = 24
+EDGES = [0, 5, 5, 12, 13]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def build(pattern: Any = "mamba", depth: int = 3, **options: Any) -> Stack:
+    """In float64, with no two parameters alike, so that a swapped or unused one shows; ready to be compared."""
+    stack = Stack(DIM, depth, pattern, **{"dtype": torch.float64, **options}).eval()
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return stack
+
+
+def stream(batch: int = 2, length: int = 13) -> Tensor:
+    return torch.randn(batch, length, DIM, dtype=torch.float64)
+
+
+def in_turn(stack: Stack, x: Tensor, *rest: Any) -> list[Tensor]:
+    """The stream after each block."""
+    outputs = []
+    for block in stack:
+        x = block(x, *rest)
+        outputs.append(x)
+    return outputs
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_blocks_run_in_turn_and_packed_sequences_stay_apart() -> None:
+    stack, x, edges = build(("mamba", "gla"), mlp="swiglu"), stream(1), torch.tensor(EDGES)
+    close(stack(x), in_turn(stack, x)[-1])
+    close(stack(x, edges), in_turn(stack, x, edges)[-1])
+    assert not torch.allclose(stack(x, edges), stack(x))
+
+
+def test_every_block_is_told_the_grid() -> None:
+    stack, x = build("ss2d", causal=False), stream(2, 12)
+    close(stack(x, None, (3, 4)), in_turn(stack, x, None, (3, 4))[-1])
+    assert not torch.allclose(stack(x, None, (3, 4)), stack(x, None, (4, 3)))
+
+
+def test_taps_are_the_outputs_of_the_blocks_that_are_asked_for() -> None:
+    stack, x = build(depth=4), stream()
+    outputs = in_turn(stack, x)
+    last, tapped = stack.forward_intermediates(x, taps=(2, 0))
+    close(last, outputs[3])
+    assert len(tapped) == 2
+    close(tapped[0], outputs[0])
+    close(tapped[1], outputs[2])
+    runs = []
+    for block in stack:
+        block.register_forward_hook(lambda *_: runs.append(1))
+    last, (tap,) = stack.forward_intermediates(x, taps=[1], stop_early=True)
+    assert len(runs) == 2
+    close(last, outputs[1])
+    close(tap, outputs[1])
+    assert stack.forward_intermediates(x, taps=(), stop_early=True)[1] == []
+
+
+def test_taps_reach_blocks_that_share() -> None:
+    stack, x = build("rwkv7", depth=3), stream()
+    last, tapped = stack.forward_intermediates(x, taps=range(3))
+    close(last, stack(x))
+    close(tapped[2], last)
+    assert tapped[0].shape == x.shape
+
+
+def test_mixers_are_told_their_place_and_so_are_twins() -> None:
+    for causal in (True, False):
+        stack = build(("rwkv4", "gla"), 4, causal=causal)
+        for i in (0, 2):
+            mixer = stack[i].mixer
+            for side in (mixer,) if causal else (mixer.past, mixer.future):
+                assert (side.block_index, side.num_blocks) == (i, 4)
+
+
+def test_a_slice_is_a_plain_list_and_blocks_can_be_taken_off() -> None:
+    stack, x = build(depth=4), stream()
+    expected = in_turn(stack, x)[1]
+    part = stack[::2]
+    assert type(part) is nn.ModuleList
+    assert list(part) == [stack[0], stack[2]]
+    del stack[2:]
+    assert len(stack) == 2
+    close(stack(x), expected)
+    y, state = stack.prefill(x[:, :6])
+    close(torch.cat([y, stack.step(x[:, 6], state)[0][:, None]], 1), expected[:, :7])
+
+
+def test_a_stack_that_sees_both_sides_carries_no_state() -> None:
+    stack = build(causal=False)
+    for call in (
+        lambda: stack.prefill(stream()),
+        lambda: stack.step(stream()[:, 0], (None,) * 3),
+        lambda: stack.initial_state(1),
+    ):
+        with pytest.raises(NotImplementedError, match="looks at the future"):
+            call()
+
+
+def test_an_option_that_the_mixer_lacks_is_refused() -> None:
+    with pytest.raises(TypeError, match="'gla' has no option d_state; it has"):
+        build("gla", mixer_options={"gla": {"d_state": 8}})
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script.:FutureWarning")
+@pytest.mark.parametrize("placement", ["pre", "post", "both"])
+def test_scripts_compiles_and_exports(placement: str) -> None:
+    stack, x, file = (
+        build(("mamba", "hydra"), mlp="gelu", norm_placement=placement, causal=False),
+        stream(),
+        io.BytesIO(),
+    )
+    with torch.no_grad():
+        expected = stack(x)
+        close(torch.jit.script(stack)(x), expected)
+        close(torch.compile(stack, fullgraph=True, backend="aot_eager")(x), expected)
+        torch.export.save(torch.export.export(stack, (x,)), file)
+        file.seek(0)
+        close(torch.export.load(file).module()(x), expected)
+
+
+def test_names_without_weight_decay_exist() -> None:
+    stack = build(("mamba", "rwkv7"), causal=False)
+    assert "0.mixer.future.A_log" in stack.no_weight_decay()
+    assert stack.no_weight_decay() <= {name for name, _ in stack.named_parameters()}
+
+
+@pytest.mark.parametrize("mlp", ["none", *MLPS])
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_writes_to_the_stream_is_divided_by_the_root_of_its_summands(causal: bool, mlp: str) -> None:
+    """And nothing else is: as `Mixer.output_weights` names it, not by how names end."""
+    for name in mixers.list_mixers():
+        if causal and not mixers.mixer_class(name).causal:
+            continue
+        stack = Stack(DIM, 4, name, mlp=mlp, causal=causal)
+        torch.manual_seed(1)
+        stack.init_weights()
+        found = {key: parameter.clone() for key, parameter in stack.named_parameters()}
+        torch.manual_seed(1)
+        for block in stack:
+            block.init_weights()
+        own_rule = PLACE & mixers.mixer_options(name)
+        for i, block in enumerate(stack):
+            writes = set() if own_rule else {f"{i}.mixer.{key}" for key in block.mixer.output_weights()}
+            writes |= {f"{i}.mlp.fc2.weight"} if mlp != "none" else set()
+            for key, parameter in block.named_parameters(prefix=str(i)):
+                size = (8 if mlp != "none" else 4) ** 0.5 if key in writes else 1.0
+                torch.testing.assert_close(found[key] * size, parameter, msg=key)
+
+
+@pytest.mark.parametrize("name", mixers.list_mixers())
+def test_the_stream_keeps_its_size_at_the_start(name: str) -> None:
+    """Its variance after the last block, over that after the first."""
+    stack = Stack(32, 16, name, causal=False).eval()
+    stack.init_weights()
+    with torch.no_grad():
+        _, (first, last) = stack.forward_intermediates(torch.randn(2, 36, 32), None, (6, 6), taps=(0, 15))
+    # slstm's norm writes a variance of 1 (its twins' mean one of 1/2), and a state read as it is has no weights.
+    bound = {"slstm": 8.0, "min_gru": 3.0, "min_lstm": 3.0}.get(name, 1.5)
+    assert last.var() < bound * first.var()
+
+
+def test_a_mixer_from_elsewhere_is_scaled_by_what_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Shift(contract.Mixer):
+        causal = constant_state = True
+
+        def __init__(self, dim: int, device: Any = None, dtype: Any = None) -> None:
+            super().__init__()
+            self.out_proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+            self.mouth = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+
+        def init_weights(self) -> None:
+            nn.init.ones_(self.out_proj.weight)
+            nn.init.ones_(self.mouth)
+
+        def output_weights(self) -> set[str]:
+            return {"mouth"}
+
+    monkeypatch.setitem(contract._MIXERS, "shift", Shift)
+    stack = Stack(DIM, 4, "shift")
+    stack.init_weights()
+    assert torch.equal(stack[0].mixer.out_proj.weight, torch.ones(DIM, DIM))
+    assert torch.equal(stack[0].mixer.mouth, torch.full((DIM,), 0.5))
