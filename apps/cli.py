@@ -14,35 +14,19 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 VERBS = {
     "train": ("sinuous.apps.train", "train a model: sinuous train experiment=vision/fashion_mnist"),
-    "eval": ("sinuous.apps.evaluate", "score weights on a test set: sinuous eval model_name=vim_nano pretrained=true"),
-    "demo": ("sinuous.apps.demo", "run a trained model on a picture of yours: sinuous demo vision"),
+    "eval": ("sinuous.apps.evaluate", "score weights on a test set: sinuous eval weights=vim_nano.fashion_mnist"),
+    "demo": ("sinuous.apps.demo", "see what a trained model does: sinuous demo vision"),
     "models": ("sinuous.apps.models", "list the models: sinuous models 'vim*'"),
     "info": ("sinuous.apps.info", "what this machine can run: sinuous info kernels"),
-    "bench": ("sinuous.apps.bench", "measure the ops on this machine"),
+    "bench": ("sinuous.apps.bench", "measure on this machine: sinuous bench ops"),
     "convert": (
         "sinuous.apps.convert",
         "an author's checkpoint to safetensors: sinuous convert IN OUT --model NAME",
     ),
-}
-
-_CONFIGS = Path(__file__).parent / "configs"
-
-_EXTRA_OF = {
-    "lightning": "train",
-    "torchmetrics": "train",
-    "torchdata": "train",
-    "matplotlib": "train",
-    "gradio": "gallery",
-    "torchaudio": "audio",
-    "soundfile": "audio",
-    "av": "video",
-    "diffusers": "diffusion",
-    "tokenizers": "genomics",
 }
 
 
@@ -58,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     parser.add_argument("verb", nargs="?", metavar="VERB", help="one of the verbs below")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what the verb takes")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the verb")
     return parser
 
 
@@ -117,13 +101,15 @@ def explain(error: BaseException) -> str | None:
             sentence = f"{name}: {told}; correct its options (SINUOUS_DEBUG=1 shows where it fails)"
         return sentence
     if isinstance(error, ModuleNotFoundError) and error.name:
+        from sinuous.apps.packages import extra_with
+
         package = error.name.partition(".")[0]
-        if package not in _EXTRA_OF:
-            return None
-        return f"this needs {package}, which is not installed: pip install 'sinuous[{_EXTRA_OF[package]}]'"
+        extra = extra_with(package)
+        return extra and f"this needs {package}, which is not installed: pip install '{extra}'"
     if missing := getattr(error, "missing_cfg_file", None):  # of Hydra's MissingConfigException
-        known = [str(path.relative_to(_CONFIGS).with_suffix("")) for path in _CONFIGS.rglob("*.yaml")]
-        return f"there is no configuration {missing}; {_near(str(missing).removesuffix('.yaml'), known)}"
+        from sinuous.apps.domain_configs import known
+
+        return f"there is no configuration {missing}; {_near(str(missing).removesuffix('.yaml'), known())}"
     if "OutOfMemoryError" in names:
         return "the device has no memory left; lower data.batch_size or the size of the model"
     text, key = str(error), str(getattr(error, "full_key", None) or "")
@@ -162,19 +148,23 @@ def _near(name: str, known: Sequence[str]) -> str:
 
 
 def _options(like: str) -> list[str]:
-    """Names of the groups, or of what the configurations of the group of `like` hold."""
+    """Names of the groups, or of the options that configurations of the group of `like` have."""
     import yaml  # comes with hydra, which has run by now
+
+    from sinuous.apps.domain_configs import OWN, folders
 
     def names(node: Any, prefix: str) -> Iterator[str]:
         for key, value in node.items() if isinstance(node, dict) else ():
             yield f"{prefix}{key}"
             yield from names(value, f"{prefix}{key}.")
 
-    groups = {folder.name for folder in _CONFIGS.iterdir() if folder.is_dir()}
+    groups = {group.name for folder in folders() for group in folder.iterdir() if group.is_dir()}
     group, dot, rest = like.partition(".")
     if dot and group not in groups:
         return sorted(f"{name}.{rest}" for name in groups)
-    files = (_CONFIGS / group).rglob("*.yaml") if dot else (_CONFIGS / f"{verb}.yaml" for verb in ("train", "eval"))
+    files = [file for folder in folders() for file in (folder / group).rglob("*.yaml")] if dot else []
+    files += [OWN / "batches.yaml"] if group == "data" else []
+    files += [] if dot else [OWN / f"{verb}.yaml" for verb in ("train", "eval")]
     known = {name for file in files for name in names(yaml.safe_load(file.read_text()), f"{group}." if dot else "")}
     known.discard(like)  # which another choice of the group has
     return sorted(known if dot else known | groups)

@@ -17,6 +17,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from sinuous.apps import domain_configs
+
 CONFIG_PATH = "pkg://sinuous.apps.configs"
 LAST = Path("checkpoints") / "last.ckpt"
 """Where, in a run folder, the state lies from which the run goes on."""
@@ -24,13 +26,15 @@ LAST = Path("checkpoints") / "last.ckpt"
 
 @dataclass
 class TrainSchema:
-    """What a configuration of `sinuous train` may hold. Misspelt keys and wrong types are errors of Hydra's."""
+    """Keys of a configuration of `sinuous train`. Misspelt keys and wrong types are errors of Hydra's."""
 
     task_name: str = "train"
     seed: int = 0
     ckpt_path: str | None = None
     runs: str = "${oc.env:SINUOUS_OUT,outputs}/${task_name}"
     output_dir: str = "${hydra:runtime.output_dir}"
+    ema_decay: float | None = None
+    augment: bool = True
     test: bool = True
     model: Any = field(default_factory=dict)
     data: Any = field(default_factory=dict)
@@ -43,22 +47,15 @@ class TrainSchema:
 
 
 @dataclass
-class EvalSchema:
-    """What a configuration of `sinuous eval` may hold."""
+class EvalSchema(TrainSchema):
+    """Keys of a configuration of `sinuous eval`: its own, and those of training, which an experiment may set."""
 
+    task_name: str = "eval"
+    weights: str | None = None
     model_name: str = MISSING
     checkpoint_path: str | None = None
     pretrained: bool = False
-    task_name: str = "eval"
-    ckpt_path: str | None = None
-    runs: str = "${oc.env:SINUOUS_OUT,outputs}/${task_name}"
-    output_dir: str = "${hydra:runtime.output_dir}"
-    seed: int = 0
     split: str = "test"
-    model: Any = field(default_factory=dict)
-    data: Any = field(default_factory=dict)
-    task: Any = field(default_factory=dict)
-    trainer: Any = field(default_factory=dict)
 
 
 def newest_run(runs: str | os.PathLike[str]) -> Path:
@@ -85,7 +82,8 @@ def run_folder(runs: str, ckpt_path: str | None, now: str) -> str:
 
 
 def register() -> None:
-    """Make the schemas and the resolver `run_folder` known to Hydra. May be called again."""
+    """Make the schemas, the resolver `run_folder` and all configurations known to Hydra. May be called again."""
+    domain_configs.register()
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainSchema)
     store.store(name="eval_schema", node=EvalSchema)

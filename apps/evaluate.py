@@ -7,47 +7,68 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-import sinuous
 from sinuous.apps.composition import run_composed
-from sinuous.apps.run_folder import describe
-from sinuous.apps.train import first_line, make_run, make_trainer, name_of, quieten
+from sinuous.apps.run_folder import describe, keep_scores
+from sinuous.apps.train import check_parts, first_line, make_batches, make_run, make_trainer, quieten
 
 log = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
-    """`sinuous eval model_name=NAME data=GROUP/NAME checkpoint_path=FILE` (or `pretrained=true`), or with the groups
-    of a training: `sinuous eval model=core/bytes checkpoint_path=FILE`."""
-    return run_composed(evaluate, "eval", "sinuous eval", argv)
+    """`sinuous eval weights=NAME.TAG [data.root=FOLDER]`, `sinuous eval model_name=NAME data=GROUP/NAME
+    checkpoint_path=FILE` (or `pretrained=true`), or with the groups of a training: `sinuous eval model=GROUP/NAME
+    checkpoint_path=FILE`."""
+    return run_composed(evaluate, "eval", "sinuous eval", with_experiment(argv))
+
+
+def with_experiment(argv: list[str]) -> list[str]:
+    """The arguments, with `weights=NAME.TAG` preceded by the experiment that made these weights.
+
+    Where that experiment reads a folder of the user's and none is given, the part of the data that comes with the
+    package takes its place.
+    """
+    chosen = next((word.removeprefix("weights=") for word in argv if word.startswith("weights=")), None)
+    if chosen in (None, "null"):
+        return argv
+    from sinuous.core.weights import find_weights
+
+    weights = find_weights(chosen)
+    card, keys = weights.card, {word.partition("=")[0].lstrip("+") for word in argv}
+    overrides = [f"experiment={card['experiment']}", *card["overrides"]]
+    if "data.root" not in keys and "data" not in keys:
+        overrides += card["part"]["overrides"]
+    return [*overrides, f"checkpoint_path={weights.file}", *argv]
 
 
 def evaluate(config: DictConfig) -> int:
     """Score the model of `config` and show what it does with its data; returns the exit code."""
     quieten()
-    unresolved = OmegaConf.to_container(config.model, resolve=False)
-    if OmegaConf.is_missing(config, "model_name") and "${model_name}" in unresolved.values():
-        raise ValueError("the model is missing: give model_name=NAME; `sinuous models` lists the names")
+    by_name = "${model_name}" in OmegaConf.to_container(config.model, resolve=False).values()
+    if by_name and OmegaConf.is_missing(config, "model_name"):
+        raise ValueError(
+            "the model is missing: give weights=NAME.TAG for weights that come with a package, or model_name=NAME; "
+            "`sinuous models` lists the names"
+        )
     if not config.pretrained and config.checkpoint_path is None:
         raise ValueError("the weights to score are missing: give checkpoint_path=FILE or pretrained=true")
     if config.split not in ("val", "test"):
         raise ValueError(f"split must be val or test (got {config.split!r})")
-    elsewhere = {*sinuous.list_models()} - {*sinuous.list_models(domain="vision")}
-    if "${model_name}" in unresolved.values() and (config.model_name in elsewhere or "img_size" not in config.data):
-        raise ValueError(
-            f"model_name={config.model_name} is for a model of images with data of images; name other models by their "
-            "configuration, as in training: model=core/bytes"
-        )
+    check_parts(config)
     OmegaConf.set_struct(config, False)
+    config.update(optimizer={}, scheduler={}, ema_decay=None)  # which an experiment may have set
+    if by_name:
+        config.model.update(getattr(make_batches(config).data, "model_options", dict)())
     config.model.update(pretrained=config.pretrained, checkpoint_path=config.checkpoint_path)
-    data, task = make_run(config)
+    batches, training = make_run(config)
     trainer = make_trainer(config)
     folder = Path(config.output_dir)
     if trainer.is_global_zero:
         describe(folder, config)
-        log.info("%s", first_line(trainer, task, data, (config.split,), config.model))
-    loader = data.val_dataloader() if config.split == "val" else data.test_dataloader()
-    trainer.test(task, loader, verbose=False)
+        log.info("%s", first_line(trainer, training, batches, (config.split,), config.model))
+    loader = batches.val_dataloader() if config.split == "val" else batches.test_dataloader()
+    trainer.test(training, loader, verbose=False)
     if trainer.is_global_zero:
-        for line in task.report(data, folder, config.split, name_of(config.model)):
+        keep_scores(folder, config.split, training.scores())
+        for line in training.report(batches.scored(), folder, config.split):
             log.info("%s", line)
     return 0

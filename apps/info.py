@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import platform
 from pathlib import Path
 
@@ -13,9 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sinuous.apps import backends, recurrences
+from sinuous.apps.packages import installed
 from sinuous.core.ops import dispatch
-
-_PACKAGES = ("sinuous", "torch", "triton", "timm", "lightning", "hydra-core", "numpy")
 
 
 def main(argv: list[str]) -> int:
@@ -59,11 +57,8 @@ def machine() -> Table:
     """Versions, processors and threads."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("python", platform.python_version())
-    for package in _PACKAGES:
-        try:
-            table.add_row(package, importlib.metadata.version(package))
-        except importlib.metadata.PackageNotFoundError:
-            table.add_row(package, "not installed")
+    for package, version in installed().items():
+        table.add_row(package, version or "not installed")
     table.add_row("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     table.add_row("gpu", ", ".join(gpus) or "none that torch can use")

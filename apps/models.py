@@ -8,22 +8,22 @@ from rich.console import Console
 from rich.table import Table
 
 import sinuous
+from sinuous.core.domains import domains
 from sinuous.core.registry import ModelInfo
-
-DOMAINS = "language, vision, audio, video, genomics"
 
 
 def main(argv: list[str]) -> int:
     """`sinuous models [PATTERN] [--domain DOMAIN] [--pretrained]`."""
+    names = ", ".join(domains())
     parser = argparse.ArgumentParser(prog="sinuous models", description="List the models.")
     parser.add_argument("pattern", nargs="?", default="", help="a glob that the whole name must match, such as 'vim*'")
-    parser.add_argument("--domain", help=f"only those of this domain: {DOMAINS}")
+    parser.add_argument("--domain", help=f"only those of this domain: {names}")
     parser.add_argument("--pretrained", action="store_true", help="only those that come with weights")
     options = parser.parse_args(argv)
     infos = [sinuous.model_info(name) for name in sinuous.list_models(options.pattern, domain=options.domain)]
     infos = [info for info in infos if info.weights or not options.pretrained]
     if options.domain and not sinuous.list_models(domain=options.domain):
-        raise ValueError(f"there is no model of the domain {options.domain!r}; the domains are {DOMAINS}")
+        raise ValueError(f"there is no model of the domain {options.domain!r}; the domains are {names}")
     if not infos:
         asked = " ".join(filter(None, (options.pattern, options.domain, "with weights" if options.pretrained else "")))
         raise ValueError(
@@ -41,7 +41,7 @@ def table(infos: list[ModelInfo]) -> Table:
     drawn.add_column("parameters", justify="right", no_wrap=True)
     drawn.add_column("input", no_wrap=True)
     drawn.add_column("weights")
-    drawn.add_column("accuracy", justify="right")
+    drawn.add_column("score")
     drawn.add_column("paper")
     for info in infos:
         drawn.add_row(
@@ -50,13 +50,12 @@ def table(infos: list[ModelInfo]) -> Table:
             f"{info.params:,}",
             "×".join(map(str, info.input_size or ())),
             ", ".join(info.weights),
-            accuracy(info),
+            scores(info),
             (info.paper or "").rpartition(", ")[2],  # its number; the title is in sinuous.model_info(name)
         )
     return drawn
 
 
-def accuracy(info: ModelInfo) -> str:
-    """The measured test accuracy of a model's weights, in per cent; empty where nothing was measured."""
-    value = info.metrics.get("test_accuracy")
-    return "" if value is None else f"{100 * float(value):.2f} %"
+def scores(info: ModelInfo) -> str:
+    """Measured scores of a model's weights on the test set, each under its name; empty where nothing was measured."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in info.scores.items())

@@ -10,10 +10,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from sinuous.apps import backends
-from sinuous.apps.bench import report
-from sinuous.apps.bench.report import Row
-from sinuous.core import mixers
+from sinuous.core import mixers, tables
 from sinuous.core.ops.laws import LAWS, Laws
+from sinuous.core.tables import Row
 
 WIDTH = 256
 """Of the mixers whose parameters and states are counted."""
@@ -109,7 +108,7 @@ def _papers(doc: str | None) -> list[str]:
 def show() -> None:
     """Print both tables."""
     for title, rows in (("ops", ops()), ("mixers", all_mixers())):
-        report.show(rows, list(rows[0]), title=title, group=list(rows[0])[:1])
+        tables.show(rows, list(rows[0]), title=title, group=list(rows[0])[:1])
 
 
 def markdown() -> str:
@@ -125,7 +124,7 @@ def write(path: Path) -> None:
 
 def _table(rows: list[Row]) -> str:
     cells = [{column: _cell(column, text) for column, text in row.items()} for row in rows]
-    return report.markdown_table(cells, list(rows[0]))
+    return tables.markdown_table(cells, list(rows[0]))
 
 
 def _cell(column: str, text: str) -> str:

@@ -1,11 +1,11 @@
-"""What a run leaves in its folder besides metrics: checkpoints written whole or not at all, configuration, versions."""
+"""A run's folder, besides metrics: checkpoints written whole or not at all, configuration, versions, scores."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 
-_PACKAGES = (
-    "sinuous",
-    "torch",
-    "torchvision",
-    "triton",
-    "timm",
-    "lightning",
-    "torchmetrics",
-    "torchdata",
-    "hydra-core",
-    "numpy",
-)
+from sinuous.apps.packages import installed
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -56,11 +45,7 @@ def describe(folder: Path, config: DictConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
     versions = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    versions |= {package: version for package, version in installed().items() if version is not None}
     (folder / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
 
 
@@ -70,3 +55,8 @@ def keep_metrics(folder: Path) -> None:
     if current.is_file():
         number = len(list(folder.glob("metrics_*.csv"))) + 1
         current.rename(folder / f"metrics_{number}.csv")
+
+
+def keep_scores(folder: Path, split: str, scores: Mapping[str, float]) -> None:
+    """Write `scores.json`, every digit of the scores of a split, into the run folder."""
+    (folder / "scores.json").write_text(json.dumps({split: dict(scores)}, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import signal
@@ -17,10 +18,13 @@ from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
 from sinuous.apps import backends
+from sinuous.apps.batches import Batches
 from sinuous.apps.callbacks import BestWeights, RunStopped
 from sinuous.apps.composition import LAST, newest_run, run_composed
-from sinuous.apps.data_module import Splits
-from sinuous.apps.run_folder import WholeCheckpoints, describe, keep_metrics
+from sinuous.apps.domain_configs import known
+from sinuous.apps.run_folder import WholeCheckpoints, describe, keep_metrics, keep_scores
+from sinuous.apps.training import Training
+from sinuous.core.data import lacking
 
 log = logging.getLogger(__name__)
 
@@ -35,22 +39,22 @@ def train(config: DictConfig) -> int:
     quieten()
     folder = Path(config.output_dir)
     start = _start_of(config)
-    data, task = make_run(config)
+    batches, training = make_run(config)
     trainer = make_trainer(config)
     if trainer.is_global_zero:
         if start is not None and start.resolve().parents[1] == folder.resolve():
             keep_metrics(folder)
         describe(folder, config)
-        log.info("%s", first_line(trainer, task, data, ("train", "val", "test"), config.model))
+        log.info("%s", first_line(trainer, training, batches, ("train", "val", "test"), config.model))
     began = time.perf_counter()
     try:
-        trainer.fit(task, data, ckpt_path=start, weights_only=True)
+        trainer.fit(training, batches, ckpt_path=start, weights_only=True)
     except RunStopped as stop:
         log.info("%s; go on with: sinuous train %sckpt_path=%s", stop, _overrides(), stop.checkpoint)
         return 128 + int(signal.Signals(stop.signum))
     seconds = time.perf_counter() - began
     if config.test:
-        _test(trainer, task, data, folder, seconds)
+        _test(trainer, training, batches, folder, seconds)
     return 0
 
 
@@ -77,18 +81,18 @@ def _overrides() -> str:
     return "".join(f"{o} " for o in overrides if not o.startswith("ckpt_path="))
 
 
-def _test(trainer: L.Trainer, task: Any, data: Splits, folder: Path, seconds: float) -> None:
+def _test(trainer: L.Trainer, training: Training, batches: Batches, folder: Path, seconds: float) -> None:
     best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestWeights) and c.best_model_path), None)
-    trainer.test(task, data, ckpt_path=best.best_model_path if best else None, verbose=False, weights_only=True)
+    trainer.test(training, batches, ckpt_path=best.best_model_path if best else None, verbose=False, weights_only=True)
     if not trainer.is_global_zero:
         return
-    seen = trainer.global_step * data.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-    log.info(
-        "trained for %.0f s in this run, %d steps, %s %s seen", seconds, trainer.global_step, f"{seen:,}", data.examples
-    )
+    seen = trainer.global_step * batches.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    noun = batches.data.noun
+    log.info("trained for %.0f s in this run, %d steps, %s %s seen", seconds, trainer.global_step, f"{seen:,}", noun)
+    keep_scores(folder, "test", training.scores())
     if best:
         log.info("weights: %s", best.weights)
-    for line in task.report(data, folder, "test", "Test set"):
+    for line in training.report(batches.scored(), folder, "test"):
         log.info("%s", line)
 
 
@@ -114,37 +118,53 @@ def _resolved(part: DictConfig) -> dict[str, Any]:
     return cast("dict[str, Any]", OmegaConf.to_container(part, resolve=True, throw_on_missing=True))
 
 
-def make_run(config: DictConfig) -> tuple[Splits, Any]:
-    """Seeds every generator, then makes the data and the task that `config` describes.
+def make_run(config: DictConfig) -> tuple[Batches, Training]:
+    """Seed every generator, then make the data and the training that `config` describes.
 
     Raises:
-        ValueError: if they do not go together, or the seed is out of range.
+        ValueError: if a part is missing, they do not go together, or the seed is out of range.
     """
+    check_parts(config)
     if not 0 <= config.seed < 2**32:  # numpy's range
         raise ValueError(f"seed must be from 0 to 4294967295 (got {config.seed})")
     L.seed_everything(config.seed, workers=True, verbose=False)
-    data, task = make_data(config), make_task(config)
-    if not isinstance(data, task.takes):
+    batches, training = make_batches(config), make_training(config)
+    if missing := lacking(batches.data, training.task.takes):
         raise ValueError(
-            f"the task {type(task).__name__} is for data of the kind {task.takes.__name__} (got "
-            f"{type(data).__name__}); choose data=… and task=… that go together"
+            f"the task {type(training.task).__name__} needs data with {', '.join(missing)}, which "
+            f"{type(batches.data).__name__} lacks; choose data=… and task=… that go together"
         )
-    return data, task
+    return batches, training
 
 
-def make_data(config: DictConfig) -> Splits:
-    """The DataModule; `root` and `source` are only names by which the entry `dataset` is reached."""
-    options = {key: value for key, value in _resolved(config.data).items() if key not in ("root", "source")}
-    data: Splits = hydra.utils.instantiate(options, _convert_="all")
-    return data
+def check_parts(config: DictConfig) -> None:
+    """Refuse a configuration without a model, data or a task, naming choices."""
+    for part in ("model", "data", "task"):
+        if not config.get(part):
+            offered = [name.removeprefix("experiment/") for name in known() if name.startswith("experiment/")]
+            raise ValueError(
+                f"there is no {part} to work with; give experiment=NAME (one of {', '.join(offered)}), or {part}=NAME; "
+                "--help lists the names"
+            )
 
 
-def make_task(config: DictConfig) -> Any:
-    """The task with its model and, where there are any, optimizer and scheduler, as plain Python objects; its entry
-    `best` is for the callbacks."""
-    parts = {name: _resolved(config[name]) for name in ("model", "optimizer", "scheduler") if name in config}
-    options = {key: value for key, value in _resolved(config.task).items() if key != "best"}
-    return hydra.utils.instantiate({**options, **parts}, _convert_="all")
+def make_batches(config: DictConfig) -> Batches:
+    """The data in batches: options of `Batches` are its own, the others are for the data's constructor."""
+    options = _resolved(config.data)
+    of_batches = inspect.signature(Batches).parameters.keys() - {"data", "augment"}
+    loading = {name: options.pop(name) for name in of_batches & options.keys()}
+    data = hydra.utils.instantiate(options, _convert_="all")
+    return Batches(data, augment=config.get("augment", True), **loading)
+
+
+def make_training(config: DictConfig) -> Training:
+    """The model and the task with, where there are any, optimizer and scheduler, as plain Python objects; the task's
+    entry `best` is for the callbacks."""
+    parts = {name: _resolved(config[name]) for name in ("model", "task", "optimizer", "scheduler") if config.get(name)}
+    parts["task"].pop("best", None)
+    made = {name: hydra.utils.instantiate(options, _convert_="all") for name, options in parts.items()}
+    made["task"].augment = config.get("augment", True)
+    return Training(**made, ema_decay=config.get("ema_decay"))
 
 
 def make_trainer(config: DictConfig) -> L.Trainer:
@@ -176,18 +196,20 @@ def make_trainer(config: DictConfig) -> L.Trainer:
 
 
 def name_of(model_config: DictConfig) -> str:
-    """What the model is called: sinuous and timm name the argument differently."""
+    """Name of the model: sinuous and timm name the argument differently."""
     name: str = model_config.get("name") or model_config.get("model_name")
     return name
 
 
-def first_line(trainer: L.Trainer, task: Any, data: Splits, splits: tuple[str, ...], model_config: DictConfig) -> str:
+def first_line(
+    trainer: L.Trainer, training: Training, batches: Batches, splits: tuple[str, ...], model_config: DictConfig
+) -> str:
     """Precision, device, backend of the ops, parameters and data sizes, in one line."""
     device = trainer.strategy.root_device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    model = task.model.to(device)
+    model, data = training.model.to(device), batches.data
     parameters = sum(p.numel() for p in model.parameters())
-    sizes = ", ".join(f"{len(data.split(name)):,} {name}" for name in splits)
+    sizes = ", ".join(f"{len(batches.split(name)):,} {name}" for name in splits)
     try:
         used = backends.of_model(model, data.example())
     except torch.OutOfMemoryError:
@@ -196,13 +218,13 @@ def first_line(trainer: L.Trainer, task: Any, data: Splits, splits: tuple[str, .
         if "SINUOUS_BACKEND" in str(error):
             raise
         raise ValueError(
-            f"{name_of(model_config)} cannot read these {data.examples} of {list(data.example().shape)}: "
+            f"{name_of(model_config)} cannot read these {data.noun} of {list(data.example().shape)}: "
             f"{str(error).rstrip('.')}; choose a model and data, or sizes of them, that go together"
         ) from error
     ops = ", ".join(f"{op} by {backend}" for op, backend in used.items()) or "none of ours"
     processes = f" × {trainer.world_size} processes" if trainer.world_size > 1 else ""
     return (
         f"precision {trainer.precision} on {device} ({machine}){processes}; ops: {ops}; "
-        f"{name_of(model_config)} with {parameters:,} parameters; {data.examples}: {sizes}; "
+        f"{name_of(model_config)} with {parameters:,} parameters; {data.noun}: {sizes}; "
         f"run folder {os.path.relpath(trainer.default_root_dir)}"
     )

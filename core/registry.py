@@ -1,7 +1,7 @@
 """Every model by name: domains' own and, for vision, timm's registry filled by the same decorator.
 
-Domains are found through the entry-point group `sinuous.models`: each entry names a module whose import registers
-models. Core thus imports no domain, and other packages can join.
+Domains are found by their entry points, see `sinuous.core.domains`: importing one registers its models. Core thus
+imports no domain, and other packages can join.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
-import importlib.metadata
 import inspect
 import json
 import os
@@ -26,6 +25,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from timm.models import PretrainedCfg
 from timm.models import register_model as register_with_timm
 from torch import Tensor, nn
+
+from sinuous.core.domains import load_domains
 
 EntryPoint = Callable[..., nn.Module]
 
@@ -61,6 +62,7 @@ class ModelInfo:
     license: str | None
     weights: tuple[str, ...]
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
     description: str | None = None
 
 
@@ -97,22 +99,9 @@ def register_vision_model(fn: EntryPoint | None = None, *, domain: str = "vision
     return register_with_timm(fn)
 
 
-@functools.cache
-def _find_domains() -> None:
-    for entry in importlib.metadata.entry_points(group="sinuous.models"):
-        try:
-            entry.load()
-        except Exception as error:  # whatever a third party's module raises, the other models stay usable
-            warnings.warn(
-                f"the models of {entry.name} ({entry.value}) are left out: {type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-
-
 def _entry(name: str) -> tuple[str, str, _Entry]:
     """(architecture, tag, entry) of a name, or a ValueError that names the closest."""
-    _find_domains()
+    load_domains()
     architecture, _, tag = name.partition(".")
     if architecture not in _MODELS:
         if timm.is_model(architecture):
@@ -141,7 +130,7 @@ def list_models(pattern: str = "", *, domain: str | None = None, pretrained: boo
         domain: only those of this domain.
         pretrained: only those with weights, as `name.tag`.
     """
-    _find_domains()
+    load_domains()
     names = [
         full
         for name, entry in _MODELS.items()
@@ -264,7 +253,7 @@ def load(path_or_hub_id: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
         ConnectionError: if the hub cannot be reached.
     """
     place = os.fspath(path_or_hub_id)
-    _find_domains()
+    load_domains()
     if os.path.isdir(place):
         if not os.path.exists(os.path.join(place, "config.json")):
             raise ValueError(f"{place} has no config.json; give a folder written by timm.models.save_for_hf")

@@ -6,23 +6,95 @@ last sixth of its training set is one. Reading is torchvision's; this file adds 
 
 from __future__ import annotations
 
+import functools
 import gzip
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
 
-SPLITS = ("train", "val", "test")
+from sinuous.core.data import SPLITS, check_split
+
 BUNDLED_FASHION_MNIST = Path(__file__).parent / "samples" / "fashion_mnist"
 
 Transform = Callable[[Image.Image], Any]
+
+
+class LabelledImages:
+    """Pictures of a collection with one label each, through transforms: `(image [C, H, W], label)`.
+
+    Args:
+        dataset: `dataset(split=..., transform=...)` makes a split; it lists its `classes`.
+        train_transform: a PIL image to a tensor, with augmentation.
+        eval_transform: the same without.
+        num_classes: number of classes, which the collection must have.
+        in_chans: channels of an image.
+        img_size: height and width of an image.
+        mean: per channel, to show pictures as they were.
+        std: per channel, likewise.
+        root: given to `dataset`, where it is not None.
+        source: likewise.
+    """
+
+    noun = "images"
+
+    def __init__(
+        self,
+        dataset: Callable[..., Any],
+        train_transform: Transform,
+        eval_transform: Transform,
+        *,
+        num_classes: int,
+        in_chans: int,
+        img_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        root: str | os.PathLike[str] | None = None,
+        source: str | None = None,
+    ) -> None:
+        places = {"root": root, "source": source}
+        self.dataset = functools.partial(dataset, **{key: place for key, place in places.items() if place is not None})
+        self.train_transform, self.eval_transform = train_transform, eval_transform
+        self.num_classes, self.in_chans, self.img_size = num_classes, in_chans, img_size
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.augment = True
+
+    def split(self, name: str) -> Any:
+        """The pictures of `train`, `val` or `test`.
+
+        Raises:
+            ValueError: if the collection has another number of classes than `num_classes`.
+        """
+        augmented = name == "train" and self.augment
+        made = self.dataset(split=name, transform=self.train_transform if augmented else self.eval_transform)
+        if len(made.classes) != self.num_classes:
+            raise ValueError(
+                f"the {name} data has {len(made.classes)} classes and the model predicts {self.num_classes}; "
+                f"give data.num_classes={len(made.classes)}"
+            )
+        return made
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes, in the order of their numbers."""
+        classes: Sequence[str] = self.split("test").classes
+        return classes
+
+    def example(self) -> Tensor:
+        return torch.zeros(1, self.in_chans, self.img_size, self.img_size)
+
+    def model_options(self) -> dict[str, Any]:
+        """Keyword arguments of any model of these pictures."""
+        return {"img_size": self.img_size, "in_chans": self.in_chans, "num_classes": self.num_classes}
 
 
 def read_idx(folder: str | os.PathLike[str], name: str) -> NDArray[np.uint8]:
@@ -84,11 +156,6 @@ def _of_split(split: str, count: int) -> slice:
     return slice(0, count - held_out) if split == "train" else slice(count - held_out, count)
 
 
-def _check_split(split: str) -> None:
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)} (got {split!r})")
-
-
 def _root(root: str | os.PathLike[str] | None, key: str = "data.root") -> Path:
     if root is None:
         raise ValueError(f"this data lies in a folder of yours: give it with {key}=FOLDER")
@@ -119,7 +186,7 @@ def fashion_mnist(
         ValueError: for a wrong split or source, or a damaged file.
         OSError: if the download fails.
     """
-    _check_split(split)
+    check_split(split)
     if source not in ("bundled", "folder", "download"):
         raise ValueError(f"source must be bundled, folder or download (got {source!r})")
     if source == "bundled":
@@ -176,7 +243,7 @@ def cifar10(
         ValueError: for a wrong split or source, or damaged files.
         OSError: if the download fails.
     """
-    _check_split(split)
+    check_split(split)
     if source not in ("folder", "download"):
         raise ValueError(f"source must be folder or download (got {source!r})")
     if source == "download":
@@ -220,7 +287,7 @@ def image_folder(
         FileNotFoundError: if a folder is missing or holds no pictures.
         ValueError: for a wrong split; and, on access, for an unreadable picture, which it names.
     """
-    _check_split(split)
+    check_split(split)
     base = _root(root)
     folder = base / "val" if split == "test" and not (base / "test").is_dir() else base / split
     if not folder.is_dir():
@@ -247,7 +314,7 @@ def synthetic(
         num_classes: number of classes.
         transform: applied to each PIL image.
     """
-    _check_split(split)
+    check_split(split)
     offset = 100_000_000 * SPLITS.index(split)
     data = datasets.FakeData(sizes[split], tuple(image_size), num_classes, transform=transform, random_offset=offset)
     data.classes = [str(c) for c in range(num_classes)]

@@ -1,35 +1,31 @@
-"""`sinuous bench`: measurements that anyone can repeat, of ops, backbones, what layers learn and how models write."""
+"""`sinuous bench`: measurements that anyone can repeat, of ops and layers and of what domains offer."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
+from pathlib import Path
+
+from sinuous.apps.parts import run_part
+from sinuous.core.domains import Part, domains, summary
+
+OWN = ("ops", "recall")
 
 
-def _parser() -> argparse.ArgumentParser:
-    from sinuous.apps.bench import backbones, generation, ops, recall
-
-    parser = argparse.ArgumentParser(prog="sinuous bench", description=__doc__)
-    commands = parser.add_subparsers(dest="what", required=True)
-    for name, module in (("ops", ops), ("backbones", backbones), ("recall", recall), ("generation", generation)):
-        command = commands.add_parser(
-            name, help=(module.__doc__ or "").split(": ", 1)[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    return parser
+def benches() -> dict[str, Part]:
+    """All measurements by name: those of the core, then those of the domains."""
+    parts = [Part(name, f"{__name__}.{name}", summary(Path(__file__).with_name(f"{name}.py"))) for name in OWN]
+    parts += [part for domain in domains().values() for part in domain.benches]
+    known: dict[str, Part] = {}
+    for part in parts:
+        known.setdefault(part.name, part)
+    return known
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run `sinuous bench <what> ...`.
+def main(argv: list[str]) -> int:
+    """Run `sinuous bench NAME ...`.
 
     Raises:
         ValueError: for arguments that cannot be met.
     """
-    from sinuous.apps.bench.options import check
+    from sinuous.core.bench.options import check
 
-    options = _parser().parse_args(argv)
-    check(options)
-    options.run(options, lambda line: print(line, file=sys.stderr))
-    return 0
+    return run_part("bench", __doc__ or "", benches(), argv, check)

@@ -1,4 +1,4 @@
-"""`sinuous bench ops`: time and memory of the recurrences, ours beside the implementations people use today."""
+"""Time and memory of the recurrences, ours beside the implementations people use today."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinuous.apps.bench import measure
 from sinuous.apps.bench.op_cases import CASES, FASTEST, Case, Inputs, Peer, Prepared, Shape, backends, ours
-from sinuous.apps.bench.options import add_machine, add_outputs, positive_integers
-from sinuous.apps.bench.report import Row, command, show, write_csv, write_markdown
+from sinuous.core.bench import measure
+from sinuous.core.bench.options import add_machine, add_outputs, positive_integers
+from sinuous.core.tables import Row, command, show, write_csv, write_markdown
 
 PROBE_LENGTH = 256
 """A candidate's first run: short enough for the slowest, and where outputs are compared."""
@@ -224,7 +224,7 @@ def bench_case(case: Case, shapes: list[Shape], options: argparse.Namespace, say
     return rows
 
 
-def run(options: argparse.Namespace, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows that the options ask for, printed as they are ready.
 
     Raises:
@@ -245,7 +245,7 @@ def run(options: argparse.Namespace, say: Callable[[str], None]) -> list[dict[st
 
     def tell(line: str) -> None:
         left_out.append(line)
-        say(line)
+        measure.say(line)
 
     for name in options.op or sorted(CASES):
         part = bench_case(CASES[name], shapes, options, tell)

@@ -1,4 +1,4 @@
-"""`sinuous bench recall`: which layers learn to recall and to keep count, on tasks of a few minutes."""
+"""Which layers learn to recall and to keep count, on tasks of a few minutes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import csv
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from rich.progress import Progress
 
-from sinuous.apps.bench import measure
-from sinuous.apps.bench.options import add_machine, add_outputs
-from sinuous.apps.bench.report import Row, command, show, write_csv, write_markdown
 from sinuous.apps.bench.state_tracking import TASKS, Task
+from sinuous.core.bench import measure
+from sinuous.core.bench.options import add_machine, add_outputs
 from sinuous.core.mixers import list_mixers, mixer_class, mixer_options
 from sinuous.core.sequence_model import SequenceModel
+from sinuous.core.tables import Row, command, show, write_csv, write_markdown
 
 NEGATIVE = "allow_neg_eigval"
 """Option of mixers whose transition may have eigenvalues down to -1 (arXiv 2411.12537)."""
@@ -124,7 +123,7 @@ def _accuracy(model: SequenceModel, task: Task, length: int, tests: int, seed: i
     return float(right.float().mean())
 
 
-def run(options: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:
+def run(options: argparse.Namespace) -> list[Row]:
     """All rows that the options ask for, printed as they are ready.
 
     Raises:

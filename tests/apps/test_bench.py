@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from sinuous.apps import cli
-from sinuous.apps.bench import backbones, measure, op_cases, ops, state_tracking
+from sinuous.apps.bench import op_cases, ops, state_tracking
+from sinuous.core.bench import measure
 from sinuous.core.ops.laws import LAWS
+from sinuous.vision.bench import backbones
 
 
 def main(arguments: list[str]) -> int:
@@ -118,7 +120,7 @@ def test_a_peer_that_computes_something_else_is_seen(monkeypatch):
     wrong = op_cases.Peer("wrong", "torch", without_activation)
     monkeypatch.setitem(op_cases.CASES, "causal_conv1d", replace(case, peers=(wrong,), versus="wrong"))
     options = ops_options("--op", "causal_conv1d", "--lengths", "32", "--dim", "8", "--repeats", "1", "--no-memory")
-    rows = ops.run(options, lambda line: None)
+    rows = ops.run(options)
     assert [row["difference"] for row in rows if row["implementation"] == "wrong"] == pytest.approx(
         [0.01] * 2, rel=0.01
     )

@@ -12,16 +12,14 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
-import sinuous.apps.configs
-from sinuous.apps import composition
-from sinuous.apps.train import make_data, make_task, make_trainer
-
-CONFIGS = Path(sinuous.apps.configs.__file__).parent
+from sinuous.apps import composition, domain_configs
+from sinuous.apps.train import make_batches, make_trainer, make_training
+from sinuous.core.data import lacking
 
 
 def options(group: str) -> list[str]:
-    folder = CONFIGS / group
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+    names = domain_configs.known()
+    return [name.removeprefix(f"{group}/") for name in names if name.startswith(f"{group}/")]
 
 
 def composed(*overrides: str, name: str = "train") -> DictConfig:
@@ -39,12 +37,13 @@ def test_every_experiment_builds(experiment: str) -> None:
     task_name = experiment.rpartition("/")[2]
     assert config.task_name == task_name
     with torch.device("meta"):
-        task = make_task(config)
-    assert {parameter.device.type for parameter in task.model.parameters()} == {"meta"}
-    loaded = make_data(config)
-    logits = task.model(loaded.example().to("meta"))
-    assert logits.shape == ((1, loaded.num_classes) if loaded.examples == "images" else (1, loaded.length, 256))
-    assert task.make_optimizer(torch.nn.Linear(2, 2)).param_groups[0]["lr"] == config.optimizer.lr
+        training = make_training(config)
+    assert {parameter.device.type for parameter in training.model.parameters()} == {"meta"}
+    data = make_batches(config).data
+    assert lacking(data, training.task.takes) == []
+    logits = training.model(data.example().to("meta"))
+    assert logits.shape == ((1, data.num_classes) if data.noun == "images" else (1, data.length, data.vocab_size))
+    assert training.make_optimizer(torch.nn.Linear(2, 2)).param_groups[0]["lr"] == config.optimizer.lr
 
 
 @pytest.mark.parametrize(
@@ -64,8 +63,9 @@ def test_every_option_composes(group: str, option: str) -> None:
 
 @pytest.mark.parametrize("option", [o for o in options("data") if o.endswith("_synthetic")])
 def test_every_synthetic_twin_gives_batches(option: str) -> None:
-    data = make_data(composed(f"data={option}", "data.batch_size=4", "data.eval_batch_size=4"))
-    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+    batches = make_batches(composed(f"data={option}", "data.batch_size=4", "data.eval_batch_size=4"))
+    data = batches.data
+    for loader in (batches.train_dataloader(), batches.val_dataloader(), batches.test_dataloader()):
         images, labels = next(iter(loader))
         assert images.shape == (4, data.in_chans, data.img_size, data.img_size)
         assert images.dtype == torch.float32
@@ -80,12 +80,14 @@ def test_every_data_set_has_a_twin_or_is_one() -> None:
     # two are what small and large pictures have in common, and the novels come with the package.
     without = {o for o in real if f"{o}_synthetic" not in options("data")}
     pictures = {f"vision/{name}" for name in ("fashion_mnist_full", "imagenet", "small_images", "large_images")}
-    assert without == pictures | {"core/austen"}
+    assert without == pictures | {"language/austen"}
 
 
 def test_repeated_augmentation_shows_a_picture_several_times_in_a_batch() -> None:
     augmented = ["data.train_transform.auto_augment=rand-m9-mstd0.5-inc1", "data.train_transform.re_prob=1.0"]
-    data = make_data(composed("data=vision/image_folder_synthetic", "data.batch_size=6", "data.repeats=3", *augmented))
+    data = make_batches(
+        composed("data=vision/image_folder_synthetic", "data.batch_size=6", "data.repeats=3", *augmented)
+    )
     images, labels = next(iter(data.train_dataloader()))
     assert labels[:3].unique().numel() == labels[3:].unique().numel() == 1
     assert not torch.equal(images[0], images[1])
@@ -95,7 +97,7 @@ def test_repeated_augmentation_shows_a_picture_several_times_in_a_batch() -> Non
 def test_another_mixer_is_one_override(mixer: str) -> None:
     config = composed("model=vision/test_vim", f"model.mixer={mixer}", "data.img_size=64")
     with torch.device("meta"):
-        names = {type(module).__name__ for module in make_task(config).model.modules()}
+        names = {type(module).__name__ for module in make_training(config).model.modules()}
     assert ("Bidirectional" in names) == (mixer == "mamba")
 
 
@@ -112,7 +114,7 @@ def test_the_csv_logger_is_always_there(logger: str) -> None:
 
 
 def test_precision_is_chosen_for_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config = composed("logger=csv", "trainer=cpu")
+    config = composed("logger=csv", "trainer=cpu", "data=vision/fashion_mnist")
     config.output_dir = str(tmp_path)
     seen: list[Any] = []
     monkeypatch.setattr("lightning.Trainer", lambda **given: seen.append(given["precision"]))

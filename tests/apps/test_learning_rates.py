@@ -11,7 +11,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 import sinuous
-from sinuous.apps.tasks import learning_rates
+from sinuous.apps import learning_rates
 
 LR, OWN, WEIGHT_DECAY = 4e-3, 1e-3, 0.05
 SYSTEM = ("A_real", "A_imag", "B", "P", "inv_dt")

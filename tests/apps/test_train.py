@@ -33,7 +33,7 @@ EVERYTHING = [
     *TINY,
     "test=false",
     "data.limit=100",
-    "task.ema_decay=0.9",
+    "ema_decay=0.9",
     "task.mixing={_target_: timm.data.Mixup, mixup_alpha: 0.8, cutmix_alpha: 1.0, num_classes: 10}",
     "model.drop_path_rate=0.1",
     "+model.drop_rate=0.1",
@@ -127,12 +127,12 @@ def test_going_on_after_kill_9_is_exact(whole: dict[str, Any], sinuous: Sinuous,
     script = (
         "import os, signal, sys\n"
         "from sinuous.apps import cli\n"
-        "from sinuous.apps.tasks.classification import Classification\n"
-        "step = Classification.training_step\n"
+        "from sinuous.apps.training import Training\n"
+        "step = Training.training_step\n"
         "def fatal(self, batch, index):\n"
         "    if self.global_step == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return step(self, batch, index)\n"
-        "Classification.training_step = fatal\n"
+        "Training.training_step = fatal\n"
         "cli.main(['train', *sys.argv[1:]])\n"
     )
     environment = {**os.environ, "SINUOUS_OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
@@ -201,10 +201,13 @@ def test_overfitting_64_pictures(sinuous: Sinuous, tmp_path: Path) -> None:
         (["optimizer.lr=-1"], "optimizer: Invalid learning rate: -1"),
         (["scheduler.sched=cosin"], "scheduler: Unknown scheduler 'cosin'"),
         (["task.smoothing=2"], r"task.smoothing must be in \[0, 1\) \(got 2\)"),
-        (["task.ema_decay=7"], r"task.ema_decay must be in \[0, 1\)"),
+        (["ema_decay=7"], r"ema_decay must be in \[0, 1\)"),
         (["data.batch_size=0"], r"data.batch_size must be a whole number of at least 1 \(got 0\)"),
         (["seed=-1"], r"seed must be from 0 to 4294967295 \(got -1\)"),
-        (["task=language_modelling"], "LanguageModelling is for data of the kind ByteText"),
+        (
+            ["task=language_modelling", "task.unit=byte"],
+            "needs data with unit, vocab_size, which LabelledImages lacks",
+        ),
         (["trainer.devices=3"], "for 3 processes and this is one; start them with: torchrun"),
         (["hydra.run.dir=/proc/nowhere/x"], "No such file or directory: /proc/nowhere"),
         (["seed=abc"], "Value 'abc' of type 'str' could not be converted to Integer"),
@@ -237,10 +240,14 @@ def test_mistakes_are_told_in_a_sentence(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["model=core/bytes", "data=vision/fashion_mnist_synthetic"], "bytes_5m cannot read these images of"),
-        (["data=core/austen"], "model.img_size is read from data.img_size, which is not in this configuration"),
-        (["model=core/bytes", "data.length=0"], r"data.length must be a whole number of at least 1 \(got 0\)"),
-        (["model=core/bytes", "task.sample_bytes=-2"], "task.sample_bytes=-2"),
+        (["model=language/bytes", "data=vision/fashion_mnist_synthetic"], "bytes_5m cannot read these images of"),
+        (["data=language/austen"], "there is no model to work with; give experiment=NAME .one of .*language/bytes"),
+        (
+            ["model=vision/test_vim", "data=language/austen"],
+            "model.img_size is read from data.img_size, which is not in this configuration",
+        ),
+        (["model=language/bytes", "data.length=0"], r"data.length must be at least 1 \(got 0\)"),
+        (["model=language/bytes", "task.sample_bytes=-2"], "task.sample_bytes=-2"),
     ],
 )
 def test_parts_that_do_not_go_together_are_told(
@@ -305,7 +312,7 @@ def test_two_processes_of_torchrun(tmp_path: Path) -> None:
     assert (folder / "predictions.png").is_file()
 
 
-BYTES = ["experiment=core/bytes", "debug=fast", "data.length=32", "task.sample_bytes=5"]
+BYTES = ["experiment=language/bytes", "debug=fast", "data.length=32", "task.sample_bytes=5"]
 
 
 @pytest.mark.parametrize("pattern", ["mamba2", "[gated_delta_net,sliding_window_attention]"])
@@ -328,7 +335,7 @@ def test_a_language_model_from_end_to_end(
     assert len((folder / "sample.txt").read_bytes()) == len("Chapter") + 5 + 1
     (weights,) = folder.glob("checkpoints/*.safetensors")
     assert weights.name == "best.safetensors"
-    small += ["model=core/bytes", "trainer.limit_test_batches=0.05"]
+    small += ["model=language/bytes", "trainer.limit_test_batches=0.05"]
     arguments = [*small, "data.length=32", "task.sample_bytes=5", f"checkpoint_path={weights}"]
     for split in ("test", "val"):
         assert sinuous("eval", *arguments, f"split={split}", f"hydra.run.dir={tmp_path / split}") == 0

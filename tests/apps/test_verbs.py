@@ -16,6 +16,7 @@ from sinuous.core.checkpoints import load_state_dict
 from sinuous.core.registry import ModelInfo
 
 Sinuous = Callable[..., int]
+IMAGES = "data=vision/fashion_mnist"
 SMALL = ["trainer.limit_test_batches=3", "data.eval_batch_size=50"]
 
 
@@ -32,7 +33,7 @@ def test_eval_gives_the_digits_of_the_training(
     assert sinuous("train", *train) == 0
     trained = accuracy_in(capsys.readouterr().out)
     (weights,) = tmp_path.glob("debug/*/checkpoints/best.safetensors")
-    arguments = ["model_name=test_vim", f"checkpoint_path={weights}", *SMALL]
+    arguments = ["model_name=test_vim", f"checkpoint_path={weights}", IMAGES, *SMALL]
     lines = []
     for _ in range(2):
         assert sinuous("eval", "hydra.run.dir=" + str(tmp_path / "eval"), *arguments) == 0
@@ -47,15 +48,15 @@ def test_eval_gives_the_digits_of_the_training(
     [
         ([], "model_name"),
         (["model_name=vim_nano"], "give checkpoint_path=FILE or pretrained=true"),
-        (["model_name=vim_nan", "checkpoint_path=x"], "did you mean .*'vim_nano'"),
-        (["model_name=test_vim", "checkpoint_path=nowhere.pth"], "there is no checkpoint at nowhere.pth"),
-        (["model_name=test_vim", "checkpoint_path=README.md"], "is not a checkpoint, or is damaged"),
-        (["model_name=test_vim", "pretrained=true"], "no weights for 'test_vim'"),
+        (["model_name=vim_nan", "checkpoint_path=x", IMAGES], "did you mean .*'vim_nano'"),
+        (["model_name=test_vim", "checkpoint_path=nowhere.pth", IMAGES], "there is no checkpoint at nowhere.pth"),
+        (["model_name=test_vim", "checkpoint_path=README.md", IMAGES], "is not a checkpoint, or is damaged"),
+        (["model_name=test_vim", "pretrained=true", IMAGES], "no weights for 'test_vim'"),
         (["model_name=vim_nano", "pretrained=true", "split=train"], "split must be val or test"),
         (["model_name=vim_nano", "pretrained=yes_please"], "Value 'yes_please' is not a valid bool"),
-        (["model_name=vim_nano", "pretrained=true", "experiment=core/bytes"], "this verb has no group experiment"),
-        (["model_name=bytes_5m", "checkpoint_path=x"], "name other models by their configuration.*model=core/bytes"),
-        (["model=core/bytes"], "give checkpoint_path=FILE or pretrained=true"),
+        (["model_name=vim_nano", "pretrained=true", "optimizer=adamw"], "this verb has no group optimizer"),
+        (["model_name=vim_nano", "pretrained=true"], "there is no data to work with; give experiment=NAME"),
+        (["model=language/bytes"], "give checkpoint_path=FILE or pretrained=true"),
     ],
 )
 def test_mistakes_of_eval(
@@ -88,10 +89,11 @@ def test_models_are_listed(
     assert "no model matches 'nothing*'" in capsys.readouterr().err
 
 
-def test_the_score_of_weights_is_shown() -> None:
+def test_any_score_of_weights_is_shown_under_its_name() -> None:
     facts = {"name": "m", "domain": "vision", "params": 1, "input_size": (1, 2, 2), "paper": None, "license": None}
-    assert models.accuracy(ModelInfo(**facts, weights=("a",), metrics={"test_accuracy": 0.91237})) == "91.24 %"
-    assert models.accuracy(ModelInfo(**facts, weights=())) == ""
+    measured = {"accuracy": 0.91237, "bits_per_byte": 1.8}
+    assert models.scores(ModelInfo(**facts, weights=("a",), scores=measured)) == "accuracy 0.9124, bits per byte 1.8"
+    assert models.scores(ModelInfo(**facts, weights=())) == ""
 
 
 def test_info_kernels_says_what_runs_and_why(

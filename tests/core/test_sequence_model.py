@@ -17,7 +17,7 @@ import sinuous
 from sinuous.core import mixers
 from sinuous.core.blocks import PLACEMENTS
 from sinuous.core.checkpoints import save_safetensors
-from sinuous.core.language_models import checkpoint_filter_fn
+from sinuous.core.language.models import checkpoint_filter_fn
 from sinuous.core.sequence_model import SequenceModel
 from sinuous.core.stack import MLPS, NORMS
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import sys
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.datasets import FashionMNIST
 
+from sinuous import vision
 from sinuous.apps import cli
-from sinuous.vision import demo
+from sinuous.vision import demo, drawing
 
 
 def main(arguments: list[str]) -> int:
@@ -63,7 +65,7 @@ def test_a_picture_of_nothing_is_black(size):
 
 
 def test_samples_show_each_class_once_and_unchanged(model):
-    result = demo.run(model=model)
+    result = demo.explain(model=model)
     assert [f.truth for f in result.findings] == list(FashionMNIST.classes)
     assert result.note is None
     pictures, _ = demo.samples()
@@ -71,7 +73,7 @@ def test_samples_show_each_class_once_and_unchanged(model):
 
 
 def test_answers_are_probabilities_and_evidence_has_the_size_of_the_picture(model):
-    result = demo.run(model=model, top=10)
+    result = demo.explain(model=model, top=10)
     for finding in result.findings:
         values = [p for _, p in finding.answers]
         assert sum(values) == pytest.approx(1, abs=1e-5)
@@ -83,7 +85,7 @@ def test_answers_are_probabilities_and_evidence_has_the_size_of_the_picture(mode
 def test_smoothing_keeps_the_sum():
     shares = torch.zeros(28, 28)
     shares[10, 12], shares[17, 14] = 2.0, -0.5
-    assert demo._smooth(shares, 1).sum().item() == pytest.approx(1.5, rel=1e-5)
+    assert drawing._smooth(shares, 1).sum().item() == pytest.approx(1.5, rel=1e-5)
 
 
 def test_the_command_draws_own_pictures_and_prints_the_path_last(model, shirt, tmp_path, capsys):
@@ -129,9 +131,11 @@ def test_without_matplotlib_the_extra_is_named(model, tmp_path, monkeypatch, cap
 
     def without(name, *args, **kwargs):
         if name.partition(".")[0] == "matplotlib":
-            raise ImportError(name)
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return original(name, *args, **kwargs)
 
+    monkeypatch.delitem(sys.modules, "sinuous.vision.drawing", raising=False)
+    monkeypatch.delattr(vision, "drawing", raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
     assert main(["vision", "--model", model, "--out", str(tmp_path / "x.png")]) == 2
     assert "sinuous[train]" in capsys.readouterr().err

@@ -1,0 +1,40 @@
+"""Hydra's search path, with the configurations of every domain and of the tasks that domains share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+import sinuous.core.tasks
+from sinuous.core.domains import domains
+
+OWN = Path(__file__).parent / "configs"
+SHARED = Path(sinuous.core.tasks.__file__).parent / "configs"
+
+
+def folders() -> list[Path]:
+    """Every folder with configurations: the roots first, then the shared tasks, then the domains."""
+    return [OWN, SHARED, *(domain.configs for domain in domains().values() if domain.configs is not None)]
+
+
+def known() -> list[str]:
+    """Names of all configurations, as they are written after `GROUP=` but with their group: `data/vision/cifar10`."""
+    return sorted(
+        {str(path.relative_to(folder).with_suffix("")) for folder in folders() for path in folder.rglob("*.yaml")}
+    )
+
+
+class DomainConfigs(SearchPathPlugin):
+    """Adds the folders to what Hydra searches."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for folder in folders()[1:]:
+            search_path.append(provider="sinuous", path=f"file://{folder}")
+
+
+def register() -> None:
+    """Make the plugin known to Hydra. May be called again."""
+    Plugins.instance().register(DomainConfigs)

@@ -1,1 +1,0 @@
-"""What is trained for: each task is a LightningModule around an ordinary backbone."""

@@ -1,0 +1,162 @@
+"""The one LightningModule: a model and a plain task, with timm's optimizers, schedules and weight averaging."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.strategies import ModelParallelStrategy
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from sinuous.apps import learning_rates
+from sinuous.core.registry import check_weights
+from sinuous.core.tasks.task import Task
+
+
+class Training(L.LightningModule):
+    """Trains and scores a model by a task.
+
+    Args:
+        model: any module with timm's contract (`no_weight_decay` and `group_matcher` are used by the optimizer).
+            Modules in it may declare learning rates of their parameters, see `sinuous.apps.learning_rates`.
+        task: gives loss and scores, see `sinuous.core.tasks`.
+        optimizer: `optimizer(model)`, timm's `create_optimizer_v2` with its options filled in; None where the model is
+            only scored.
+        scheduler: `scheduler(optimizer, num_epochs=, updates_per_epoch=)`, timm's `create_scheduler_v2` likewise; it
+            is stepped after every update.
+        ema_decay: decay of a moving average of the weights (timm's ModelEmaV3, with warm-up of the decay); the
+            average is what is validated, tested and exported. None keeps none.
+
+    Raises:
+        ValueError: if `ema_decay` is not in [0, 1).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        optimizer: Callable[..., Any] | None = None,
+        scheduler: Callable[..., Any] | None = None,
+        ema_decay: float | None = None,
+    ) -> None:
+        super().__init__()
+        if ema_decay is not None and not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), or null for no average (got {ema_decay})")
+        self.model = model
+        self.task = task
+        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self.ema_decay = ema_decay
+        self.ema: ModelEmaV3 | None = None
+        self.seen: list[Any] = []
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that are validated, tested and exported: the averaged ones where there are any."""
+        return self.model if self.ema is None else self.ema.module
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.task.loss(self.model, batch)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._score("val", batch)
+
+    def on_test_start(self) -> None:
+        self.seen = []
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.seen.append(move_data_to_device(self._score("test", batch), torch.device("cpu")))
+
+    def _score(self, split: str, batch: Any) -> Any:
+        seen = self.task.score(self.evaluated, batch)
+        for name, metric in self.task.scores.items():
+            self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, prog_bar=True)
+        return seen
+
+    def scores(self) -> dict[str, float]:
+        """The scores of the last test, by name."""
+        measured = self.trainer.callback_metrics
+        return {name: float(measured[f"test/{name}"]) for name in self.task.scores}
+
+    def report(self, data: Any, folder: Path, split: str) -> list[str]:
+        """Lines for a person about the last test; pictures go into `folder`."""
+        return self.task.report(self.evaluated, data, self.seen, self.scores(), folder, split)
+
+    def configure_model(self) -> None:
+        """Copy the model for the moving average; shard it for FSDP2, one unit per block that `feature_info` names."""
+        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        if self.ema_decay is not None and self.ema is None and not sharded:
+            self.ema = ModelEmaV3(self.model, decay=self.ema_decay, use_warmup=True)
+            self.ema.module.requires_grad_(False)
+        if not sharded or hasattr(self.model, "unshard"):
+            return
+        if self.ema_decay is not None:
+            raise ValueError(
+                "ema_decay keeps a whole copy of the model, which trainer=fsdp would not shard; set it to null"
+            )
+        mesh = self.device_mesh
+        assert mesh is not None
+        for info in getattr(self.model, "feature_info", []):
+            fully_shard(self.model.get_submodule(info["module"]), mesh=mesh["data_parallel"])
+        fully_shard(self.model, mesh=mesh["data_parallel"])
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.global_step)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "state_dict" in checkpoint:  # sharded strategies have loaded and removed it
+            check_weights(checkpoint["state_dict"], self)
+
+    def configure_optimizers(self) -> Any:
+        assert self.make_optimizer is not None, "a model that is only scored needs no optimizer"
+        try:
+            optimizer = self.make_optimizer(self.model)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optimizer: {error}; correct its options") from error
+        learning_rates.honour(self.model, optimizer)
+        optimizer.register_load_state_dict_pre_hook(_check_groups)
+        if self.make_scheduler is None:
+            return optimizer
+        updates, epochs = self._updates_per_epoch(), float(max(self.trainer.max_epochs or 1, 1))
+        if self.trainer.max_steps > 0:
+            epochs = min(epochs, self.trainer.max_steps / updates)
+        try:
+            scheduler, _ = self.make_scheduler(
+                optimizer, num_epochs=epochs, updates_per_epoch=updates, step_on_epochs=False
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"scheduler: {str(error).rstrip('.')}; correct its options") from error
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _updates_per_epoch(self) -> int:
+        # Lightning's own count, `estimated_stepping_batches`, sets up the loaders before it has read from the
+        # checkpoint where they stood, and they then begin the epoch anew.
+        trainer = self.trainer
+        batches: int = len(trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+        limit = trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        updates: int = math.ceil(batches / trainer.accumulate_grad_batches)
+        return updates
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step_update(num_updates=self.global_step)
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    there, here = ([len(g["params"]) for g in groups] for groups in (state["param_groups"], optimizer.param_groups))
+    if there != here:
+        raise ValueError(
+            f"the optimizer of the checkpoint has groups of {there} parameters and this one of {here}: its run had "
+            "other options of the model or the optimizer; give those of the config.yaml in its run folder, or start "
+            "anew without ckpt_path"
+        )

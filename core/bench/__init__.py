@@ -1,0 +1,1 @@
+"""Measuring: timings and peaks of memory, and the options that measurements share."""

@@ -1,0 +1,103 @@
+"""Data as tasks read it: plain objects of a domain, recognised by what they offer and not by their class."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+SPLITS = ("train", "val", "test")
+
+
+class Data(Protocol):
+    """The three splits of a collection of examples.
+
+    Optional, and found by name:
+
+    - `collate(examples)` makes a batch; torch's default does if it is absent.
+    - `augment`, a bool: whether training examples are changed at random; a run that wants them as they are sets it.
+    - `model_options()` gives keyword arguments that any model of this data needs (sizes, number of classes), for
+      `sinuous eval model_name=…`.
+
+    Attributes:
+        noun: what one example is, in the plural, such as `pictures`.
+    """
+
+    noun: str
+
+    def split(self, name: str) -> Dataset[Any]:
+        """The examples of `train`, `val` or `test`."""
+        ...
+
+    def example(self) -> Tensor:
+        """A batch of one input of zeros, with which a model can be tried."""
+        ...
+
+
+class LabelledData(Data, Protocol):
+    """One class for each example: batches `(inputs, labels [B])`.
+
+    Attributes:
+        num_classes: how many there are.
+        classes: their names, in the order of their numbers.
+    """
+
+    num_classes: int
+
+    @property
+    def classes(self) -> Sequence[str]: ...
+
+
+class TokenData(Data, Protocol):
+    """Sequences of tokens: batches `(ids [B, T], targets [B, T])`, targets of -100 being ignored.
+
+    Attributes:
+        unit: what one token is, in the singular, such as `byte` or `base`; scores are bits per unit.
+        vocab_size: how many different tokens there are.
+    """
+
+    unit: str
+    vocab_size: int
+
+
+class PositionLabels(Data, Protocol):
+    """One class for each position, in one axis or two: batches `(inputs, labels [B, T] or [B, H, W])`, -100 ignored.
+
+    Attributes:
+        num_classes: how many there are.
+        unit: what one position is, in the singular, such as `pixel` or `base`.
+        classes: names of the classes, in the order of their numbers.
+    """
+
+    num_classes: int
+    unit: str
+
+    @property
+    def classes(self) -> Sequence[str]: ...
+
+
+def lacking(data: Any, kind: type) -> list[str]:
+    """Names of what `kind`, one of the classes above, asks for and `data` does not have.
+
+    Unlike `isinstance`, this computes no property: the names of classes may have to be read from a disk.
+    """
+    asked: set[str] = set()
+    for base in kind.__mro__:
+        if base in (Data, LabelledData, TokenData, PositionLabels):
+            asked |= {name for name in (*vars(base), *inspect.get_annotations(base)) if not name.startswith("_")}
+    absent = object()
+    return sorted(name for name in asked if inspect.getattr_static(data, name, absent) is absent)
+
+
+def check_split(name: str) -> str:
+    """`name`, if it is one of the splits.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if name not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)} (got {name!r})")
+    return name

@@ -1,0 +1,1 @@
+"""Measurements of backbones of images."""
