@@ -4,8 +4,8 @@ r"""Additive decay: a softmax of the keys over time, channel by channel, as the 
     S_t = Σ_{s≤t} (exp(k_s - z_t) ⊙ f_s) v_sᵀ                 S ∈ R^{K×V}, f = 1 if absent
     y_t = scale · S_tᵀ q_t
 
-or, where it is not causal, y_t = scale · S_Tᵀ q_t: one pass over the keys, whatever their order. Step by step, the
-decay is what the new key leaves of the old ones:
+or, where it is not causal, y_t = scale · S_Tᵀ q_t: one pass over the keys in any order. Step by step, the decay is the
+share that the new key leaves to the old ones:
 
     z_t = logaddexp(z_{t-1}, k_t)      S_t = exp(z_{t-1} - z_t) S_{t-1} + (exp(k_t - z_t) ⊙ f_t) v_tᵀ
 
@@ -16,8 +16,8 @@ sequence, in any order.
 
 Sources: LightNet, Qin et al. (arXiv 2405.21022), the additive recurrence, with z from the data alone as in
 fla-org/flash-linear-attention; Aaren, Feng et al. (arXiv 2405.13956), section 3, is K = 1 with k = query · key and
-q = 1. The factors f are for positions that turn the keys after their softmax. Beyond the public kernels: not causal as
-well, an initial state with gradients through both its parts, reversal.
+q = 1. The factors f are for positions that rotate the keys after their softmax. Beyond the public kernels: the form
+that is not causal, an initial state with gradients through both its parts, reversal.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ WeightedMemory = tuple[Tensor, Tensor]
 
 
 def _shares(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The shares of two weights, given as logarithms, in their sum, and the logarithm of it; 0, 0 and -inf where both
-    are -inf."""
+    """Shares of two weights in their sum, and the logarithm of the sum; 0, 0 and -inf where both are -inf.
+
+    The weights are logarithms.
+    """
     none = torch.isneginf(new)
     # What is masked out below stays finite, since a gradient of 0 through it would else be 0 · inf.
     some = new.masked_fill(none, 0)
@@ -71,7 +73,7 @@ def recurrent(
     reverse: bool,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, ...]:
-    """The definition, step by step; plain autograd differentiates it to any order."""
+    """Run the definition step by step; autograd differentiates it to any order."""
     dtype = working_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     S_shape, z_shape = _state_shapes(q, v, cu_seqlens)
@@ -87,17 +89,17 @@ def recurrent(
         return (q_t[..., None, :] @ S).squeeze(-2) * scale, (S, z)
 
     inputs = (q.to(dtype), k.to(dtype), v.to(dtype), None if factor is None else factor.to(dtype))
-    y, final, kept = run_steps(step, inputs, (S, z), inputs[2][:, :0], cu_seqlens, reverse, chunk_size)
+    y, final, chunk_states = run_steps(step, inputs, (S, z), inputs[2][:, :0], cu_seqlens, reverse, chunk_size)
     if not causal:
         bounds = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
         pairs = enumerate(itertools.pairwise(bounds))
         read = [inputs[0][:, a:b].transpose(1, 2) @ rows(final[0], n, cu_seqlens) * scale for n, (a, b) in pairs]
-        y, kept = torch.cat(read, 2).transpose(1, 2), tuple(t.detach().clone() for t in final)
-    return y.to(v.dtype), *final, *kept
+        y, chunk_states = torch.cat(read, 2).transpose(1, 2), tuple(t.detach().clone() for t in final)
+    return y.to(v.dtype), *final, *chunk_states
 
 
 def merge(first: WeightedMemory, second: WeightedMemory) -> WeightedMemory:
-    """The state of two parts of a sequence together, from that of each: S weighted by exp z, and logaddexp of z.
+    """Join the states of two parts of a sequence: S weighted by exp z, and logaddexp of z.
 
     The operation is associative, does not depend on the order, and its neutral element is a state with z = -inf.
 

@@ -39,7 +39,7 @@ def recurrent(
     silu: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The definition, step by step; plain autograd differentiates it to any order."""
+    """Run the definition step by step; autograd differentiates it to any order."""
     length, width = x.shape[1], weight.shape[1]
     if reverse:
         initial_state, bounds = flip_sequences(initial_state, cu_seqlens), mirror(cu_seqlens, length)

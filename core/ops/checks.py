@@ -1,4 +1,7 @@
-"""Argument checks shared by the ops: each error names the argument, what came, what is wanted and the remedy."""
+"""Checks of tensors that several ops take. Each error names the argument, what it must be, what it is, and the remedy.
+
+Every function raises ValueError.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,14 @@ from torch import Tensor
 
 
 def check_floating(**tensors: Tensor | None) -> None:
+    """Refuse tensors that are not real floating point."""
     for name, t in tensors.items():
         if t is not None and not t.is_floating_point():
             raise ValueError(f"{name} must be real floating point (got {t.dtype}); convert it with .float()")
 
 
 def check_device(**tensors: Tensor | None) -> None:
+    """Refuse tensors that are not where the first one is."""
     present = [(name, t) for name, t in tensors.items() if t is not None]
     first_name, first = present[0]
     for name, t in present[1:]:
@@ -23,12 +28,14 @@ def check_device(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} is on {t.device} and {first_name} on {place}; move it with .to({place!r})")
 
 
-def check_shape(name: str, t: Tensor | None, wanted: tuple[int, ...], meaning: str) -> None:
-    if t is not None and tuple(t.shape) != wanted:
-        raise ValueError(f"{name} must have shape {list(wanted)} (got {list(t.shape)}): {meaning}")
+def check_shape(name: str, t: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
+    """Refuse a tensor of another shape; `meaning` says in words what its axes are."""
+    if t is not None and tuple(t.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)} (got {list(t.shape)}): {meaning}")
 
 
 def check_packing(cu_seqlens: Tensor | None, batch: int, length: int) -> None:
+    """Refuse boundaries that do not cut one row of `length` steps; on a GPU their values are not looked at."""
     if cu_seqlens is None:
         return
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
@@ -46,12 +53,12 @@ def check_packing(cu_seqlens: Tensor | None, batch: int, length: int) -> None:
 
 
 def sequence_count(x: Tensor, cu_seqlens: Tensor | None) -> int:
-    """How many states an op carries: the batch size, or the number of packed sequences."""
+    """Number of states that an op carries: the batch size, or the number of packed sequences."""
     return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def check_log_decay(log_decay: Tensor | None) -> None:
-    """Logarithms of decays are ≤ 0, -inf included; on a GPU the values are not looked at, which would wait for it."""
+    """Refuse logarithms of decays above 0; -inf passes. On a GPU values are not looked at, which would wait for it."""
     if log_decay is None or log_decay.device.type != "cpu" or log_decay.numel() == 0:
         return
     largest = log_decay.max().item()
@@ -60,13 +67,16 @@ def check_log_decay(log_decay: Tensor | None) -> None:
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, *, grouped: bool = False) -> None:
-    """Queries and keys `[B, T, H, K]` and values `[B, T, H, V]`; where `grouped`, H is a multiple of the heads of q."""
+    """Refuse queries and keys that are not `[B, T, H, K]`, and values that are not `[B, T, H, V]`.
+
+    With `grouped`, values may have a multiple of the heads of q.
+    """
     if q.ndim != 4:
         raise ValueError(f"q must have shape [B, T, H, K] (got {list(q.shape)}); time is axis 1, heads are axis 2")
     check_shape("k", k, tuple(q.shape), "keys are shaped like queries, [B, T, H, K]")
     if v.ndim != 4 or v.shape[:2] != q.shape[:2]:
-        wanted = f"[{q.shape[0]}, {q.shape[1]}, H, V]"
-        raise ValueError(f"v must have shape {wanted}, with the batch and time of q (got {list(v.shape)})")
+        shape = f"[{q.shape[0]}, {q.shape[1]}, H, V]"
+        raise ValueError(f"v must have shape {shape}, with the batch and time of q (got {list(v.shape)})")
     if v.shape[2] != q.shape[2] and not (grouped and q.shape[2] > 0 and v.shape[2] % q.shape[2] == 0):
         remedy = "a multiple of them" if grouped else "as many; repeat the queries and keys of a group"
         raise ValueError(f"v has {v.shape[2]} heads and q has {q.shape[2]}; v needs {remedy}")

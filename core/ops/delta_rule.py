@@ -45,7 +45,7 @@ def recurrent(
     reverse: bool,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition, step by step; plain autograd differentiates it to any order."""
+    """Run the definition step by step; autograd differentiates it to any order."""
     dtype = working_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k, v, beta = with_factors(k, v, beta)
@@ -64,12 +64,12 @@ def recurrent(
     decay = None if log_decay is None else log_decay.to(dtype).exp()
     inputs = (q.to(dtype), k.to(dtype), v.to(dtype), beta.to(dtype), decay)
     nothing = inputs[2][:, :0].sum(2)
-    y, (final,), (kept,) = run_steps(step, inputs, (initial,), nothing, cu_seqlens, reverse, chunk_size)
-    return y.to(v.dtype), final, kept
+    y, (final,), (states,) = run_steps(step, inputs, (initial,), nothing, cu_seqlens, reverse, chunk_size)
+    return y.to(v.dtype), final, states
 
 
 def with_factors(k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with an axis of factors after time."""
+    """Give k, v and beta an axis of factors after time if they have none."""
     return (k, v, beta) if k.ndim == 5 else (k[:, :, None], v[:, :, None], beta[:, :, None])
 
 
@@ -97,8 +97,8 @@ def _check(
     many = ", n" if factors else ""
     check_shape("k", k, (batch, length, *factors, heads, keys), f"keys, [B, T{many}, H, K]")
     if v.ndim != k.ndim or v.shape[:-1] != k.shape[:-1]:
-        wanted = ", ".join(map(str, (*k.shape[:-1], "V")))
-        raise ValueError(f"v must have shape [{wanted}] (got {list(v.shape)}): values, one for each key")
+        shape = ", ".join(map(str, (*k.shape[:-1], "V")))
+        raise ValueError(f"v must have shape [{shape}] (got {list(v.shape)}): values, one for each key")
     check_shape("beta", beta, tuple(k.shape[:-1]), f"one per key, [B, T{many}, H]")
     check_shape("log_decay", log_decay, (batch, length, heads), "one per step and head, [B, T, H]")
     check_log_decay(log_decay)

@@ -1,4 +1,4 @@
-"""Which backend computes an op: `triton` on a GPU, `cpu` (C) or `torch` elsewhere, `recurrent` as the definition.
+"""Choice of the backend that computes an op: `triton` on a GPU, `cpu` (C) or `torch` elsewhere, or `recurrent`.
 
 The choice is made inside the op's body, so that it also holds for compiled and exported graphs. In order of strength:
 the `backend=` argument, the `sinuous.backend(...)` context manager, the `SINUOUS_BACKEND` environment variable, and
@@ -51,7 +51,7 @@ def warn_once(message: str) -> None:
 
 
 def unavailable(family: str, forms: tuple[str, ...], name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why backend `name` cannot compute `family` on `device` with `dtype`, or None if it can."""
+    """Say why backend `name` cannot compute `family` on `device` with `dtype`; None if it can."""
     if name not in forms:
         return f"{family} has no {name} form (it has {', '.join(forms)})"
     if name == "recurrent":
@@ -65,7 +65,7 @@ def unavailable(family: str, forms: tuple[str, ...], name: str, device: torch.de
 
 
 def choose(family: str, forms: tuple[str, ...], requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the backend that computes `family`; `requested` is empty where the caller has no wish.
+    """Name the backend that computes `family`; `requested` is empty where the caller has no wish.
 
     Raises:
         ValueError: if `requested` is no backend or cannot run here.
@@ -90,5 +90,5 @@ def choose(family: str, forms: tuple[str, ...], requested: str, device: torch.de
 
 
 def kernel(family: str, name: str) -> ModuleType:
-    """The module with the `forward` and `backward` functions of `family` for backend `name`."""
+    """Import the module with the `forward` and `backward` functions of `family` for backend `name`."""
     return importlib.import_module(f"sinuous.kernels.{name}.{family}")

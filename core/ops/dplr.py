@@ -3,8 +3,8 @@ r"""DPLR: a matrix state whose transition is diagonal plus low rank: a decay per
     S_t = diag(exp g_t) S_{t-1} + b_t (a_tᵀ S_{t-1}) + k_t v_tᵀ        S ∈ R^{K×V}
     y_t = scale · S_tᵀ q_t
 
-a reads the state as the step before left it, ahead of the decay; what it reads is written at b. A rule that decays
-first and reads then takes its decay into a:
+a reads the state before it decays; what it reads is written at b. In a rule that decays first and reads afterwards, a
+contains the decay:
 
     DeltaNet            S + β k (v - Sᵀ k)ᵀ                                 g = 0, a = k, b = -β k, k ← β k
     KDA                 (I - β k kᵀ) diag(exp g) S + β k vᵀ                 a = k ⊙ exp g, b = -β k, k ← β k
@@ -56,7 +56,7 @@ def recurrent(
     reverse: bool,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition, step by step; plain autograd differentiates it to any order."""
+    """Run the definition step by step; autograd differentiates it to any order."""
     dtype = working_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     shape = (sequence_count(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
@@ -70,8 +70,8 @@ def recurrent(
         return (q_t[..., None, :] @ S).squeeze(-2) * scale, (S,)
 
     inputs = (q.to(dtype), k.to(dtype), v.to(dtype), log_decay.to(dtype).exp(), a.to(dtype), b.to(dtype))
-    y, (final,), (kept,) = run_steps(step, inputs, (initial,), inputs[2][:, :0], cu_seqlens, reverse, chunk_size)
-    return y.to(v.dtype), final, kept
+    y, (final,), (states,) = run_steps(step, inputs, (initial,), inputs[2][:, :0], cu_seqlens, reverse, chunk_size)
+    return y.to(v.dtype), final, states
 
 
 def _check(
@@ -92,8 +92,8 @@ def _check(
     keys = tuple(q.shape)
     check_shape("log_decay", log_decay, keys, "one per key channel, [B, T, H, K]")
     check_log_decay(log_decay)
-    check_shape("a", a, keys, "what reads the state, shaped like keys, [B, T, H, K]")
-    check_shape("b", b, keys, "where it is written, shaped like keys, [B, T, H, K]")
+    check_shape("a", a, keys, "the vector that reads the state, shaped like keys, [B, T, H, K]")
+    check_shape("b", b, keys, "the vector that it is written at, shaped like keys, [B, T, H, K]")
     check_packing(cu_seqlens, q.shape[0], q.shape[1])
     state = (sequence_count(q, cu_seqlens), *keys[2:], v.shape[3])
     check_shape("initial_state", initial_state, state, "[sequences, H, K, V]")
@@ -150,9 +150,9 @@ def dplr(
         q: queries `[B, T, H, K]`; packed sequences are `[1, ΣT, H, K]` with `cu_seqlens`.
         k: keys, shaped like q.
         v: values `[B, T, H, V]`.
-        log_decay: g, ≤ 0, `[B, T, H, K]`; -inf forgets what the channel held, which a still reads.
-        a: what reads the state before the decay, shaped like q; for a rule that reads after it, times exp(g).
-        b: where that is written, shaped like q.
+        log_decay: g, ≤ 0, `[B, T, H, K]`; -inf forgets the channel, after a has read it.
+        a: vector that reads the state before the decay, shaped like q; times exp(g) for a rule that reads after it.
+        b: vector at which that is written, shaped like q.
         scale: factor of the queries; K^-1/2 if absent.
         initial_state: state before the first step, `[B, H, K, V]` (`[sequences, …]` when packed); zeros if absent.
         return_state: return `(y, state)`, the state after the last step in fp32 (fp64 for fp64 input).

@@ -1,6 +1,6 @@
 """One opaque operator per family of recurrences: schema, fake, autograd and dispatch, written once for all of them.
 
-`Family` says what differs; `define` registers `sinuous::<name>` and `sinuous::<name>_backward`. Both are opaque to
+`Family` holds what differs; `define` registers `sinuous::<name>` and `sinuous::<name>_backward`. Both are opaque to
 torch.compile, torch.export, FX and TorchScript, and check their arguments in their bodies, since fake functions do
 not run in eager mode and a check there would never reach the user.
 """
@@ -28,7 +28,7 @@ FAMILIES: dict[str, Family] = {}
 
 @dataclass(frozen=True)
 class Family:
-    """What one op is made of.
+    """Parts that one op is made of.
 
     Attributes:
         name: the op is `torch.ops.sinuous.<name>`.
@@ -60,7 +60,7 @@ class Family:
 
     @property
     def arguments(self) -> list[tuple[str, str]]:
-        """(type, name) of every argument but the backend."""
+        """Pairs (type, name) of all arguments but the backend."""
         pairs = [entry.strip().split("=")[0].split() for entry in self.schema.split(",")]
         return [(kind, name) for kind, name in pairs if name != "backend"]
 
@@ -76,7 +76,7 @@ def _empty_for_none(tensors: Optionals, like: Tensor) -> tuple[Tensor, ...]:
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Autocast would turn the matrix products inside an op's body to half precision."""
+    """Switch autocast off, which would turn the matrix products inside an op's body to half precision."""
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
             yield
@@ -85,16 +85,16 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
 
 def recurrent_backward(family: Family, grads: Optionals, args: dict[str, Any]) -> list[Tensor | None]:
-    """Gradients of the definition, by autograd: what every other backward is measured against."""
+    """Gradients of the definition, by autograd; every other backward is measured against them."""
     leaves = {n: args[n].detach().requires_grad_() for n in family.differentiable if args[n] is not None}
-    found: Optionals = [None] * len(leaves)
+    gradients: Optionals = [None] * len(leaves)
     with autograd_inside_an_op():
         outputs = family.recurrent(**{**args, **leaves}, **family.options)
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=False) if g is not None and o.requires_grad]
         if pairs:
             outs, gs = zip(*pairs, strict=True)
-            found = torch.autograd.grad(outs, list(leaves.values()), gs, allow_unused=True)
-    grads_of = dict(zip(leaves, found, strict=True))
+            gradients = torch.autograd.grad(outs, list(leaves.values()), gs, allow_unused=True)
+    grads_of = dict(zip(leaves, gradients, strict=True))
     zeros = {n: torch.zeros_like(t) for n, t in leaves.items() if grads_of[n] is None}
     return [zeros.get(n, grads_of.get(n)) for n in family.differentiable]
 
@@ -126,9 +126,9 @@ def define(family: Family) -> None:
             name = "recurrent"  # which is cheaper than a chunk of one step, and keeps the same for the backward pass
         function = family.recurrent if name == "recurrent" else dispatch.kernel(family.name, name).forward
         with _full_precision(first.device):
-            found = function(**args, **family.options)
+            outputs = function(**args, **family.options)
         count = len(visible)
-        return _empty_for_none((*found[:count], *(t.flatten() for t in found[count:])), first)
+        return _empty_for_none((*outputs[:count], *(t.flatten() for t in outputs[count:])), first)
 
     def backward(*values: Any) -> tuple[Tensor, ...]:
         count = len(visible)
@@ -138,13 +138,13 @@ def define(family: Family) -> None:
         saved = {n: t.view(shape(**args, **family.options)) for (n, shape), t in flat}
         first = rest[0]
         name = dispatch.choose(family.name, family.forms, requested, first.device, first.dtype)
-        found: Optionals
+        gradients: Optionals
         with _full_precision(first.device):
             if name == "recurrent":
-                found = recurrent_backward(family, grads, args)
+                gradients = recurrent_backward(family, grads, args)
             else:
-                found = dispatch.kernel(family.name, name).backward(grads, **args, **saved, **family.options)
-        typed = [g if g is None else g.to(args[n].dtype) for n, g in zip(family.differentiable, found, strict=True)]
+                gradients = dispatch.kernel(family.name, name).backward(grads, **args, **saved, **family.options)
+        typed = [g if g is None else g.to(args[n].dtype) for n, g in zip(family.differentiable, gradients, strict=True)]
         return _empty_for_none(typed, first)
 
     def forward_fake(*values: Any) -> tuple[Tensor, ...]:
@@ -156,15 +156,15 @@ def define(family: Family) -> None:
 
     def backward_fake(*values: Any) -> tuple[Tensor, ...]:
         args = dict(zip(names, values[len(visible) :], strict=False))
-        given = (args[n] for n in family.differentiable)
+        inputs = (args[n] for n in family.differentiable)
         return tuple(
             values[len(visible)].new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
-            for t in given
+            for t in inputs
         )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        kept = [v for (kind, _), v in zip(family.arguments, inputs, strict=False) if kind.startswith("Tensor")]
-        ctx.save_for_backward(*kept, *output[len(visible) :])
+        tensors = [v for (kind, _), v in zip(family.arguments, inputs, strict=False) if kind.startswith("Tensor")]
+        ctx.save_for_backward(*tensors, *output[len(visible) :])
         ctx.plain = [
             None if kind.startswith("Tensor") else v for (kind, _), v in zip(family.arguments, inputs, strict=False)
         ]
@@ -177,11 +177,11 @@ def define(family: Family) -> None:
             stored.pop(0) if kind.startswith("Tensor") else plain
             for (kind, _), plain in zip(family.arguments, ctx.plain, strict=True)
         ]
-        found = getattr(torch.ops.sinuous, f"{family.name}_backward")(
+        gradients = getattr(torch.ops.sinuous, f"{family.name}_backward")(
             *grads[: len(visible)], *values, *stored, ctx.backend
         )
-        found = found if isinstance(found, (tuple, list)) else (found,)
-        grad_of = dict(zip(family.differentiable, found, strict=True))
+        gradients = gradients if isinstance(gradients, (tuple, list)) else (gradients,)
+        grad_of = dict(zip(family.differentiable, gradients, strict=True))
         present = {n for n, v in zip(names, values, strict=True) if v is not None}
         return (*(grad_of[n] if n in grad_of and n in present else None for n in names), None)
 

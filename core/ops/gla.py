@@ -3,7 +3,7 @@ r"""GLA: linear recurrence of a matrix state with one decay per channel.
     S_t = diag(exp g_t) S_{t-1} + k_t v_tᵀ          S ∈ R^{K×V}
     y_t = scale · S_tᵀ q_t
 
-or, where a bonus u is given, with a readout ahead of the update, in which the step's own pair counts by u:
+or, with a bonus u, reading the state before the update, and the step's own key and value with weight u:
 
     y_t = scale · (S_{t-1} + diag(u) k_t v_tᵀ)ᵀ q_t
 
@@ -53,22 +53,22 @@ def recurrent(
     reverse: bool,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition, step by step; plain autograd differentiates it to any order."""
+    """Run the definition step by step; autograd differentiates it to any order."""
     dtype = working_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     shape = (sequence_count(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
     initial = q.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    own = None if bonus is None else bonus.to(dtype)
+    u = None if bonus is None else bonus.to(dtype)
 
     def step(state: State, q_t: Tensor, k_t: Tensor, v_t: Tensor, a_t: Tensor) -> tuple[Tensor, State]:
         decay = a_t[..., None, :] if on_values else a_t[..., :, None]
         after = decay * state[0] + k_t[..., :, None] * v_t[..., None, :]
-        read = after if own is None else state[0] + (own * k_t)[..., :, None] * v_t[..., None, :]
+        read = after if u is None else state[0] + (u * k_t)[..., :, None] * v_t[..., None, :]
         return (q_t[..., None, :] @ read).squeeze(-2) * scale, (after,)
 
     inputs = (q.to(dtype), k.to(dtype), v.to(dtype), log_decay.to(dtype).exp())
-    y, (final,), (kept,) = run_steps(step, inputs, (initial,), inputs[2][:, :0], cu_seqlens, reverse, chunk_size)
-    return y.to(v.dtype), final, kept
+    y, (final,), (states,) = run_steps(step, inputs, (initial,), inputs[2][:, :0], cu_seqlens, reverse, chunk_size)
+    return y.to(v.dtype), final, states
 
 
 def _check(

@@ -7,8 +7,8 @@ Cell (x, y) has two edges coming in, l from (x-1, y) and u from (x, y-1), and tw
     y_{xy}   = scale · (M^l C^l + M^u C^u + D k vᵀ)ᵀ q
 
 A cell sees its own pair through the direct gate D only. The source S, transition T, mark M and direct gates depend on
-the input alone. A grid has four orientations, by the corner in which the walk starts; queries, keys, values and D are
-shared by them, the other gates are each one's own, and the outputs are summed.
+the input alone. A grid has four orientations, by the corner in which the walk starts. They share queries, keys, values
+and D; each has its own S, T and M; the outputs are summed.
 
 Between two cells there are binom(Δx + Δy, Δx) paths, so that states explode under gates that are each at most 1. Two
 rules keep them bounded (`mode`): propagation, where |T^{r·}| + |T^{d·}| ≤ 1 for each edge coming in, and diffusion,
@@ -54,7 +54,7 @@ def recurrent(
     scale: float | None,
     with_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition, cell by cell; plain autograd differentiates it to any order."""
+    """Run the definition cell by cell; autograd differentiates it to any order."""
     dtype = working_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     left_shape, up_shape = _state_shapes(q, v, orientations)
@@ -115,8 +115,8 @@ def _check(
         raise ValueError(f"q must have shape [B, X, Y, H, K] (got {list(q.shape)}); axes 1 and 2 are the grid's sides")
     check_shape("k", k, tuple(q.shape), "keys are shaped like queries, [B, X, Y, H, K]")
     if v.ndim != 5 or v.shape[:4] != q.shape[:4]:
-        wanted = f"[{', '.join(map(str, q.shape[:4]))}, V]"
-        raise ValueError(f"v must have shape {wanted}, with the batch, grid and heads of q (got {list(v.shape)})")
+        shape = f"[{', '.join(map(str, q.shape[:4]))}, V]"
+        raise ValueError(f"v must have shape {shape}, with the batch, grid and heads of q (got {list(v.shape)})")
     if not orientations or any(o not in range(ORIENTATIONS) for o in orientations):
         raise ValueError(f"orientations must be numbers from 0 to 3, at least one of them (got {list(orientations)})")
     cells, count = tuple(q.shape[:4]), len(orientations)
@@ -157,10 +157,10 @@ define(FAMILY)
 
 
 def bounded(transition: Tensor, mode: str) -> Tensor:
-    """The transitions `[…, 2, 2]` under the stability rule of a mode; in at least fp32 where the rule changes them.
+    """Apply the stability rule of a mode to transitions `[…, 2, 2]`; the result is at least fp32 where it changes them.
 
-    `"P"` divides what comes of an edge by |T^{r·}| + |T^{d·}| where that exceeds 1. `"D"` closes the turn from left to
-    down and clamps to [-1, 1]; to close the other turn, swap the sides of the grid. `"free"` changes nothing.
+    `"P"` divides both transitions from an edge by |T^{r·}| + |T^{d·}| where that exceeds 1. `"D"` closes the turn from
+    left to down and clamps to [-1, 1]; to close the other turn, swap the sides of the grid. `"free"` changes nothing.
 
     Raises:
         ValueError: if there is no such mode.

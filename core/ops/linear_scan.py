@@ -2,10 +2,10 @@ r"""Linear scan: a recurrence of single channels, real or complex.
 
     h_t = a_t ⊙ h_{t-1} + x_t,    y_t = h_t,    and h_t = x_t where a reset is set
 
-What LRU (arXiv 2303.06349), S5 (2208.04933), HGRN (2311.04823), RG-LRU (2402.19427), GateLoop (2311.01927), minGRU and
-minLSTM (2410.01201), QRNN (1611.01576) and SRU (1709.02755) have in common once their gates are computed. The factor is
-given itself and not as its logarithm, since it may be negative or complex. A reset is exact: what came before it, not
-even a NaN, is seen after it, and neither its gradient before it.
+LRU (arXiv 2303.06349), S5 (2208.04933), HGRN (2311.04823), RG-LRU (2402.19427), GateLoop (2311.01927), minGRU and
+minLSTM (2410.01201), QRNN (1611.01576) and SRU (1709.02755) are this recurrence once their gates are computed. The
+factor is not a logarithm, since it may be negative or complex. A reset is exact: nothing passes it, not even a NaN, and
+no gradient passes it backward.
 
 Source: Martin and Cundy, "Parallelizing Linear Recurrent Neural Nets Over Sequence Length" (arXiv 1709.04057), section
 2. Beyond the public kernels: gradients through the initial and the final state, packed sequences, reversal, resets.
@@ -34,7 +34,7 @@ def recurrent(
     reverse: bool,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition, step by step; plain autograd differentiates it to any order."""
+    """Run the definition step by step; autograd differentiates it to any order."""
     dtype = working_dtype(x.dtype)
     shape = (sequence_count(x, cu_seqlens), x.shape[2])
     initial = x.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
@@ -47,8 +47,8 @@ def recurrent(
         return h, (h,)
 
     inputs = (x.to(dtype), a.to(dtype).expand(x.shape), reset)
-    y, (final,), (kept,) = run_steps(step, inputs, (initial,), inputs[0][:, :0], cu_seqlens, reverse, chunk_size)
-    return y.to(x.dtype), final, kept
+    y, (final,), (states,) = run_steps(step, inputs, (initial,), inputs[0][:, :0], cu_seqlens, reverse, chunk_size)
+    return y.to(x.dtype), final, states
 
 
 def _check(
@@ -73,8 +73,8 @@ def _check(
     if x.ndim != 3:
         raise ValueError(f"x must have shape [B, T, D] (got {list(x.shape)}); time is axis 1 and channels are last")
     batch, length, width = x.shape
-    wanted = (width,) if a.ndim == 1 else (batch, length, width)
-    check_shape("a", a, wanted, "one factor per step and channel, [B, T, D], or per channel, [D]")
+    shape = (width,) if a.ndim == 1 else (batch, length, width)
+    check_shape("a", a, shape, "one factor per step and channel, [B, T, D], or per channel, [D]")
     if reset is not None and reset.dtype != torch.bool:
         raise ValueError(f"reset must be bool (got {reset.dtype}); pass reset.bool()")
     check_shape("reset", reset, (batch, length), "whether the state is dropped before a step, [B, T]")

@@ -1,4 +1,4 @@
-r"""Longhorn: a state per channel that each step moves towards recalling its input from the key.
+r"""Longhorn: a state per channel; each step moves it towards recalling the input from the key.
 
     β_t = sigmoid(dt_t + dt_bias),   ε_t = β_t / (1 + β_t |k_t|²)          per channel
     S_t = (1 - ε_t k_t²) ⊙ S_{t-1} + (ε_t x_t) k_tᵀ                         S ∈ R^{D×N}
@@ -47,7 +47,7 @@ def recurrent(
     reverse: bool,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition, step by step; plain autograd differentiates it to any order."""
+    """Run the definition step by step; autograd differentiates it to any order."""
     dtype = working_dtype(x.dtype)
     u, k, q = x.to(dtype), k.to(dtype), q.to(dtype)
     beta = torch.sigmoid(dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype))
@@ -60,12 +60,12 @@ def recurrent(
         after = decay * state[0] + (epsilon_t * u_t)[..., None] * k_t[:, None]
         return (after @ q_t[..., None]).squeeze(-1), (after,)
 
-    y, (final,), (kept,) = run_steps(
+    y, (final,), (states,) = run_steps(
         step, (u, epsilon, k, q), (initial,), u[:, :0], cu_seqlens, reverse, chunk_size
     )  # fmt: skip
     y = y if D is None else y + D.to(dtype) * u
     y = y if z is None else y * F.silu(z.to(dtype))
-    return y.to(x.dtype), final, kept
+    return y.to(x.dtype), final, states
 
 
 def _check(
@@ -149,9 +149,8 @@ def longhorn(
     Here `ε = β / (1 + β |k|²)` and `β = sigmoid(dt + dt_bias)`, per channel. Queries are not scaled.
 
     Args:
-        x: input, what is to be recalled from the key, `[B, T, D]`; packed sequences are `[1, ΣT, D]` with
-            `cu_seqlens`.
-        dt: how much it matters, before bias and sigmoid, `[B, T, D]`.
+        x: input, to be recalled from the key, `[B, T, D]`; packed sequences are `[1, ΣT, D]` with `cu_seqlens`.
+        dt: weight of the recall, before bias and sigmoid, `[B, T, D]`.
         k: keys, for all channels, `[B, T, N]`.
         q: queries, shaped like k.
         D: skip weight `[D]`.

@@ -1,8 +1,8 @@
 r"""Convolution with the response of a linear time-invariant system: LSSL, S4, S4D, DSS.
 
-    x'(t) = A x(t) + B u(t),   y(t) = C x(t) + D u(t)         of each channel, A = diag(Λ) - Σ_r P_r P_r^*
+    x'(t) = A x(t) + B u(t),   y(t) = C x(t) + D u(t)         for each channel, A = diag(Λ) - Σ_r P_r P_r^*
 
-discretised with a step Δ of each channel, by zero-order hold (of a diagonal A) or the trapezoidal ("bilinear") rule:
+discretised with a step Δ for each channel, by zero-order hold (if A is diagonal) or the trapezoidal ("bilinear") rule:
 
     zoh        Ā = exp(ΔA),                        B̄ = A^{-1} (Ā - 1) B
     bilinear   Ā = (1 - Δ/2 A)^{-1} (1 + Δ/2 A),   B̄ = (1 - Δ/2 A)^{-1} Δ B
@@ -10,9 +10,9 @@ discretised with a step Δ of each channel, by zero-order hold (of a diagonal A)
     x_t = Ā x_{t-1} + B̄ u_t,   y_t = C x_t + D u_t
 
 The N numbers of a state come in conjugate pairs, of which one is kept: `C x = 2 Re(Σ_m C_m x_m)` over M = N/2, and
-likewise in P^* x. C is that of the recurrence itself and not, as in the authors' code, its product with 1 - Ā^L, so
-that any length and any Δ can be asked of the same parameters. A low rank with a minus sign keeps A Hurwitz wherever Λ
-is: A + A^* = 2 Re Λ - 2 P P^*.
+likewise in P^* x. C is that of the recurrence itself. In the authors' code it is the product with 1 - Ā^L; here the
+same parameters serve any length and any Δ. A low rank with a minus sign keeps A Hurwitz wherever Λ is:
+A + A^* = 2 Re Λ - 2 P P^*.
 
 Source: Gu, Goel and Ré, "Efficiently Modeling Long Sequences with Structured State Spaces" (arXiv 2111.00396), sections
 2 and 3 and appendix C; Goel et al. (2202.09729), section 4.2 for the sign of P; Gu et al. (2206.11893), section 3, for
@@ -53,7 +53,7 @@ def recurrent(
     discretization: str,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The definition, step by step; plain autograd differentiates it to any order."""
+    """Run the definition step by step; autograd differentiates it to any order."""
     dtype = working_dtype(u.dtype)
     # The step in double precision: a slow mode's factor is so near 1 that fp32 would lose most of what it decays by.
     system = discretize(dt.double(), A.double(), B.double(), None if P is None else P.double(), discretization)
@@ -93,13 +93,13 @@ def _check(
     discretization: str,
     reverse: bool,
 ) -> None:
-    given = {"u": u, "dt": dt, "A": A, "B": B, "C": C, "P": P, "D": D, "initial_state": initial_state}
+    tensors = {"u": u, "dt": dt, "A": A, "B": B, "C": C, "P": P, "D": D, "initial_state": initial_state}
     for name in ("A", "B", "C", "P", "initial_state"):
-        t = given[name]
+        t = tensors[name]
         if t is not None and t.is_complex():
             raise ValueError(f"{name} must be pairs of real numbers (got {t.dtype}); pass torch.view_as_real({name})")
-    check_floating(**given)
-    check_device(**given)
+    check_floating(**tensors)
+    check_device(**tensors)
     if u.ndim != 3:
         raise ValueError(f"u must have shape [B, T, D] (got {list(u.shape)}); time is axis 1 and channels are last")
     batch, length, width = u.shape
@@ -108,14 +108,14 @@ def _check(
         raise ValueError(f"A must have shape [D, M, 2] or [M, 2] (got {list(A.shape)}): one of each conjugate pair")
     modes = A.shape[-2]
     for name, t in (("A", A), ("B", B), ("C", C)):
-        wanted = (modes, 2) if t.ndim == 2 else (width, modes, 2)
-        check_shape(name, t, wanted, "[D, M, 2], or [M, 2] where all channels have the same")
+        shape = (modes, 2) if t.ndim == 2 else (width, modes, 2)
+        check_shape(name, t, shape, "[D, M, 2], or [M, 2] where all channels have the same")
     check_choice("discretization", discretization, DISCRETIZATIONS)
     if P is not None:
         if P.ndim not in (3, 4) or P.shape[0] < 1:
             raise ValueError(f"P must have shape [R, D, M, 2] or [R, M, 2] with R ≥ 1 (got {list(P.shape)})")
-        own = (modes, 2) if P.ndim == 3 else (width, modes, 2)
-        check_shape("P", P, (P.shape[0], *own), "[R, D, M, 2], or [R, M, 2] where all channels have the same")
+        shape = (modes, 2) if P.ndim == 3 else (width, modes, 2)
+        check_shape("P", P, (P.shape[0], *shape), "[R, D, M, 2], or [R, M, 2] where all channels have the same")
         if discretization != "bilinear":
             raise ValueError("zero-order hold is for a diagonal A; with P pass discretization='bilinear'")
     check_shape("D", D, (width,), "one skip weight per channel")
@@ -168,12 +168,12 @@ def lti_conv(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Convolution with the response of a linear system: `y_t = Σ_j C Ā^j B̄ u_{t-j} + D u_t`.
 
-    Complex numbers are pairs, `torch.view_as_real(z)`; M = N/2 of the N numbers of a state are given, the others are
+    Complex numbers are pairs, `torch.view_as_real(z)`; M = N/2 of the N numbers of a state are stored; the others are
     their conjugates. A, B, C and P may leave out the axis of channels where all have the same.
 
     Args:
         u: input `[B, T, D]`; packed sequences are `[1, ΣT, D]` with `cu_seqlens`.
-        dt: steps Δ > 0, `[D]`; a signal sampled at half the rate wants 2Δ.
+        dt: steps Δ > 0, `[D]`; a signal sampled at half the rate needs 2Δ.
         A: the diagonal Λ, `[D, M, 2]` or `[M, 2]`, with real parts below 0 if the system is to be stable.
         B: input, shaped likewise.
         C: readout, shaped likewise.

@@ -10,13 +10,12 @@ An exponential gate overflows, so the state keeps e^{-m_t} C_t and e^{-m_t} n_t 
     y_t = scale · C_tᵀ q_t / (max(|scale · n_tᵀ q_t|, e^{-m_t}) + ε)
 
 in terms of what is kept. m_0 takes part in the maximum, so that every form has the same m and, through ε, the same y.
-With a sigmoid gate nothing overflows: m takes no part and is handed through.
+With a sigmoid gate nothing overflows: m plays no part and is returned as it came.
 
 **Gradients.** But for ε, y does not depend on m: it scales numerator and denominator alike. m is therefore a constant
 inside a sequence, which leaves out a term of relative size ε / (denominator + ε). At the two ends of a sequence, where
-C, n and m are tensors of their own, the gradient is that of the values: it includes what m does to the C and n that
-are given and returned, so that a state may be used for anything, and a sequence cut in two has the gradients of the
-whole.
+C, n and m are inputs and outputs, the gradient is that of their values: it includes the effect of m on C and n. So a
+loss may use a state in any way, and a sequence cut in two has the gradients of the whole.
 
 Sources: Beck et al., "xLSTM" (arXiv 2405.04517), section 2.3 and appendix A; Beck et al., "Tiled Flash Linear
 Attention" (arXiv 2503.14376), where the sigmoid input gate is section 4. Beyond the reference kernels
@@ -74,11 +73,11 @@ def recurrent(
     reverse: bool,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, ...]:
-    """The definition, step by step, with m held constant as described above; autograd differentiates it."""
+    """Run the definition step by step, with m held constant as described above; autograd differentiates it."""
     dtype, stabilised = working_dtype(q.dtype), input_activation == "exp"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    given = zip((initial_C, initial_n, initial_m), _zeros(q, v, cu_seqlens), strict=True)
-    C, n, m = (zero if t is None else t.to(dtype) for t, zero in given)
+    starts = zip((initial_C, initial_n, initial_m), _zeros(q, v, cu_seqlens), strict=True)
+    C, n, m = (zero if t is None else t.to(dtype) for t, zero in starts)
     if stabilised:
         m = m.clamp_min(LOWEST)
         C, n = _as_if_scaled_by(m - m.detach(), C, n)
@@ -99,14 +98,14 @@ def recurrent(
         return y, (C, n, m)
 
     inputs = (q.to(dtype), k.to(dtype), v.to(dtype), gates, F.logsigmoid(forget_gate.to(dtype)))
-    y, (C, n, m), kept = run_steps(step, inputs, (C, n, m), inputs[2][:, :0], cu_seqlens, reverse, chunk_size)
+    y, (C, n, m), chunk_states = run_steps(step, inputs, (C, n, m), inputs[2][:, :0], cu_seqlens, reverse, chunk_size)
     if stabilised:
         C, n = _as_if_scaled_by(m.detach() - m, C, n)
-    return y.to(v.dtype), C, n, m, *kept
+    return y.to(v.dtype), C, n, m, *chunk_states
 
 
 def _as_if_scaled_by(log_factor: Tensor, C: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-    """C and n times exp of what is 0 and has a gradient."""
+    """Multiply C and n by exp(log_factor), which is 1 in value and has a gradient."""
     factor = log_factor.exp()
     return factor[..., None, None] * C, factor[..., None] * n
 
@@ -218,7 +217,7 @@ def mlstm(
         initial_state: C `[B, H, K, V]`, n `[B, H, K]` and m `[B, H]` before the first step (one row per sequence when
             packed); zeros if absent. C and n are in units of e^m.
         return_state: return `(y, (C, n, m))`, the state after the last step in fp32 (fp64 for fp64 input). With the
-            sigmoid m is the one that was given.
+            sigmoid m is the initial one.
         reverse: run from the last step to the first; the state is then the one after step 0.
         cu_seqlens: int32 or int64 `[sequences + 1]`, the boundaries of packed sequences, starting at 0, ending at ΣT.
         backend: `recurrent`, `torch` or `triton`; the fastest that can run if absent.

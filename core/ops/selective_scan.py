@@ -46,13 +46,15 @@ def recurrent(
     reverse: bool,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition, step by step; plain autograd differentiates it to any order."""
+    """Run the definition step by step; autograd differentiates it to any order."""
     length, width = u.shape[1:]
     if reverse:
         u, dt, B, C, z = flip_time(u), flip_time(dt), flip_time(B), flip_time(C), flip_time(z)
         initial_state, bounds = flip_sequences(initial_state, cu_seqlens), mirror(cu_seqlens, length)
-        y, final, kept = recurrent(u, dt, A, B, C, D, z, dt_bias, initial_state, bounds, dt_softplus, False, chunk_size)
-        return y.flip(1), flip_sequences(final, cu_seqlens), kept
+        y, final, chunk_states = recurrent(
+            u, dt, A, B, C, D, z, dt_bias, initial_state, bounds, dt_softplus, False, chunk_size
+        )
+        return y.flip(1), flip_sequences(final, cu_seqlens), chunk_states
     dtype = working_dtype(u.dtype)
     A, x = A.to(dtype), u.to(dtype)
     B, C = expand_groups(B, width).to(dtype), expand_groups(C, width).to(dtype)
@@ -61,12 +63,12 @@ def recurrent(
     count = sequence_count(u, cu_seqlens)
     initial = x.new_zeros(count, width, A.shape[1]) if initial_state is None else initial_state.to(dtype)
     finals = {n: rows(initial, n, cu_seqlens) for n in range(1 if cu_seqlens is None else count)}
-    chunk_states, ys, h = [], [], initial
+    starts, ys, h = [], [], initial
     steps = zip(*(t.unbind(1) for t in (x, delta, B, C)), strict=True)
     for segment in segments(length, chunk_size, cu_seqlens):
         h = h if segment.first is None else rows(initial, segment.first, cu_seqlens)
         if segment.start % chunk_size == 0:
-            chunk_states.append(h)
+            starts.append(h)
         for _, (x_t, delta_t, B_t, C_t) in zip(range(segment.start, segment.stop), steps, strict=False):
             h = torch.exp(delta_t[..., None] * A) * h + (delta_t * x_t)[..., None] * B_t
             ys.append((h * C_t).sum(-1))
@@ -75,12 +77,12 @@ def recurrent(
     y = torch.stack(ys, 1) if ys else x * 0
     y = y if D is None else y + D.to(dtype) * x
     y = y if z is None else y * F.silu(z.to(dtype))
-    kept = torch.stack(chunk_states, 1) if chunk_states else initial.new_zeros(u.shape[0], 0, width, A.shape[1])
-    return y.to(u.dtype), torch.cat(list(finals.values())), kept.detach()
+    chunk_states = torch.stack(starts, 1) if starts else initial.new_zeros(u.shape[0], 0, width, A.shape[1])
+    return y.to(u.dtype), torch.cat(list(finals.values())), chunk_states.detach()
 
 
 def expand_groups(t: Tensor, width: int) -> Tensor:
-    """`[B,T,N]` or `[B,T,G,N]` to `[B,T,width,N]` without a copy of the time axis: channel d reads group d // (D/G)."""
+    """Expand `[B,T,N]` or `[B,T,G,N]` to `[B,T,width,N]`: channel d reads group d // (D/G)."""
     t = t if t.ndim == 4 else t[:, :, None]
     groups = t.shape[2]
     return t[:, :, :, None].expand(-1, -1, -1, width // groups, -1).flatten(2, 3)

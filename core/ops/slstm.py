@@ -1,5 +1,6 @@
-r"""sLSTM: memory cells whose output feeds the gates of the next step, with an exponential input gate; and the classic
-LSTM and GRU as cells of the same family.
+r"""sLSTM: memory cells with an exponential input gate, whose output feeds the gates of the next step.
+
+The classic LSTM and GRU are cells of the same family.
 
 Every cell takes four pre-activations per unit, with recurrent weights that are dense within a head:
 
@@ -17,13 +18,14 @@ rule holds per unit, as in the CUDA kernel of the reference; its torch code look
 row that has begun changes the others. A unit that is still fresh after a step (an input gate of -inf) has y = 0.
 
 `lstm`: c_t = σ(p_f) c_{t-1} + σ(p_i) tanh(p_z), y_t = σ(p_o) tanh(c_t).
-`gru`: u = σ(p_f), y_t = u y_{t-1} + (1 - u) tanh(p_z + σ(p_i) p_o): i is the reset gate and f the update gate, z and o
-are what the candidate reads directly and through the reset gate. With R_z = 0 and x_o = 0 this is `torch.nn.GRU`.
+`gru`: u = σ(p_f), y_t = u y_{t-1} + (1 - u) tanh(p_z + σ(p_i) p_o). f is the update gate and i the reset gate; the
+candidate reads z directly and o through the reset gate. With R_z = 0 and x_o = 0 this is `torch.nn.GRU`.
 
-**Gradients.** y does not depend on m, but the c, n and m that are given and returned do depend on one another. Nothing
-is held constant: every form has the gradient of the equations above, ties of the maximum going to the input gate.
+**Gradients.** y does not depend on m, but c, n and m, as inputs and outputs, depend on one another. Nothing is held
+constant: every form has the gradient of the equations above; where the maximum ties, it goes to the input gate.
 
-There is no form that is parallel in time, since y_{t-1} stands inside the gates. Chunks only bound what is kept.
+There is no form that is parallel in time, since y_{t-1} stands inside the gates. Chunks only bound the memory of the
+backward pass.
 
 Sources: Beck et al., "xLSTM" (arXiv 2405.04517), section 2.2 and appendix A; Pöppel et al., "FlashRNN" (arXiv
 2412.07752), for the family of cells with block-diagonal R; github.com/NX-AI/xlstm.
@@ -78,8 +80,8 @@ def _lstm(p: tuple[Tensor, ...], state: State) -> State:
 def _gru(p: tuple[Tensor, ...], state: State) -> State:
     p_i, p_f, p_z, p_o = p
     y, c, n, m = state
-    kept = p_f.sigmoid()
-    return kept * y + (1 - kept) * (p_z + p_i.sigmoid() * p_o).tanh(), c, n, m
+    update = p_f.sigmoid()
+    return update * y + (1 - update) * (p_z + p_i.sigmoid() * p_o).tanh(), c, n, m
 
 
 _STEPS = {"slstm": _slstm, "lstm": _lstm, "gru": _gru}
@@ -102,10 +104,10 @@ def recurrent(
     reverse: bool,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, ...]:
-    """The definition, step by step; autograd differentiates it."""
+    """Run the definition step by step; autograd differentiates it."""
     dtype, shape = working_dtype(gates.dtype), _state_shape(gates, cu_seqlens)
-    given = (initial_y, initial_c, initial_n, initial_m)
-    initial = tuple(gates.new_zeros(shape, dtype=dtype) if t is None else t.to(dtype) for t in given)
+    states = (initial_y, initial_c, initial_n, initial_m)
+    initial = tuple(gates.new_zeros(shape, dtype=dtype) if t is None else t.to(dtype) for t in states)
     R, bias = R.to(dtype), bias.to(dtype)
 
     def step(state: State, x_t: Tensor) -> tuple[Tensor, State]:
@@ -114,8 +116,8 @@ def recurrent(
         return state[0], state
 
     inputs = (gates.to(dtype),)
-    y, final, kept = run_steps(step, inputs, initial, inputs[0][:, :0, 0], cu_seqlens, reverse, chunk_size)
-    return y.to(gates.dtype), *final, y.detach().clone(), *kept
+    y, final, chunk_states = run_steps(step, inputs, initial, inputs[0][:, :0, 0], cu_seqlens, reverse, chunk_size)
+    return y.to(gates.dtype), *final, y.detach().clone(), *chunk_states
 
 
 def _check(

@@ -43,7 +43,7 @@ def recurrent(
     reverse: bool,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition, step by step; plain autograd differentiates it to any order."""
+    """Run the definition step by step; autograd differentiates it to any order."""
     dtype, heads = working_dtype(q.dtype), v.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     queries, keys = (t.to(dtype).repeat_interleave(heads // max(q.shape[2], 1), 2) for t in (q, k))
@@ -57,8 +57,8 @@ def recurrent(
         return (q_t[..., None, :] @ S).squeeze(-2) * scale, (S,)
 
     inputs = (queries, keys, v.to(dtype), decay)
-    y, (final,), (kept,) = run_steps(step, inputs, (initial,), inputs[2][:, :0], cu_seqlens, reverse, chunk_size)
-    return y.to(v.dtype), final, kept
+    y, (final,), (states,) = run_steps(step, inputs, (initial,), inputs[2][:, :0], cu_seqlens, reverse, chunk_size)
+    return y.to(v.dtype), final, states
 
 
 def _check(
@@ -76,8 +76,8 @@ def _check(
     check_attention(q, k, v, grouped=True)
     batch, length, heads, values = v.shape
     if log_decay is not None:
-        wanted = (heads,) if log_decay.ndim == 1 else (batch, length, heads)
-        check_shape("log_decay", log_decay, wanted, "one per step and head, [B, T, H], or one per head, [H]")
+        shape = (heads,) if log_decay.ndim == 1 else (batch, length, heads)
+        check_shape("log_decay", log_decay, shape, "one per step and head, [B, T, H], or one per head, [H]")
         check_log_decay(log_decay)
     check_packing(cu_seqlens, batch, length)
     state = (sequence_count(q, cu_seqlens), heads, q.shape[3], values)

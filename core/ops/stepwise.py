@@ -1,5 +1,4 @@
-"""The definition of a recurrence as a loop over time, written once for the families: plain torch that autograd
-differentiates to any order."""
+"""Loop over time that runs the definition of a recurrence: plain torch, which autograd differentiates to any order."""
 
 from __future__ import annotations
 
@@ -22,20 +21,26 @@ def run_steps(
     reverse: bool,
     chunk_size: int,
 ) -> tuple[Tensor, State, State]:
-    """`y [B, T, …]`, the final states, and the states at multiples of `chunk_size`, detached, `[B, chunks, …]`.
+    """Run `step` over time, packed sequences and reversal included.
 
     Args:
         step: `(state, *inputs_t) -> (y_t, state)`; states have one row per sequence of the batch.
         inputs: time on axis 1, `[B, T, …]`; None is handed on as None.
         initial: states before the first step, `[sequences, …]`.
         nothing: the output for no steps at all, `[B, 0, …]`.
+        cu_seqlens: boundaries of packed sequences.
+        reverse: run from the last step to the first.
+        chunk_size: steps between two states that are returned.
+
+    Returns:
+        `y [B, T, …]`; the final states; and the states at multiples of `chunk_size`, detached, `[B, chunks, …]`.
     """
     length = next(t.shape[1] for t in inputs if t is not None)
     if reverse:
         flipped = tuple(flip_sequences(t, cu_seqlens) for t in initial)
         bounds = mirror(cu_seqlens, length)
-        y, final, kept = run_steps(step, [flip_time(t) for t in inputs], flipped, nothing, bounds, False, chunk_size)
-        return y.flip(1), tuple(flip_sequences(t, cu_seqlens) for t in final), kept
+        y, final, states = run_steps(step, [flip_time(t) for t in inputs], flipped, nothing, bounds, False, chunk_size)
+        return y.flip(1), tuple(flip_sequences(t, cu_seqlens) for t in final), states
     count = 1 if cu_seqlens is None else initial[0].shape[0]
     finals = {n: tuple(rows(t, n, cu_seqlens) for t in initial) for n in range(count)}
     chunk_states = [tuple(t.new_empty(nothing.shape[0], 0, *t.shape[1:]) for t in initial)]

@@ -320,6 +320,7 @@ class _Module(torch.nn.Module):
 def test_compile_fullgraph_follows_the_chosen_backend(name: str) -> None:
     laws = law(name, "torch")
     arguments = draw(laws, "full", 2, 9)
+    torch.compiler.reset()  # the families share one module's code, which is compiled a few times only
     compiled = torch.compile(_Module(laws.call), fullgraph=True, backend="aot_eager")
     for form in ("recurrent", "torch"):
         with dispatch.backend(form):

@@ -1,4 +1,4 @@
-"""Every op's declaration by name: `LAWS`."""
+"""Declarations of all ops by name: `LAWS`."""
 
 from __future__ import annotations
 

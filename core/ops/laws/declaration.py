@@ -1,4 +1,4 @@
-"""What each op declares of itself: sample inputs, the laws that hold, and the inputs it refuses.
+"""Declaration of an op: sample inputs, the laws that hold, and the inputs it refuses.
 
 The shared test runs every law on every form; a family without a declaration fails it. `sinuous info kernels` and the
 documentation read the same table.
@@ -32,7 +32,7 @@ Sample = Callable[[Callable[..., Tensor], int, int, int], Arguments]
 
 @dataclass(frozen=True)
 class Laws:
-    """The declaration of one op.
+    """Declaration of one op.
 
     Attributes:
         family: the registered family.
@@ -41,9 +41,9 @@ class Laws:
         wide: sample inputs that fill several blocks of a GPU kernel, the last one partly.
         time: arguments whose axis 1 is time.
         holds: names of the laws that hold.
-        fails: variant -> those among them that it does not keep.
-        state: what is carried, in symbols, for one sequence and, where there are heads, for one head.
-        parallel_cost: multiplications per time step of the same in the parallel form, with chunks of C steps.
+        fails: variant -> names of the laws among them that it breaks.
+        state: size of the state, in symbols, for one sequence and, where there are heads, for one head.
+        parallel_cost: multiplications per time step of the same, in the parallel form with chunks of C steps.
         step_cost: multiplications of a single step.
         refusals: a piece of the error message -> a change to valid arguments that must raise it as a ValueError.
         bf16: relative RMS bound on outputs and on gradients for bf16 inputs, as measured.

@@ -13,8 +13,7 @@ from sinuous.core.ops.laws.declaration import ALL, Arguments, Laws, Sample
 
 
 def _sample(heads: int, keys: int, values: int, *, state: bool, opposite: bool = True) -> Sample:
-    """With b against a, as in the delta rules, or with both in directions of their own, short enough for a state that
-    does not grow."""
+    """Make a and b opposite, as in the delta rules, or independent; both short, so that the state does not grow."""
 
     def sample(random: Callable[..., Tensor], batch: int, length: int, sequences: int) -> Arguments:
         shape = (batch, length, heads, keys)

@@ -14,17 +14,17 @@ from sinuous.core.ops.lti_conv import FAMILY, lti_conv
 
 def _sample(width: int, modes: int, rank: int, discretization: str, *, full: bool, shared: bool = False) -> Sample:
     def sample(random: Callable[..., Tensor], batch: int, length: int, sequences: int) -> Arguments:
-        own = (modes, 2) if shared else (width, modes, 2)
-        decay, frequency = random(*own).unbind(-1)
+        shape = (modes, 2) if shared else (width, modes, 2)
+        decay, frequency = random(*shape).unbind(-1)
         arguments = {
             "u": random(batch, length, width),
             "dt": 0.1 * F.softplus(random(width)),
             "A": torch.stack([-F.softplus(decay), 5 * frequency], -1),
-            "B": random(*own),
+            "B": random(*shape),
             "C": random(width, modes, 2),
             "discretization": discretization,
         }
-        low_rank = {"P": random(rank, *own)} if rank else {}
+        low_rank = {"P": random(rank, *shape)} if rank else {}
         extras = {"D": random(width), "initial_state": random(sequences, width, modes, 2)}
         return {**arguments, **low_rank, **(extras if full else {})}
 

@@ -21,8 +21,8 @@ def _sample(heads: int, width: int, *, state: bool = True, **options: object) ->
         }
         if state:
             y, c, n, m = (random(sequences, heads, width) for _ in range(4))
-            # n is a sum of what is positive. Units that nothing has been written to are in the own tests: from there
-            # y has a jump, at which a gradient cannot be measured.
+            # n is a sum of positive numbers. Units that were never written to have tests of their own: at them y jumps
+            # and has no gradient to measure.
             arguments["initial_state"] = (y, c, n.abs() + 0.5, m)
         return {**arguments, **options}
 
