@@ -1,4 +1,4 @@
-"""Reading the checkpoints of others without running anything in them, and writing safetensors.
+"""Checkpoints: reading those of others without running anything in them, and writing safetensors.
 
 A torch checkpoint is a pickle, and a pickle is a program. Files are therefore read with torch's weights-only
 unpickler, which knows tensors and plain containers. One class more is let in: `argparse.Namespace`, a bag of values
@@ -27,7 +27,7 @@ _WRAPPING_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and
 
 
 def load_state_dict(path: str | os.PathLike[str], prefer: str = "model") -> dict[str, Tensor]:
-    """The weights in a safetensors or torch file, on the CPU, without the wrapping that the training script added.
+    """Read the weights of a safetensors or torch file, without the wrapping that the training script added.
 
     Args:
         path: a `.safetensors` file, or a file of `torch.save` (zip or the older stream format).
@@ -36,7 +36,7 @@ def load_state_dict(path: str | os.PathLike[str], prefer: str = "model") -> dict
             `sinuous train` the averaged weights come first, as that run was evaluated with them.
 
     Returns:
-        Parameter names to tensors. Entries that are no tensors are left out.
+        Parameter names to tensors, on the CPU. Entries that are no tensors are left out.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -97,10 +97,10 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 
 def _unwrap(content: Mapping[str, Any], prefer: str, path: Path) -> dict[str, Tensor]:
     keys = WRAPPERS if prefer == "model" else (prefer,)
-    inner, found = content, False
+    inner, unwrapped = content, False
     while key := next((k for k in keys if isinstance(inner.get(k), Mapping)), None):
-        inner, found, keys = inner[key], True, WRAPPERS
-    if prefer != "model" and not found and any(isinstance(value, Mapping) for value in content.values()):
+        inner, unwrapped, keys = inner[key], True, WRAPPERS
+    if prefer != "model" and not unwrapped and any(isinstance(value, Mapping) for value in content.values()):
         raise ValueError(f"{path} has no {prefer!r}; it has {', '.join(map(repr, content))}")
     state = {name: value for name, value in inner.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not state:

@@ -1,6 +1,6 @@
-"""Checks of what callers give by number or by name; `sinuous.core.ops.checks` looks at tensors.
+"""Checks of options that are numbers or names; those of tensors are in `sinuous.core.ops.checks`.
 
-Each error names the option, the value and the remedy.
+Each error names the option, what it must be, and what it is.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
         print(chr(token.id), end="", flush=True)
 
 Rows of a batch do not meet: prompts of different lengths are read without padding (`core/ragged.py`), and each row
-draws from a generator of its own. What a row gives is what it gives alone, up to the rounding of batched products.
+draws from a generator of its own. A row gives the same tokens as alone, up to the rounding of batched products.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Prompt = Sequence[int] | Tensor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen and when a row ends.
+    """Rules by which tokens are chosen and rows end.
 
-    Choices are made in this order: repetition penalty, temperature, top-k, top-p, min-p, and what is left is drawn
-    from in proportion to its probability.
+    They act in this order: repetition penalty, temperature, top-k, top-p, min-p. A token is drawn from those that are
+    left, in proportion to their probabilities.
 
     Attributes:
         temperature: logits are divided by it; 0 takes the most probable token.
@@ -75,18 +75,20 @@ class Sampling:
         _check(
             all(len(s) for s in self.stop_sequences), "stop_sequences", self.stop_sequences, "have no empty sequence"
         )
-        given = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
-        if self.temperature == 0 and given:
+        filters = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
+        if self.temperature == 0 and filters:
             raise ValueError(
-                f"{given[0]} has no effect at temperature 0, which takes the most probable token; "
+                f"{filters[0]} has no effect at temperature 0, which takes the most probable token; "
                 "give a temperature above 0, or leave it out"
             )
 
     def choose(self, logits: Tensor, uniform: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Tokens `[n]` for logits `[n, V]`, by inverting the cumulated probabilities at `uniform`, `[n]` in [0, 1).
+        """Choose tokens `[n]` by inverting the cumulated probabilities.
 
         Args:
-            seen: tokens under the repetition penalty, bool `[n, V]`.
+            logits: `[n, V]`.
+            uniform: random numbers in [0, 1), `[n]`.
+            seen: tokens under the repetition penalty, bool `[n, V]`; none if absent.
         """
         logits = norms.at_least_fp32(logits)
         if seen is not None:
@@ -109,8 +111,8 @@ class Sampling:
         cumulated = logits.double().softmax(-1).cumsum(-1)
         total = cumulated[:, -1:]
         # Below the total, so that the first place above it has a probability that is not zero.
-        wanted = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-        return torch.searchsorted(cumulated, wanted, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+        quantile = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+        return torch.searchsorted(cumulated, quantile, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
 class Token(NamedTuple):
@@ -122,15 +124,15 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True)
 class Generation:
-    """New tokens, and what they cost.
+    """New tokens of all rows, and the time that they took.
 
     Attributes:
-        tokens: of each row, without the prompt and without what stopped it; int64, on the CPU.
-        stop_reasons: of each row: `"length"`, `"stop_token"` or `"stop_sequence"`.
-        prompt_tokens: read, in all rows.
-        new_tokens: chosen, in all rows, those that stopped a row counted.
-        prefill_seconds: spent on the prompts.
-        decode_seconds: spent on new tokens.
+        tokens: new tokens of each row, without the prompt and the stop token or sequence; int64, on the CPU.
+        stop_reasons: `"length"`, `"stop_token"` or `"stop_sequence"` for each row.
+        prompt_tokens: number of tokens read, in all rows.
+        new_tokens: number of tokens chosen, in all rows, those included that stopped a row.
+        prefill_seconds: time spent on the prompts.
+        decode_seconds: time spent on new tokens.
     """
 
     tokens: list[Tensor]
@@ -151,7 +153,7 @@ class Generation:
         return self.prompt_tokens / max(self.prefill_seconds, 1e-9)
 
     def padded(self, pad_id: int) -> Tensor:
-        """`[B, longest]`, with `pad_id` after the shorter rows."""
+        """Stack the rows, `[B, longest]`, with `pad_id` after the shorter ones."""
         return nn.utils.rnn.pad_sequence(self.tokens, batch_first=True, padding_value=pad_id)
 
 
@@ -165,7 +167,7 @@ def generate(
 ) -> Generation:
     """Go on from prompts until each row ends.
 
-    The model is put into evaluation mode for the time, and no gradients are kept.
+    The model is put into evaluation mode for the time, and no gradients are recorded.
 
     Args:
         model: a causal one.
@@ -173,7 +175,7 @@ def generate(
             Several may have different lengths.
         sampling: how tokens are chosen and when rows end; greedy, 128 tokens, if absent.
         pad_id: where prompts are a padded tensor `[B, T]`: the token in front of shorter rows, which is not read.
-        prefill_chunk: steps of a prompt that are read at a time: bounds the memory that long prompts take.
+        prefill_chunk: steps of a prompt that are read at a time, which bounds the memory of long prompts.
 
     Raises:
         ValueError: if a prompt is empty, too long, or has ids that the model lacks.
@@ -201,8 +203,11 @@ def stream(
     pad_id: int | None = None,
     prefill_chunk: int = 2048,
 ) -> Iterator[Token]:
-    """The tokens of `generate`, each as soon as it is certain: what may be the beginning of a stop sequence is held
-    back until it is not one. The model is in evaluation mode until the iterator ends or is closed."""
+    """Yield the tokens of `generate`, each as soon as it is certain.
+
+    Tokens that may begin a stop sequence are held back until they do not. The model is in evaluation mode until the
+    iterator ends or is closed. Arguments and errors are those of `generate`.
+    """
     return _Run(model, prompts, sampling or Sampling(), pad_id, prefill_chunk).decode()
 
 
@@ -218,7 +223,7 @@ class _Row:
     reason: str = ""
 
     def take(self, token: int) -> list[Token]:
-        """Count a chosen token in; returns those that are now certain."""
+        """Take a chosen token in and return the tokens that are now certain."""
         self.chosen += 1
         if token in self.sampling.stop_tokens:
             self.reason = "stop_token"
@@ -235,7 +240,7 @@ class _Row:
         return self._release(max(map(self._begun, self.sampling.stop_sequences), default=0))
 
     def _begun(self, stop: Sequence[int]) -> int:
-        """The length of the longest beginning of `stop` that the held tokens end with."""
+        """Length of the longest beginning of `stop` with which the held tokens end."""
         return next(n for n in range(len(stop) - 1, -1, -1) if self.held[len(self.held) - n :] == list(stop[:n]))
 
     def _release(self, keep: int) -> list[Token]:
@@ -245,7 +250,7 @@ class _Row:
 
 
 class _Run:
-    """The state of one call of `generate` or `stream`."""
+    """One call of `generate` or `stream`: its rows, its random numbers and its clock."""
 
     def __init__(
         self,
@@ -311,8 +316,8 @@ class _Run:
         return batches
 
     def _read(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
-        for piece in ids.split(self.prefill_chunk, 1):
-            logits, state = self.model.prefill(piece, state, last_only=True)
+        for chunk in ids.split(self.prefill_chunk, 1):
+            logits, state = self.model.prefill(chunk, state, last_only=True)
         return logits.squeeze(1), state
 
 
@@ -354,7 +359,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _rows(prompts: Prompt | Sequence[Prompt], pad_id: int | None) -> list[Tensor]:
-    """One tensor of ids for each row, on the CPU, without padding."""
+    """Split prompts into one tensor of ids for each row, on the CPU, without padding."""
     if isinstance(prompts, Tensor):
         rows = list(prompts) if prompts.ndim == 2 else [prompts]
     else:

@@ -11,11 +11,14 @@ there is one such class for every causal mixer that is registered (`dir(sinuous.
     y = mixer(W x + b)                          W is left out where the sizes agree already
     y = W x + b + mixer(norm(W x + b))          with residual=True, norm="rms"
 
-What differs from `nn.LSTM`: the state is not (h, c) but a tuple with the state of each mixer, a NamedTuple of tensors,
-batch first whatever `batch_first` says; a mixer has its own output projection, so that an output is no part of the
-state; `proj_size` projects the output only; and deep stacks want `residual=True, norm="rms"`, which are off, as
-`nn.LSTM` has neither. Every layer is built as the first of its kind: what mixers of a `SequenceModel` hand from block
-to block (RWKV-7's first values) is of inputs of one width, and layers here may differ.
+Differences from `nn.LSTM`:
+
+- The state is not (h, c) but a tuple with the state of each mixer, a NamedTuple of tensors, batch first whatever
+  `batch_first` says.
+- A mixer projects its output itself, so that the output is no part of the state; `proj_size` projects the output only.
+- Deep stacks need `residual=True, norm="rms"`. They are off by default, as `nn.LSTM` has neither.
+- Every layer is built as the first of its kind. Mixers of a `SequenceModel` may hand tensors from block to block
+  (RWKV-7 its first values), which needs inputs of one width; the widths of layers may differ.
 """
 
 from __future__ import annotations
@@ -35,11 +38,11 @@ from sinuous.core.ragged import run_ragged
 from sinuous.core.stack import NORMS
 
 State = tuple[Any, ...]
-"""For each layer the state of its mixer, or of its two mixers, that which runs from the beginning first."""
+"""For each layer the state of its mixer, or of its two mixers, the one that runs from the beginning first."""
 
 
 class _Direction(nn.Module):
-    """One mixer of one layer, with what leads to it and from it."""
+    """One mixer of one layer, with its projections and its norm."""
 
     def __init__(
         self,
@@ -54,8 +57,8 @@ class _Direction(nn.Module):
     ) -> None:
         super().__init__()
         self.residual = residual
-        wider = input_size != hidden_size
-        self.input_proj = nn.Linear(input_size, hidden_size, bias, **dd) if wider else nn.Identity()
+        differ = input_size != hidden_size
+        self.input_proj = nn.Linear(input_size, hidden_size, bias, **dd) if differ else nn.Identity()
         self.norm = nn.Identity() if norm is None else NORMS[norm](hidden_size, **dd)
         self.mixer = mixer
         self.output_proj = nn.Linear(hidden_size, proj_size, False, **dd) if proj_size else nn.Identity()
@@ -175,11 +178,11 @@ class Recurrent(nn.Module):
     reset_parameters = init_weights
 
     def flatten_parameters(self) -> None:
-        """Nothing to do: `nn.LSTM` packs its weights for cuDNN here, and code that calls it may go on doing so."""
+        """Do nothing: `nn.LSTM` packs its weights for cuDNN here, and code that calls it may go on doing so."""
 
     def no_weight_decay(self) -> set[str]:
-        found = enumerate(self._directions())
-        return {f"layers.{i}.mixer.{name}" for i, direction in found for name in direction.mixer.no_weight_decay()}
+        numbered = enumerate(self._directions())
+        return {f"layers.{i}.mixer.{name}" for i, direction in numbered for name in direction.mixer.no_weight_decay()}
 
     def _directions(self) -> list[_Direction]:
         return [cast("_Direction", direction) for direction in self.layers]
@@ -187,20 +190,20 @@ class Recurrent(nn.Module):
     def initial_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> State:
-        """The state before the first step, as a call without a state starts from."""
+        """State before the first step, from which a call without a state starts."""
         return tuple(d.mixer.initial_state(batch_size, device, dtype) for d in self._directions())
 
     def forward(self, x: Tensor | PackedSequence, state: State | None = None) -> tuple[Any, State]:
-        """Output and state after the last step.
+        """Run all layers over a batch of sequences.
 
         Args:
             x: `[T, B, input_size]`, `[B, T, input_size]` where `batch_first`, `[T, input_size]` for one sequence, or
                 a `PackedSequence`.
-            state: what an earlier call returned; `None` for the start. For the mixers that run from the end, what is
-                before their first step, which is the last of the sequence.
+            state: state that an earlier call returned; `None` for the start. For mixers that run from the end it is the
+                state before their first step, which is the last of the sequence.
 
         Returns:
-            The output, in the form of `x`; and the state, without batch axes where `x` has none.
+            The output, in the form of `x`; and the state after the last step, without batch axes if `x` has none.
 
         Raises:
             ValueError: if the input has another shape, or states of sequences of different lengths, which grow with
@@ -209,9 +212,9 @@ class Recurrent(nn.Module):
         if isinstance(x, PackedSequence):
             return self._run_packed(x, state)
         if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
-            wanted = "[B, T, input_size]" if self.batch_first else "[T, B, input_size]"
+            layout = "[B, T, input_size]" if self.batch_first else "[T, B, input_size]"
             raise ValueError(
-                f"x must be {wanted} or [T, input_size] with input_size {self.input_size} (got {list(x.shape)})"
+                f"x must be {layout} or [T, input_size] with input_size {self.input_size} (got {list(x.shape)})"
             )
         if x.ndim == 2:
             state = pytree.tree_map(lambda t: t.unsqueeze(0), state) if state is not None else None
@@ -222,7 +225,7 @@ class Recurrent(nn.Module):
         return y if self.batch_first else y.transpose(0, 1), state
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """One step: `[B, input_size]` and a state to `[B, ·]` and the next state.
+        """Run one step: `[B, input_size]` and a state to `[B, ·]` and the next state.
 
         Raises:
             NotImplementedError: if the layer is bidirectional.
@@ -244,7 +247,7 @@ class Recurrent(nn.Module):
         return PackedSequence(y[rows, steps], x.batch_sizes, x.sorted_indices, x.unsorted_indices), state
 
     def _run(self, x: Tensor, lengths: list[int], state: State | None) -> tuple[Tensor, State]:
-        """Batch first; what lies beyond a row's length is neither read nor meant."""
+        """Run all layers, batch first; steps beyond a row's length are not read, and their outputs mean nothing."""
         before, after = self._parts(state), []
         per_layer = 2 if self.bidirectional else 1
         for layer in range(self.num_layers):
@@ -291,7 +294,7 @@ def _carry(direction: _Direction, x: Tensor, lengths: list[int], state: Any) -> 
 
 
 def _turn(x: Tensor, lengths: list[int]) -> Tensor:
-    """Each row back to front, within its length."""
+    """Turn each row back to front within its length."""
     if len(set(lengths)) < 2:
         return x.flip(1)
     steps = torch.arange(x.shape[1], device=x.device)
@@ -306,7 +309,7 @@ def causal() -> list[str]:
 
 
 def _layers() -> dict[str, str]:
-    """Names of the layer classes, those of the mixers', to the mixers' registered names."""
+    """Map the names of the layer classes, which are those of the mixers' classes, to the mixers' registered names."""
     return {mixer_class(name).__name__: name for name in reversed(causal())}
 
 
@@ -316,10 +319,10 @@ def _layer_class(name: str, mixer: str) -> type[Recurrent]:
 
     taken = inspect.signature(mixer_class(mixer)).parameters
     options = [p.replace(kind=p.KEYWORD_ONLY) for key, p in taken.items() if key in mixer_options(mixer)]
-    own = list(inspect.signature(Recurrent).parameters.values())[1:-1]
-    options = [p for p in options if p.name not in {q.name for q in own}]
+    shared = list(inspect.signature(Recurrent).parameters.values())[1:-1]
+    options = [p for p in options if p.name not in {q.name for q in shared}]
     __init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *own, *options]
+        [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY), *shared, *options]
     )
     summary = (inspect.getdoc(mixer_class(mixer)) or "").partition("\n")[0]
     doc = f"`Recurrent({mixer!r}, ...)`, called like `torch.nn.LSTM`: {summary}"

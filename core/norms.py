@@ -1,4 +1,4 @@
-"""Normalisation whose arithmetic does not lose precision in half-precision models."""
+"""Norms whose arithmetic keeps its precision in half-precision models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sinuous.kernels import precision
 # namespace, so callers write `norms.at_least_fp32(x)`.
 @torch.fx.wrap
 def at_least_fp32(x: Tensor) -> Tensor:
-    """`x` in fp32, or unchanged where it is fp64: `sinuous.kernels.precision.at_least_fp32` as one node of FX."""
+    """Convert `x` to fp32 unless it is fp64: `sinuous.kernels.precision.at_least_fp32` as one node of FX."""
     return precision.at_least_fp32(x)
 
 
@@ -28,10 +28,10 @@ def unit_length(x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """`y = x / sqrt(mean(x²) + eps) ⊙ weight` over the last axis.
+    """RMS norm, `y = x / sqrt(mean(x²) + eps) ⊙ weight`, over the last axis.
 
-    The arithmetic has the input's dtype, which in our backbones is the fp32 of the residual stream; the output has the
-    dtype of the weight, which is that of the layers that follow.
+    The arithmetic has the input's dtype, in our backbones the fp32 of the residual stream. The output has the dtype of
+    the weight, and so of the layers that follow.
 
     Source: Zhang and Sennrich (arXiv 1910.07467).
     """
@@ -55,7 +55,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` with the dtypes of `RMSNorm`: arithmetic in the input's, output in the weight's."""
+    """Layer norm with the dtypes of `RMSNorm`: arithmetic in the input's, output in the weight's."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -71,7 +71,7 @@ class GatedRMSNorm(nn.Module):
         dim: width of the last axis.
         eps: added to the mean square.
         group_size: width of the parts that are normed by themselves; the whole axis if absent.
-        norm_before_gate: the first of the two forms.
+        norm_before_gate: the first of the two forms; else the second.
         activation: `"silu"` or `"sigmoid"`.
 
     Raises:
@@ -125,7 +125,7 @@ class GatedRMSNorm(nn.Module):
 
 
 class HeadRMSNorm(RMSNorm):
-    """`RMSNorm` of each head by itself, with arithmetic in at least fp32 and the output in the dtype of x."""
+    """RMS norm of each head by itself, with arithmetic in at least fp32 and the output in the dtype of x."""
 
     def forward(self, x: Tensor) -> Tensor:
         wide = at_least_fp32(x)
@@ -142,7 +142,7 @@ class MultiHeadLayerNorm(nn.Module):
         head_dim: V.
         eps: added to the variance.
         bias: a bias for every channel.
-        weight_from_one: the weight is kept as its difference from one, so that weight decay pulls it there.
+        weight_from_one: the parameter is the weight less one, so that weight decay pulls the weight to one.
 
     Source: the group norm of RetNet (arXiv 2307.08621, section 2.3) and xLSTM (arXiv 2405.04517, figure 11).
     """

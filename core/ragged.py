@@ -1,4 +1,4 @@
-"""Sequences of different lengths through a call that carries a state, without a padded step.
+"""Runs of sequences of different lengths through a call that carries a state, without a padded step.
 
 Rows begin together and end apart. The steps between one row's end and the next are a stage; the rows that are not yet
 at their end run through it as one batch. So no padding touches a state, and rows of equal length cost one call.
@@ -18,7 +18,7 @@ Carry = Callable[[Tensor, Any], tuple[Tensor, Any]]
 
 
 class Stage(NamedTuple):
-    """What the call gave for steps `start:stop` of `rows`."""
+    """Output of the call for steps `start:stop` of `rows`."""
 
     rows: list[int]
     start: int
@@ -37,21 +37,22 @@ def run_ragged(call: Carry, x: Tensor, lengths: Sequence[int], state: Any = None
     """Run `call` over row r of `x`, `[B, T, ...]`, for its first `lengths[r]` steps.
 
     Args:
-        call: goes on from a state of the rows that it is given.
-        x: what lies beyond a row's length is not read.
-        lengths: at least 1 each.
+        call: runs some rows on from their state.
+        x: inputs; steps beyond a row's length are not read.
+        lengths: steps of each row, at least 1.
         state: before the first step, batch first; `None` for the start of all sequences.
 
     Returns:
-        The outputs of all stages, and each row's state after its last step: one group where states do not grow, and
-        else a group for each length.
+        The outputs of all stages, and each row's state after its last step: in one group if states do not grow, else
+        in a group for each length.
     """
     stages: list[Stage] = []
     ended: list[Group] = []
     rows, start = list(range(len(lengths))), 0
     for stop in sorted(set(lengths)):
-        piece = x[:, start:stop] if len(rows) == len(lengths) else x[torch.tensor(rows, device=x.device), start:stop]
-        output, state = call(piece, state)
+        whole = len(rows) == len(lengths)
+        steps = x[:, start:stop] if whole else x[torch.tensor(rows, device=x.device), start:stop]
+        output, state = call(steps, state)
         stages.append(Stage(rows, start, stop, output))
         ends = [i for i, row in enumerate(rows) if lengths[row] == stop]
         goes_on = [i for i, row in enumerate(rows) if lengths[row] > stop]
@@ -61,7 +62,7 @@ def run_ragged(call: Carry, x: Tensor, lengths: Sequence[int], state: Any = None
 
 
 def select_rows(state: Any, rows: Sequence[int]) -> Any:
-    """The given rows of every tensor of a state."""
+    """Select rows of every tensor of a state."""
 
     def select(tensor: Tensor) -> Tensor:
         if list(rows) == list(range(tensor.shape[0])):

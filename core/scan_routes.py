@@ -11,9 +11,9 @@ sequence back to raster order. Every route exists for every grid.
     windows           windows of a side, row by row, each inside row by row     LocalMamba
     hilbert           a space-filling curve                                     neighbours in time touch
 
-These two step along an axis, except that `hilbert` takes one diagonal step where the longer side is odd and the shorter
-one is even and above 2: on such a grid no path of single steps joins the two ends of the longer side.
-A recurrence that can run from the end reads a route and its reverse from one sequence.
+`serpentine` and `hilbert` step along an axis, with one exception: `hilbert` takes one diagonal step where the longer
+side is odd and the shorter one is even and above 2. On such a grid no path of single steps joins the two ends of the
+longer side. A recurrence that can run from the end reads a route and its reverse from one sequence.
 
 `scan_route` gives a route as indices. `to_sequence` and `to_cells` follow a route by its name, without indices where a
 transposition does.
@@ -47,11 +47,11 @@ class Route(NamedTuple):
     inverse: Tensor
 
     def to_sequence(self, cells: Tensor) -> Tensor:
-        """`[B, H·W, ...]` from raster order to the order of the route."""
+        """Put cells `[B, H·W, ...]`, in raster order, into the order of the route."""
         return cells.index_select(1, self.order)
 
     def to_cells(self, sequence: Tensor) -> Tensor:
-        """`[B, H·W, ...]` from the order of the route back to raster order."""
+        """Bring a sequence `[B, H·W, ...]` in the order of the route back to raster order."""
         return sequence.index_select(1, self.inverse)
 
 
@@ -74,8 +74,10 @@ def _windows(height: int, width: int, window: int) -> Indices:
 
 
 def _curve(corner: complex, along: complex, across: complex) -> Iterator[complex]:
-    """Cells of the rectangle at `corner` spanned by two axis-parallel vectors, from the corner to the far end of
-    `along`. Points and vectors are complex numbers, x + iy."""
+    """Walk over the cells of a rectangle, from `corner` to the far end of `along`.
+
+    `along` and `across` are axis-parallel vectors that span it. Points and vectors are complex numbers, x + iy.
+    """
     length, breadth = round(abs(along)), round(abs(across))
     step, side = along / length, across / breadth
     if breadth == 1:
@@ -126,7 +128,7 @@ def _indices(name: str, height: int, width: int, window: int) -> tuple[Indices, 
 
 
 def scan_route(name: str, height: int, width: int, *, window: int = 2, device: torch.device | None = None) -> Route:
-    """The route `name` over `height` × `width` cells, as int64 indices `[H·W]`.
+    """Make the route `name` over `height` × `width` cells, as int64 indices `[H·W]`.
 
     Args:
         name: one of `list_routes()`.
