@@ -456,13 +456,19 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Vim) -> dict[str, Te
     the row where it lies.
 
     Raises:
-        ValueError: if the weights are of another model, or their grid cannot be told from their number.
+        ValueError: if the weights are of another model or only one of the two has a class token, or if their grid
+            cannot be told from their number.
     """
     for wrapper in ("model", "state_dict"):
         state_dict = state_dict.get(wrapper, state_dict)
     state = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
     embed = model.patch_embed
     kernel, pos_embed = state.get("patch_embed.proj.weight"), state.get("pos_embed")
+    if pos_embed is not None and ("cls_token" in state) is not (model.class_token != "none"):
+        value = "'middle', or where it stood" if "cls_token" in state else "'none'"
+        raise ValueError(
+            f"of the checkpoint and the model only one has a class token; build the model with class_token={value}"
+        )
     if kernel is not None and kernel.ndim == 4 and pos_embed is not None:
         patches = pos_embed.shape[1] - int(model.class_token != "none")
         grid = _grid_of_checkpoint(model, patches, (kernel.shape[2], kernel.shape[3]))

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from sinuous.apps import composition, domain_configs
 from sinuous.apps.train import make_batches, make_trainer, make_training
 from sinuous.core.data import lacking
+from sinuous.core.mixers import list_mixers, mixer_class
 
 
 def options(group: str) -> list[str]:
@@ -93,12 +94,22 @@ def test_repeated_augmentation_shows_a_picture_several_times_in_a_batch() -> Non
     assert not torch.equal(images[0], images[1])
 
 
-@pytest.mark.parametrize("mixer", ["vim_pair", "mamba"])
+@pytest.mark.parametrize("mixer", ["vim_pair", "mamba", "ss2d"])
 def test_another_mixer_is_one_override(mixer: str) -> None:
     config = composed("model=vision/test_vim", f"model.mixer={mixer}", "data.img_size=64")
     with torch.device("meta"):
         names = {type(module).__name__ for module in make_training(config).model.modules()}
     assert ("Bidirectional" in names) == (mixer == "mamba")
+
+
+def test_every_mixer_can_be_the_override() -> None:
+    config = composed("model=vision/test_vim", "model.mixer=???", "data.img_size=64")
+    for mixer in list_mixers():
+        config.model.mixer = mixer
+        with torch.device("meta"):
+            names = {type(module).__name__ for module in hydra.utils.instantiate(config.model).modules()}
+        assert mixer_class(mixer).__name__ in names
+        assert ("Bidirectional" in names) is mixer_class(mixer).causal
 
 
 def test_the_command_line_beats_the_experiment() -> None:
