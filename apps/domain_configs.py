@@ -21,7 +21,7 @@ def folders() -> list[Path]:
 
 
 def known() -> list[str]:
-    """Names of all configurations, as they are written after `GROUP=` but with their group: `data/vision/cifar10`."""
+    """Names of all configurations, as they are written after `GROUP=` but with their group: `data/DOMAIN/NAME`."""
     return sorted(
         {str(path.relative_to(folder).with_suffix("")) for folder in folders() for path in folder.rglob("*.yaml")}
     )

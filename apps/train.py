@@ -128,7 +128,9 @@ def make_run(config: DictConfig) -> tuple[Batches, Training]:
     if not 0 <= config.seed < 2**32:  # numpy's range
         raise ValueError(f"seed must be from 0 to 4294967295 (got {config.seed})")
     L.seed_everything(config.seed, workers=True, verbose=False)
-    batches, training = make_batches(config), make_training(config)
+    batches = make_batches(config)
+    take_from_data(config, batches.data)
+    training = make_training(config)
     if missing := lacking(batches.data, training.task.takes):
         raise ValueError(
             f"the task {type(training.task).__name__} needs data with {', '.join(missing)}, which "
@@ -155,6 +157,13 @@ def make_batches(config: DictConfig) -> Batches:
     loading = {name: options.pop(name) for name in of_batches & options.keys()}
     data = hydra.utils.instantiate(options, _convert_="all")
     return Batches(data, augment=config.get("augment", True), **loading)
+
+
+def take_from_data(config: DictConfig, data: Any) -> None:
+    """Fill in what the task leaves open (`num_classes: ???`) by the data's attributes of these names."""
+    for name in config.task:
+        if OmegaConf.is_missing(config.task, name) and hasattr(data, name):
+            config.task[name] = getattr(data, name)
 
 
 def make_training(config: DictConfig) -> Training:

@@ -87,7 +87,7 @@ class Training(L.LightningModule):
         return {name: float(measured[f"test/{name}"]) for name in self.task.scores}
 
     def report(self, data: Any, folder: Path, split: str) -> list[str]:
-        """Lines for a person about the last test; pictures go into `folder`."""
+        """Lines for a person about the last test; figures go into `folder`."""
         return self.task.report(self.evaluated, data, self.seen, self.scores(), folder, split)
 
     def configure_model(self) -> None:

@@ -50,7 +50,7 @@ class Task(nn.Module):
     def report(
         self, model: nn.Module, data: Any, seen: Sequence[Any], scores: Mapping[str, float], folder: Path, split: str
     ) -> list[str]:
-        """Lines for a person about the split that has just been scored; pictures and samples go into `folder`.
+        """Lines for a person about the split that has just been scored; figures and samples go into `folder`.
 
         Args:
             model: the one that was scored.

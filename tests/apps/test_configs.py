@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 
 from sinuous.apps import composition, domain_configs
-from sinuous.apps.train import make_batches, make_trainer, make_training
+from sinuous.apps.train import make_batches, make_trainer, make_training, take_from_data
 from sinuous.core.data import lacking
 from sinuous.core.mixers import list_mixers, mixer_class
 
@@ -37,10 +37,11 @@ def test_every_experiment_builds(experiment: str) -> None:
     config = composed(f"experiment={experiment}", *given)
     task_name = experiment.rpartition("/")[2]
     assert config.task_name == task_name
+    data = make_batches(config).data
+    take_from_data(config, data)
     with torch.device("meta"):
         training = make_training(config)
     assert {parameter.device.type for parameter in training.model.parameters()} == {"meta"}
-    data = make_batches(config).data
     assert lacking(data, training.task.takes) == []
     logits = training.model(data.example().to("meta"))
     assert logits.shape == ((1, data.num_classes) if data.noun == "images" else (1, data.length, data.vocab_size))
@@ -97,6 +98,7 @@ def test_repeated_augmentation_shows_a_picture_several_times_in_a_batch() -> Non
 @pytest.mark.parametrize("mixer", ["vim_pair", "mamba", "ss2d"])
 def test_another_mixer_is_one_override(mixer: str) -> None:
     config = composed("model=vision/test_vim", f"model.mixer={mixer}", "data.img_size=64")
+    take_from_data(config, make_batches(config).data)
     with torch.device("meta"):
         names = {type(module).__name__ for module in make_training(config).model.modules()}
     assert ("Bidirectional" in names) == (mixer == "mamba")

@@ -98,10 +98,17 @@ class Cut(Exception):
 
 
 @pytest.mark.parametrize(
-    ("hook", "step"), [("on_train_batch_end", 3), ("on_train_epoch_end", 5), ("on_train_batch_end", 8)]
+    ("hook", "step", "workers"),
+    [("on_train_batch_end", 3, 1), ("on_train_epoch_end", 5, 0), ("on_train_batch_end", 8, 0)],
 )
 def test_going_on_is_exact(
-    hook: str, step: int, whole: dict[str, Any], sinuous: Sinuous, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hook: str,
+    step: int,
+    workers: int,
+    whole: dict[str, Any],
+    sinuous: Sinuous,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     original = getattr(Resumable, hook)
 
@@ -111,12 +118,13 @@ def test_going_on_is_exact(
             raise Cut
 
     monkeypatch.setattr(Resumable, hook, cut)
+    read_by = f"data.num_workers={workers}"
     with pytest.raises(Cut):
-        sinuous("train", *EVERYTHING)
+        sinuous("train", *EVERYTHING, read_by)
     monkeypatch.setattr(Resumable, hook, original)
     (folder,) = (tmp_path / "debug").iterdir()
     assert state_of(folder)["global_step"] in (3, 5, 6)
-    assert sinuous("train", *EVERYTHING, "ckpt_path=last") == 0
+    assert sinuous("train", *EVERYTHING, read_by, "ckpt_path=last") == 0
     assert list((tmp_path / "debug").iterdir()) == [folder]  # it went on in its own folder
     assert (folder / "metrics_1.csv").is_file()
     assert state_of(folder)["global_step"] == STEPS
