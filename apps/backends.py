@@ -1,4 +1,4 @@
-"""Which backend computes each family of ops, on a machine and in a model."""
+"""Backends that compute the families of ops, on a machine and in a model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from sinuous.core.ops.family import Family
 def families() -> list[Family]:
     """All families of ops, by name."""
     modules = (importlib.import_module(f"{ops.__name__}.{info.name}") for info in pkgutil.iter_modules(ops.__path__))
-    found = {family.name: family for module in modules if isinstance(family := getattr(module, "FAMILY", None), Family)}
-    return [found[name] for name in sorted(found)]
+    declared = (getattr(module, "FAMILY", None) for module in modules)
+    by_name = {family.name: family for family in declared if isinstance(family, Family)}
+    return [by_name[name] for name in sorted(by_name)]
 
 
 class _Calls(TorchDispatchMode):

@@ -80,11 +80,11 @@ class Resumable(Callback):
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
 
     def state_dict(self) -> dict[str, Any]:
-        own = _random_states()
+        states_here = _random_states()
         if not dist.is_initialized():
-            return {"random": [own]}
+            return {"random": [states_here]}
         states: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(states, own)
+        dist.all_gather_object(states, states_here)
         return {"random": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

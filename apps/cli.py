@@ -49,8 +49,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `sinuous` with `argv` (the process's own arguments if absent) and return its exit code."""
     parser = _parser()
-    given = list(sys.argv[1:] if argv is None else argv)
-    options = parser.parse_args(given[:1])
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = parser.parse_args(words[:1])
     if options.version:
         from sinuous import __version__
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean `sinuous {near[0]}`?" if near else f"the verbs are {', '.join(VERBS)}"
         print(f"sinuous: there is no verb {options.verb!r}; {hint}", file=sys.stderr)
         return 2
-    return _run(options.verb, given[1:])
+    return _run(options.verb, words[1:])
 
 
 def _run(verb: str, arguments: list[str]) -> int:
@@ -96,9 +96,9 @@ def explain(error: BaseException) -> str | None:
         sentence = explain(error.__cause__)
         if sentence is None:  # the constructor broke on what it was given: an option too many, a word for a list
             place = re.search(r"full_key: (\S+)", str(error)) or re.search(r"target '(?:[^']*\.)?([^'.]+)'", str(error))
-            told = textwrap.shorten(str(error.__cause__), 300, placeholder=" …").rstrip(".")
+            cause = textwrap.shorten(str(error.__cause__), 300, placeholder=" …").rstrip(".")
             name = place[1] if place else "an object"
-            sentence = f"{name}: {told}; correct its options (SINUOUS_DEBUG=1 shows where it fails)"
+            sentence = f"{name}: {cause}; correct its options (SINUOUS_DEBUG=1 shows where it fails)"
         return sentence
     if isinstance(error, ModuleNotFoundError) and error.name:
         from sinuous.apps.packages import extra_with
@@ -128,18 +128,18 @@ def explain(error: BaseException) -> str | None:
         return f"this verb has no group {unknown[1]}; with --help it lists those that it has"
     if isinstance(error, OSError) and error.filename is not None and text.startswith("[Errno"):
         return f"{error.strerror}: {error.filename}; check that path, and whether it may be read and written"
-    wanted = {"ValueError", "OSError", "HydraException", "OmegaConfBaseException", "MisconfigurationException"}
-    wanted |= {"YAMLError", "ModuleNotFoundError"}
-    if not names & wanted:
+    expected = {"ValueError", "OSError", "HydraException", "OmegaConfBaseException", "MisconfigurationException"}
+    expected |= {"YAMLError", "ModuleNotFoundError"}
+    if not names & expected:
         return None
     if "Original Traceback" in text:  # raised in a worker process of a data loader: its last line is the message
         text = text.strip().splitlines()[-1].partition(": ")[2]
     cause = str(error.__cause__) if error.__cause__ is not None and "HydraException" in names else ""
     lines = [line.strip() for line in [*text.splitlines(), *cause.splitlines()] if line.strip()]
-    kept = [
+    telling = [
         line for line in dict.fromkeys(lines) if not line.startswith(("full_key:", "object_type=", "reference_type="))
     ]
-    return " ".join(kept) or type(error).__name__
+    return " ".join(telling) or type(error).__name__
 
 
 def _near(name: str, known: Sequence[str]) -> str:

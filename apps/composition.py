@@ -64,12 +64,12 @@ def newest_run(runs: str | os.PathLike[str]) -> Path:
     Raises:
         FileNotFoundError: if no run there has one.
     """
-    found = sorted(Path(runs).glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime)
-    if not found:
+    checkpoints = sorted(Path(runs).glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime)
+    if not checkpoints:
         raise FileNotFoundError(
             f"ckpt_path=last: no run in {Path(runs).resolve()} has a {LAST}; train once without it, or give a path"
         )
-    return found[-1].parents[1]
+    return checkpoints[-1].parents[1]
 
 
 def run_folder(runs: str, ckpt_path: str | None, now: str) -> str:
@@ -96,15 +96,15 @@ def _check_numbers(config_name: str) -> None:
     Raises:
         ValueError: naming the option, unless the word is `auto`, which Lightning takes for several numbers.
     """
-    given = HydraConfig.get().overrides.task
+    overrides = HydraConfig.get().overrides.task
     words = {}
-    for text, override in zip(given, OverridesParser.create().parse_overrides(given), strict=True):
+    for text, override in zip(overrides, OverridesParser.create().parse_overrides(overrides), strict=True):
         value = override.value()
         if "." in override.key_or_group and isinstance(value, str) and value != "auto" and "${" not in value:
             words[text] = (override.key_or_group, value)
     if not words:
         return
-    others = [text for text in given if text not in words]
+    others = [text for text in overrides if text not in words]
     plain = GlobalHydra.instance().config_loader().load_configuration(config_name, others, RunMode.RUN)
     for key, value in words.values():
         usual = OmegaConf.select(plain, key)

@@ -29,14 +29,15 @@ def declared(model: nn.Module) -> dict[Tensor, float]:
         method: Any = getattr(type(module), "learning_rates", None)
         if method is None:
             continue
-        own = dict(module.named_parameters(remove_duplicate=False))
+        parameters = dict(module.named_parameters(remove_duplicate=False))
         for name, rate in method(module).items():
             of = f"learning_rates of {place or 'the model'} ({type(module).__name__})"
-            if name not in own:
-                raise ValueError(f"{of} names {name!r}, which is no parameter of it; it has {', '.join(own) or 'none'}")
+            if name not in parameters:
+                listed = ", ".join(parameters) or "none"
+                raise ValueError(f"{of} names {name!r}, which is no parameter of it; it has {listed}")
             if not 0 <= rate < float("inf"):
                 raise ValueError(f"{of} must give rates of at least 0 (got {rate} for {name}); correct its options")
-            rates.setdefault(own[name], float(rate))
+            rates.setdefault(parameters[name], float(rate))
     return rates
 
 

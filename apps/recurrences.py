@@ -15,7 +15,7 @@ from sinuous.core.ops.laws import LAWS, Laws
 from sinuous.core.tables import Row
 
 WIDTH = 256
-"""Of the mixers whose parameters and states are counted."""
+"""Width of the mixers whose parameters and states are counted."""
 
 LENGTH = 64
 """Steps after which a state that grows is counted."""

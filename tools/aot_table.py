@@ -1,4 +1,4 @@
-"""What the Triton kernels cost in registers, spills and shared memory, read off compiled code without a GPU.
+"""Registers, spills and shared memory of the Triton kernels, read off compiled code without a GPU.
 
     python tools/aot_table.py                       writes docs/benchmarks/aot.md
     python tools/aot_table.py --check               compiles and checks only

@@ -1,4 +1,4 @@
-r"""Which parts of a picture spoke for a class: Vim's scans read as attention.
+r"""Shares of a picture's parts in the score of a class: Vim's scans read as attention.
 
 With Δ, B and C held, the selective scan is linear in its input, and each channel d has a T×T matrix of its own,
 

@@ -151,7 +151,7 @@ class InMemoryImages(Dataset[tuple[Any, int]]):
 
 
 def _of_split(split: str, count: int) -> slice:
-    """Which of `count` training images belong to `split` where the last sixth is the validation set."""
+    """Rows of `count` training images that belong to `split`, where the last sixth is the validation set."""
     held_out = count // 6
     return slice(0, count - held_out) if split == "train" else slice(count - held_out, count)
 

@@ -128,19 +128,19 @@ def _probe(
     inputs = case.make(short, device, torch.float32)
     others = {peer.name for peer in case.peers if not peer.same_function}
     with torch.no_grad():
-        wanted = case.run("recurrent", **inputs)
-    found: dict[str, float | None] = {}
+        expected = case.run("recurrent", **inputs)
+    differences: dict[str, float | None] = {}
     for name in names:
         prepared = prepare(case, name, inputs)
         with torch.no_grad():
             y = prepared.call()
         y = y.transpose(1, 2) if prepared.channels_first else y
-        found[name] = None if name in others else _relative_difference(y, wanted)
+        differences[name] = None if name in others else _relative_difference(y, expected)
         for which in PASSES:
             call = _call(prepared, which)
             call()
             budget.note(name, which, short.length, measure.seconds(call, device))
-    return found
+    return differences
 
 
 def bench_case(case: Case, shapes: list[Shape], options: argparse.Namespace, say: Callable[[str], None]) -> list[Row]:

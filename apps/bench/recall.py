@@ -1,4 +1,4 @@
-"""Which layers learn to recall and to keep count, on tasks of a few minutes."""
+"""Train each layer to recall and to keep count, on tasks of a few minutes."""
 
 from __future__ import annotations
 
@@ -56,16 +56,16 @@ def contenders(names: list[str] | None) -> dict[str, tuple[str, dict[str, Any]]]
     Raises:
         ValueError: if a name is unknown or belongs to a mixer that sees the future.
     """
-    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    models: dict[str, tuple[str, dict[str, Any]]] = {}
     for name in names or [name for name in list_mixers() if mixer_class(name).causal]:
         if not mixer_class(name).causal:
             raise ValueError(f"mixer {name!r} sees the future, where the answers are; choose a causal one")
         if NEGATIVE in mixer_options(name):
-            found[name] = (name, {NEGATIVE: False})
-            found[f"{name}, negative"] = (name, {NEGATIVE: True})
+            models[name] = (name, {NEGATIVE: False})
+            models[f"{name}, negative"] = (name, {NEGATIVE: True})
         else:
-            found[name] = (name, SHORTENED.get(name, {}))
-    return found
+            models[name] = (name, SHORTENED.get(name, {}))
+    return models
 
 
 def _learning_rate(step: int, steps: int) -> float:

@@ -47,10 +47,10 @@ def _recall(pairs: int, keys: int, values: int) -> Draw:
         """`pairs` keys, each followed by its value, then keys again in any order, asked for their values."""
         order = torch.rand(batch, keys, generator=generator).argsort(1)[:, :pairs]
         value = keys + torch.randint(values, (batch, pairs), generator=generator)
-        given = torch.stack([order, value], 2).flatten(1)
+        listed = torch.stack([order, value], 2).flatten(1)
         asked = torch.randint(pairs, (batch, length - 2 * pairs), generator=generator)
-        inputs = torch.cat([given, order.gather(1, asked)], 1)
-        targets = torch.cat([torch.full_like(given, IGNORED), value.gather(1, asked)], 1)
+        inputs = torch.cat([listed, order.gather(1, asked)], 1)
+        targets = torch.cat([torch.full_like(listed, IGNORED), value.gather(1, asked)], 1)
         return inputs, targets
 
     return draw

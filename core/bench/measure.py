@@ -90,25 +90,25 @@ def peak_growth(calls: Mapping[str, Callable[[], object]], device: torch.device)
     system does not let a process restart its own peak (anything but Linux). Run it in a fresh process: memory that an
     earlier call freed and the allocator kept would hide a later one's need.
     """
-    found = {}
+    peaks = {}
     if device.type == "cuda":
         held = torch.cuda.memory_allocated(device)
         for name, call in calls.items():
             torch.cuda.reset_peak_memory_stats(device)
             call()
             _synchronize(device)
-            found[name] = float(torch.cuda.max_memory_allocated(device) - held)
-        return found
+            peaks[name] = float(torch.cuda.max_memory_allocated(device) - held)
+        return peaks
     try:
         _restart_peak()
         resident = _status("VmRSS")
         for name, call in calls.items():
             _restart_peak()
             call()
-            found[name] = max(0.0, _status("VmHWM") - resident)
+            peaks[name] = max(0.0, _status("VmHWM") - resident)
     except OSError:
         return None
-    return found
+    return peaks
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any, timeout: float) -> Any:

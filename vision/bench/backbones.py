@@ -117,10 +117,10 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         medians = {label: measure.median(values) for label, values in samples.items()}
         peaks: dict[str, float | None] = dict.fromkeys(candidates)
         for label, (name, attention) in {} if options.no_memory else candidates.items():
-            found = measure.in_fresh_process(
+            peak_bytes = measure.in_fresh_process(
                 measure_peak, name, attention, size, options.batch, options.device, options.threads, timeout=600
             )
-            peaks[label] = None if found is None else found["inference"]
+            peaks[label] = None if peak_bytes is None else peak_bytes["inference"]
         for label in candidates:
             peak, other = peaks[label], peaks[versus]
             rows.append(

@@ -1,4 +1,4 @@
-"""What `sinuous bench ops` compares: one case per op, each with our backends and the peers people use today."""
+"""Comparisons of `sinuous bench ops`: one case per op, each with our backends and the peers people use today."""
 
 from __future__ import annotations
 

@@ -23,13 +23,13 @@ def _inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator)
 
-    found = {
+    arguments = {
         "x": normal(shape.batch, shape.length, shape.dim),
         "weight": normal(4 * shape.dim, shape.dim) / shape.dim**0.5,
         "R": normal(4, heads, width, width) / (2 * width**0.5),
         "bias": normal(4, heads, width),
     }
-    return leaves({name: t.to(device, dtype) for name, t in found.items()})
+    return leaves({name: t.to(device, dtype) for name, t in arguments.items()})
 
 
 def _slstm(backend: str, x: Tensor, weight: Tensor, R: Tensor, bias: Tensor) -> Tensor:

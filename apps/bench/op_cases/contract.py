@@ -1,4 +1,4 @@
-"""What a comparison of an op is made of.
+"""Parts of a comparison of an op.
 
 A peer gets its inputs in its own layout, made before the clock starts, and computes the same function, which
 `sinuous bench ops` checks on a short sequence; a reference (`nn.LSTM`) computes another one of the same width.

@@ -25,7 +25,7 @@ def _inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
     def normal(*size: int) -> Tensor:
         return torch.randn(*cells, *size, generator=generator)
 
-    found = {
+    arguments = {
         "q": normal(channels),
         "k": normal(channels),
         "v": normal(channels),
@@ -34,7 +34,7 @@ def _inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
         "mark": normal(ORIENTATIONS, 2).sigmoid(),
         "direct": normal().sigmoid(),
     }
-    return leaves({name: t.to(device, dtype) for name, t in found.items()})
+    return leaves({name: t.to(device, dtype) for name, t in arguments.items()})
 
 
 def _grid_scan(backend: str, **inputs: Any) -> Tensor:

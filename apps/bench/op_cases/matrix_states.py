@@ -23,7 +23,7 @@ from sinuous.core.ops.ssd import FAMILY as SSD_FAMILY
 
 CHANNELS = 64
 CHUNK = 64
-"""Of the peers that let one choose; the value their packages use."""
+"""Chunk of the peers that let one choose: the value their packages use."""
 
 
 def _inputs(
@@ -37,10 +37,10 @@ def _inputs(
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator)
 
-    found = {name: normal(*size) for name in ("q", "k", "v")}
+    arguments = {name: normal(*size) for name in ("q", "k", "v")}
     for name, gate in gates.items():
-        found[name.removesuffix("_K")] = gate(normal(*size) if name.endswith("_K") else normal(*size[:3]))
-    return leaves({name: t.to(device, dtype) for name, t in found.items()})
+        arguments[name.removesuffix("_K")] = gate(normal(*size) if name.endswith("_K") else normal(*size[:3]))
+    return leaves({name: t.to(device, dtype) for name, t in arguments.items()})
 
 
 def _decay(x: Tensor) -> Tensor:
