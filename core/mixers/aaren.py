@@ -4,8 +4,8 @@
     o_t = Σ_{s≤t} exp(s_s) v_proj(x_s) / Σ_{s≤t} exp(s_s)
     y_t = o_proj(o_t)
 
-The query does not depend on the step, so that the numerator, the denominator and their common scale are all there is
-to carry. This is additive decay with a single key channel per head, s, and a query of 1.
+The query does not depend on the step, so that the state is the numerator, the denominator and their common scale. This
+is additive decay with a single key channel per head, s, and a query of 1.
 
 Source: Feng et al., "Attention as an RNN" (arXiv 2405.13956), the module that it calls Aaren. We know of no code by its
 authors; names of parameters are ours.
@@ -59,7 +59,7 @@ class Aaren(Mixer):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Layers by torch's rule; the query as a token that comes out of a norm."""
+        """Start layers by torch's rule, and the query like a token that comes out of a norm."""
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             layer.reset_parameters()
         nn.init.normal_(self.query)

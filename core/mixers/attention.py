@@ -1,10 +1,10 @@
-r"""Softmax attention, over the whole past or a window of it: what recurrences are compared and combined with.
+r"""Softmax attention over the whole past or a window of it; recurrences are compared and combined with it.
 
     q, k, v = q_proj(x), k_proj(x), v_proj(x)            H heads of q, G of k and v; head h reads group h // (H / G)
     y_t = Σ_{s ≤ t} softmax_s( q_t·k_s / √K ) v_s        with a window W: t - W < s ≤ t
     out = o_proj(y)
 
-Queries and keys are turned by rotary positions unless told not to.
+Rotary positions rotate queries and keys by default.
 
 Source: Vaswani et al. (arXiv 1706.03762), section 3.2; grouped heads: Ainslie et al. (arXiv 2305.13245); window:
 Beltagy et al. (arXiv 2004.05150), section 3.1, and Jiang et al. (arXiv 2310.06825), section 2. Names of parameters as
@@ -28,7 +28,7 @@ from sinuous.core.mixers.heads import heads_of
 
 @register_state
 class AttentionState(NamedTuple):
-    """keys (already turned) and values of all S past steps, oldest first, `[B, S, G, K]`."""
+    """keys (already rotated) and values of all S past steps, oldest first, `[B, S, G, K]`."""
 
     keys: Tensor
     values: Tensor
@@ -36,7 +36,7 @@ class AttentionState(NamedTuple):
 
 @register_state
 class WindowState(NamedTuple):
-    """keys (already turned) and values of the last W - 1 steps, oldest first, `[B, W-1, G, K]`, zeros before the first
+    """keys (already rotated) and values of the last W - 1 steps, oldest first, `[B, W-1, G, K]`, zeros before the first
     one; position: how many steps have been seen, int64 `[B]`."""
 
     keys: Tensor
@@ -45,7 +45,7 @@ class WindowState(NamedTuple):
 
 
 def _dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Attention of `[B, T, H, K]` to `[B, S, G, K]`; `mask` is true where it may look, `[B, 1, T, S]`."""
+    """Attention of q `[B, T, H, K]` to k and v `[B, S, G, K]`; `mask`, `[B, 1, T, S]`, is true where it may look."""
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

@@ -1,4 +1,4 @@
-"""A causal mixer for each direction of time, averaged: how a recurrence sees the future."""
+"""Two causal mixers, one for each direction of time, averaged, so that a recurrence sees the future."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sinuous.kernels.torch.packing import mirror
 
 
 class Bidirectional(Mixer):
-    """`y = (f(x) + flip(g(flip(x)))) / 2` for two causal mixers f, g of one kind, each with its own parameters.
+    """Average of two causal mixers f, g of one kind, `y = (f(x) + flip(g(flip(x)))) / 2`, each with its own parameters.
 
     Args:
         name: a causal mixer by its registered name.
@@ -51,8 +51,8 @@ class Bidirectional(Mixer):
     def mix_sharing(
         self, x: Tensor, shared: Shared = (), state: None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, None, Shared]:
-        """Each mixer shares with that of its own direction; what the second one gives stays from the end to the
-        beginning."""
+        """Run as the contract says. Each mixer shares with that of its own direction; tensors of the second one stay in
+        the order from the end to the beginning."""
         half = len(shared) // 2
         past, _, of_past = self.past.mix_sharing(x, shared[:half], None, cu_seqlens)
         bounds = mirror(cu_seqlens, x.shape[1])

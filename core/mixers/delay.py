@@ -1,4 +1,4 @@
-"""Reading a sequence one step late: how the two directions of a mixer come to see a step once between them."""
+"""Delay of a sequence by one step, with which only one of two directions sees the step itself."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from torch import Tensor
 
 
 def one_step_late(y: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> Tensor:
-    """`y_{t-1}` at t, and 0 at the first step of each sequence; for `reverse`, `y_{t+1}` and the last step.
+    """Delay y by a step: `y_{t-1}` at t, and 0 at the first step of each sequence.
 
     Args:
         y: `[B, T, ...]`; packed sequences are `[1, ΣT, ...]` with `cu_seqlens`.
+        cu_seqlens: boundaries of packed sequences.
+        reverse: `y_{t+1}` at t, and 0 at the last step of each sequence.
     """
     none = torch.zeros_like(y[:, :1])
     late = torch.cat([y[:, 1:], none], 1) if reverse else torch.cat([none, y[:, :-1]], 1)

@@ -1,4 +1,4 @@
-"""The delta rule: what is written replaces what the memory holds under the same key.
+"""Delta rule: a new value replaces the value that the memory holds under the same key.
 
     S ← exp(g_t) S                                                 gated forms only
     S ← S + β_{t,j} k_{t,j} (v_{t,j} - Sᵀ k_{t,j})ᵀ,  j = 1 … n    n = 1 but for the products
@@ -34,7 +34,7 @@ ACTIVATIONS = {"silu": "swish", "relu": "relu", "elu": "elu", "identity": "ident
 
 
 class DeltaRuleMixer(QueryKeyValueMixer):
-    """What the four share: the norm of each head, with a gate or without one."""
+    """Base of the four: a norm of each head, with a gate or without one."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class DeltaNet(DeltaRuleMixer):
 
 
 class ProductMixer(DeltaRuleMixer):
-    """n factors per step, with a forget gate or without one; n = 1 is the gated DeltaNet."""
+    """Delta rule with n factors per step, with a forget gate or without one; n = 1 is the gated DeltaNet."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What mixers with one number of state per channel share: the state, and the calls around the recurrence."""
+"""Base of mixers with one number of state per channel: the state, and the calls around the recurrence."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ElementwiseState(NamedTuple):
 
 
 class ElementwiseMixer(Mixer):
-    """A mixer over `linear_scan`. A subclass gives `_mix` and `init_weights`.
+    """A mixer over `linear_scan`. A subclass has `_mix` and `init_weights`.
 
     Args:
         hidden_width: E.
@@ -45,7 +45,7 @@ class ElementwiseMixer(Mixer):
     def _mix(
         self, x: Tensor, conv: Tensor | None, hidden: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The output, and the states of the convolution and the recurrence after the last step."""
+        """Compute the output, and the states of the convolution and the recurrence after the last step."""
         raise NotImplementedError
 
     def prefill(self, x: Tensor, state: ElementwiseState | None = None) -> tuple[Tensor, ElementwiseState]:

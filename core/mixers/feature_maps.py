@@ -26,7 +26,7 @@ DPFP_SHIFTS = 4
 
 
 class Fixed(nn.Module):
-    """A map without parameters, by its name."""
+    """Map without parameters, by its name."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -46,6 +46,8 @@ class Fixed(nn.Module):
 
 
 class DPFP(nn.Module):
+    """The map `dpfp`."""
+
     def __init__(self, head_dim: int, **dd: Any) -> None:
         super().__init__()
         self.shifts = DPFP_SHIFTS
@@ -56,6 +58,8 @@ class DPFP(nn.Module):
 
 
 class T2R(nn.Module):
+    """The map `t2r`."""
+
     def __init__(self, head_dim: int, **dd: Any) -> None:
         super().__init__()
         self.layer = nn.Linear(head_dim, head_dim, bias=False, **dd)
@@ -65,7 +69,7 @@ class T2R(nn.Module):
 
 
 class Hedgehog(nn.Module):
-    """Starts as the softmax of ±2x."""
+    """The map `hedgehog`, which starts as the softmax of ±2x."""
 
     def __init__(self, head_dim: int, **dd: Any) -> None:
         super().__init__()
@@ -81,6 +85,8 @@ class Hedgehog(nn.Module):
 
 
 class ElementwiseProduct(nn.Module):
+    """The map `elementwise_product`."""
+
     def __init__(self, head_dim: int, **dd: Any) -> None:
         super().__init__()
         self.layer1 = nn.Linear(head_dim, head_dim, **dd)
@@ -104,7 +110,13 @@ _EXPANSION = {"hedgehog": 2, "dpfp": 2 * DPFP_SHIFTS}
 
 
 def build_feature_map(kind: str, head_dim: int, dd: dict[str, Any], allowed: Sequence[str] = FEATURE_MAPS) -> nn.Module:
-    """A map by its name.
+    """Build a map by its name.
+
+    Args:
+        kind: its name.
+        head_dim: K.
+        dd: device and dtype.
+        allowed: names to choose from.
 
     Raises:
         ValueError: if it is not `allowed`.
@@ -114,5 +126,5 @@ def build_feature_map(kind: str, head_dim: int, dd: dict[str, Any], allowed: Seq
 
 
 def features(kind: str, head_dim: int) -> int:
-    """F, how many features the map makes of K."""
+    """Number F of features that the map makes of K."""
     return head_dim * _EXPANSION.get(kind, 1)

@@ -1,4 +1,4 @@
-r"""GateLoop: a complex factor per channel and step, whose length forgets and whose angle is a position of its own.
+r"""GateLoop: a complex factor per channel and step, whose modulus forgets and whose angle is a position.
 
     q, k, v = to_qkv(x);    α, β = to_a(x)
     a_t = σ(α_t) exp(iβ_t)
@@ -33,7 +33,7 @@ class GateLoop(ElementwiseMixer):
         dim: width of the model.
         expand: E / dim.
         transition: `"polar"`, the equation above, is the paper's. `"cartesian"` is that of lucidrains'
-            implementation: α + iβ is taken as a number, of which a_t has the angle, and σ of the length as its length.
+            implementation: with w = α + iβ, a_t = σ(|w|) w / |w|.
         swish_gate: the gate behind the recurrence, and with it to_out where E is dim.
         sub_ln: a layer norm in front of that gate.
 

@@ -40,7 +40,7 @@ class GLA(SwishGatedMixer):
         use_output_gate: gate the output by silu(g_proj(x)).
         gate_logit_normalizer: divides logsigmoid, so that little is forgotten at the start.
         gate_low_rank_dim: rank of the layer that gives the gates.
-        clamp_min: the least g; `None` leaves it as it is.
+        clamp_min: bound of g from below; `None` for no bound.
         norm_eps: added under the root of the norm.
 
     Raises:

@@ -125,7 +125,7 @@ class Hydra(Mixer):
         return out
 
     def _behind(self, u: Tensor, BC: Tensor, dt: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> Tensor:
-        """The recurrence of one direction, read one step late, `[B, T, H, P]`."""
+        """Run the recurrence of one direction and read it one step late, `[B, T, H, P]`."""
         B, C = BC.unflatten(-1, [2, self.ngroups, self.d_state]).unbind(2)
         dt = F.softplus(norms.at_least_fp32(dt) + norms.at_least_fp32(self.dt_bias)).clamp(self.dt_min, self.dt_max)
         log_decay = -dt * torch.exp(norms.at_least_fp32(self.A_log))

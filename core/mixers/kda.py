@@ -43,7 +43,7 @@ class KDA(QueryKeyValueMixer):
         use_short_conv: short convolutions behind q_proj, k_proj, v_proj.
         conv_size: their taps; conv_bias: their biases.
         allow_neg_eigval: β in (0, 2) instead of (0, 1).
-        lower_bound: the least g, below 0, which takes the second form of the gate; `None` for the first.
+        lower_bound: bound of g from below, itself below 0, with the second form of the gate; `None` for the first form.
         norm_eps: added under the root of the norm.
 
     Raises:
@@ -106,7 +106,7 @@ class KDA(QueryKeyValueMixer):
         return {"A_log", "dt_bias"}
 
     def _log_decay(self, x: Tensor) -> Tensor:
-        """g, `[B, T, H, K]`."""
+        """Compute g, `[B, T, H, K]`."""
         z = norms.at_least_fp32(self.f_proj(x)) + norms.at_least_fp32(self.dt_bias)
         z, rate = z.unflatten(-1, [-1, self.head_k_dim]), torch.exp(norms.at_least_fp32(self.A_log)).unsqueeze(-1)
         if self.lower_bound is None:

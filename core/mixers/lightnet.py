@@ -4,12 +4,12 @@
     o_t = K^{-1/2} Σ_s (softmax(k)_s · q_t) v_s            the softmax over s ≤ t, or over all s
     y = o_proj(norm(o) ⊙ silu(g_proj(x)))
 
-Where all see all there is nothing to scan: two products of matrices read a grid of any dimension, whatever the order of
-its cells. Their places then enter by queries and keys that carry a phase, after the softmax:
+Where all see all there is nothing to scan: two matrix products read a grid of any dimension, whatever the order of its
+cells. The places of cells enter through a phase of queries and keys, after the softmax:
 
     φ(x)_n = [x ⊙ cos(n ⊙ θ), x ⊙ sin(n ⊙ θ)],    φ(x)_n · φ(x')_m = Σ_c x_c x'_c cos((n - m)_c θ_c)
 
-with one axis of the grid for each part of the channels, so that products know the distance along each axis.
+with a part of the channels for each axis of the grid, so that products depend on the distance along each axis.
 
 Source: Qin et al., "You Only Scan Once: Efficient Multi-dimension Sequential Modeling with LightNet"
 (arXiv 2405.21022): its additive recurrence, and the positions that it calls MD-LRPE.
@@ -44,7 +44,7 @@ class LightNetState(NamedTuple):
 
 
 def _sizes(dim: int, num_heads: int | None, expand_ratio: int | None) -> tuple[int, int, int]:
-    """H, K and V."""
+    """Choose H, K and V."""
     if num_heads is None and expand_ratio is None:
         raise ValueError("one of num_heads and expand_ratio must be given (got neither)")
     if num_heads is None:
@@ -65,7 +65,7 @@ class LightNet(QueryKeyValueMixer):
     Args:
         dim: width of the model.
         num_heads: H, with V = dim / H; `None` makes them of `expand_ratio` or the next size that divides.
-        expand_ratio: K; `None` is V. Without `num_heads` it is V that K and V are near to.
+        expand_ratio: K; `None` is V. Without `num_heads`, the size that K and V are near to.
         use_short_conv: short convolutions, without an activation, behind q_proj, k_proj, v_proj.
         conv_size: their taps; conv_bias: their biases.
         gate_low_rank_dim: rank of the layer that gives the gate.
@@ -136,15 +136,15 @@ class LightNet(QueryKeyValueMixer):
 class LightNetNonCausal(Mixer):
     """LightNet's mixer for grids, in which every cell sees all others.
 
-    The paper's other positions, MD-TPE, an exponentially weighted sum of the embedding along each axis, belong ahead of
-    the first layer and not in here.
+    The paper's other positions, MD-TPE, are an exponentially weighted sum of the embedding along each axis; they belong
+    ahead of the first layer.
 
     Args:
         dim: width of the model.
         num_heads: H, each with K = V = dim / H; `None` makes them of `expand_ratio` or the next size that divides.
-        expand_ratio: K, where `num_heads` is None; else K, with V = dim / H.
+        expand_ratio: K; `None` is V.
         gate_low_rank_dim: rank of the layer that gives the gate.
-        rotate: give queries and keys their phase; without it the order of the tokens is not known.
+        rotate: give queries and keys their phase; without it the mixer does not know the order of the tokens.
         theta: channel j of each axis turns by theta^{-2j/K} a cell.
         norm_eps: added under the root of the norm.
 

@@ -137,7 +137,7 @@ class Retention(SwishGatedMixer):
         num_heads: H; head h forgets at the rate 2^{-5-h}.
         num_kv_heads: heads of keys and values, each shared by H / num_kv_heads queries; `None` is H.
         expand_k: width of the keys of all heads over `dim`; expand_v: that of the values.
-        feature_map: of queries and keys before they are turned: `identity`, `elu` (+ 1), `relu`, `swish`.
+        feature_map: of queries and keys before they are rotated: `identity`, `elu` (+ 1), `relu`, `swish`.
         rope_theta: base of the rotary positions.
         use_short_conv: short convolutions with silu behind q_proj, k_proj, v_proj.
         conv_size: their taps; conv_bias: their biases.
@@ -173,12 +173,12 @@ class Retention(SwishGatedMixer):
         )
         self.rope_theta = float(rope_theta)
         if self.head_k_dim % 2:
-            raise ValueError(f"expand_k · dim / num_heads must be even, to be turned in pairs (got {self.head_k_dim})")
+            raise ValueError(f"expand_k · dim / num_heads must be even, to be rotated in pairs (got {self.head_k_dim})")
         self.feature_map = build_feature_map(feature_map, self.head_k_dim, dd, ELEMENTWISE)
         self.init_weights()
 
     def init_weights(self) -> None:
-        """The gains of the authors' code: 2^-2.5 on the way in, 2^-1 on the way out."""
+        """Start with the gains of the authors' code: 2^-2.5 for input projections, 2^-1 for the output's."""
         super().init_weights()
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.g_proj):
             if layer is not None:
@@ -223,7 +223,7 @@ class Retention(SwishGatedMixer):
 
 @torch.fx.wrap
 def multi_scale_decay(x: Tensor, heads: int) -> Tensor:
-    """`log(1 - 2^{-5-h})`, `[H]`, in at least fp32 and on the device of x."""
+    """Logarithms of decays, `log(1 - 2^{-5-h})`, `[H]`, in at least fp32 and on the device of x."""
     dtype = real_dtype(x.dtype)
     return torch.log1p(-torch.exp2(-5 - torch.arange(heads, device=x.device, dtype=dtype)))
 

@@ -61,7 +61,7 @@ class Longhorn(ChannelStateMixer):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """As the published models start: β = 1/2 where nothing is added to the bias."""
+        """Start as the published models do: β = 1/2 where nothing is added to the bias."""
         for layer in (self.in_proj, self.conv1d, self.x_proj, self.dt_head, self.out_proj):
             layer.reset_parameters()
         nn.init.zeros_(self.dt_head.bias)

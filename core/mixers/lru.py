@@ -4,7 +4,7 @@ r"""LRU: a complex recurrence whose factors do not depend on the input, between 
     h_t = λ ⊙ h_{t-1} + exp(γ) ⊙ (B x_t)                 γ starts where it undoes the gain of the recurrence
     y_t = Re(C h_t) + D ⊙ x_t
 
-What is read from y is a gated linear unit unless told otherwise:
+y is read through a gated linear unit by default:
 
     full_glu     out1(g) ⊙ σ(out2(g)),   g = gelu(y)     half_glu1    g ⊙ σ(out2(g))
     half_glu2    y ⊙ σ(out2(g))                          gelu         g          none    y
@@ -31,14 +31,14 @@ ACTIVATIONS = ("full_glu", "half_glu1", "half_glu2", "gelu", "none")
 
 
 class ConstantFactorMixer(ElementwiseMixer):
-    """LRU and S5: input matrix, complex recurrence with constant factors, output matrix, gated linear unit.
+    """Base of LRU and S5: input matrix, complex recurrence with constant factors, output matrix, gated linear unit.
 
-    A subclass gives `_system`, and calls `init_weights`.
+    A subclass has `_system`, and calls `init_weights`.
 
     Args:
         dim: width of the model.
         modes: N, complex numbers of state.
-        activation: what is read, see above.
+        activation: how y is read, see above.
     """
 
     def __init__(self, dim: int, modes: int, activation: str, dd: dict[str, Any]) -> None:
@@ -61,8 +61,8 @@ class ConstantFactorMixer(ElementwiseMixer):
         return {"D"} | {name for name, _ in self.named_parameters() if name in ("C", "C_re", "C_im")}
 
     def _system(self) -> tuple[Tensor, Tensor, Tensor]:
-        """In at least fp32: λ complex `[N]`, the input matrix `[2N, dim]`, real parts above imaginary ones, and the
-        output matrix `[dim, 2N]`, which is (Re C, -Im C)."""
+        """Compute λ, complex `[N]`; the input matrix `[2N, dim]`, real parts above imaginary ones; and the output
+        matrix (Re C, -Im C), `[dim, 2N]`. All are at least fp32."""
         raise NotImplementedError
 
     def _mix(

@@ -46,13 +46,16 @@ def s6(
     cu_seqlens: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The scan of one direction with its gate: `[B, T, E]` and the state after the last step.
+    """Scan in one direction, and gate: outputs `[B, T, E]`, and the state after the last step.
 
     Args:
         x: output of the convolution, `[B, T, E]`.
         z: gate before its activation, `[B, T, E]`.
         projected: `x_proj(x)`, `[B, T, R + 2N]`, in the order Δ, B, C.
         dt_weight: `[E, R]`; dt_bias, D: `[E]`; A_log: `[E, N]`.
+        initial_state: state before the first step, `[B, E, N]`; zeros if absent.
+        cu_seqlens: boundaries of packed sequences.
+        reverse: scan from the last step to the first.
     """
     rank, state = dt_weight.shape[1], A_log.shape[1]
     dt, B, C = projected.split([rank, state, state], dim=-1)
@@ -64,8 +67,9 @@ def s6(
 
 
 class ChannelStateMixer(Mixer):
-    """What mixers share that keep N numbers for each of E channels behind a short convolution: the state, and the calls
-    around the recurrence. A subclass gives `in_proj`, `_mix` and `init_weights`.
+    """Base of mixers with N numbers of state for each of E channels, behind a short convolution.
+
+    A subclass has `in_proj`, `_mix` and `init_weights`.
 
     Args:
         dim: width of the model.
@@ -96,7 +100,7 @@ class ChannelStateMixer(Mixer):
     def _mix(
         self, x: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The output, and the states of the convolution and the recurrence after the last step."""
+        """Compute the output, and the states of the convolution and the recurrence after the last step."""
         raise NotImplementedError
 
     def prefill(self, x: Tensor, state: MambaState | None = None) -> tuple[Tensor, MambaState]:

@@ -1,10 +1,10 @@
-"""What mixers with a matrix state share: heads, short convolutions, the state, and the way in and out.
+"""Base classes of mixers with a matrix state: the state, the projections and short convolutions, and the output.
 
     q, k, v = q_proj(x), k_proj(x), v_proj(x)        each behind a short convolution and silu, if there is one
     o = recurrence(q, k, v)                          per head, with a state of K × V
     y = o_proj(norm(o))
 
-A mixer of this shape says what its recurrence and its norm are. Names of parameters as in the layers of
+A subclass adds its recurrence and its norm. Names of parameters as in the layers of
 fla-org/flash-linear-attention.
 """
 
@@ -33,12 +33,12 @@ class MatrixState(NamedTuple):
 
 
 class MatrixMixer(Mixer):
-    """State, and the way in and out. A subclass gives `_streams`, `_recur` and `_normed`.
+    """A mixer with a matrix state. A subclass has `_streams`, `_recur` and `_normed`.
 
     Args:
         dim: width of the model.
         memory_shape: H, K and V of the state.
-        value_dim: width of what `o_proj` reads.
+        value_dim: width of the input of `o_proj`.
         conv_width: channels of the short convolutions together.
         conv_size: taps of the short convolutions; `None` for none.
     """
@@ -63,7 +63,7 @@ class MatrixMixer(Mixer):
         self.o_proj = nn.Linear(value_dim, dim, bias=False, **dd)
 
     def init_weights(self) -> None:
-        """Layers by torch's rule, without biases; norms at one."""
+        """Start layers by torch's rule, biases at zero and norms at one."""
         for module in self.modules():
             reset = getattr(module, "reset_parameters", None)
             if reset is not None:
@@ -87,17 +87,17 @@ class MatrixMixer(Mixer):
     def _streams(
         self, x: Tensor, conv: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v as they go into the recurrence, `[B, T, width]`, and the state of the convolutions."""
+        """Compute q, k and v for the recurrence, `[B, T, width]`, and the state of the convolutions."""
         raise NotImplementedError
 
     def _recur(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """`[B, T, H, V]` and the state after the last step."""
+        """Run the recurrence: outputs `[B, T, H, V]`, and the state after the last step."""
         raise NotImplementedError
 
     def _normed(self, x: Tensor, o: Tensor) -> Tensor:
-        """What o_proj reads, `[B, T, value_dim]`."""
+        """Norm and gate outputs `[B, T, H, V]` for `o_proj`, `[B, T, value_dim]`."""
         raise NotImplementedError
 
     def prefill(self, x: Tensor, state: MatrixState | None = None) -> tuple[Tensor, MatrixState]:
@@ -116,9 +116,9 @@ class QueryKeyValueMixer(MatrixMixer):
     """A matrix mixer with `q_proj`, `k_proj`, `v_proj`, and `q_conv1d`, `k_conv1d`, `v_conv1d` or None behind them.
 
     Args:
-        widths: of q, k and v as they are projected.
+        widths: widths of q, k and v after their projections.
         conv_bias: biases in the short convolutions.
-        conv_silu: an activation after them.
+        conv_silu: silu behind them.
     """
 
     def __init__(
@@ -150,10 +150,10 @@ class QueryKeyValueMixer(MatrixMixer):
 
 
 class GroupedMixer(QueryKeyValueMixer):
-    """Queries in H heads; keys and values in as many, or in fewer that several queries share.
+    """A matrix mixer whose heads of queries may share heads of keys and values.
 
     Args:
-        key_dim: width of the queries of all heads; value_dim: that of what `o_proj` reads.
+        key_dim: width of the queries of all heads; value_dim: width of the input of `o_proj`.
         num_heads: H.
         num_kv_heads: heads of keys and values, each shared by H / num_kv_heads queries; `None` is H.
         memory_shape: `None` is H, key_dim / H, value_dim / H.
@@ -186,13 +186,13 @@ class GroupedMixer(QueryKeyValueMixer):
         self.kv_groups = groups
 
     def _shared(self, t: Tensor, size: int) -> Tensor:
-        """Keys or values `[B, T, heads · size]` as `[B, T, H, size]`, each head repeated for the queries it serves."""
+        """Split keys or values `[B, T, heads · size]` into `[B, T, H, size]`, each head repeated for its queries."""
         heads: Tensor = t.unflatten(-1, [-1, size])
         return heads if self.kv_groups == 1 else heads.repeat_interleave(self.kv_groups, 2)
 
 
 class SwishGatedMixer(GroupedMixer):
-    """Each head normed, and gated by `silu(g_proj(x))` unless `use_output_gate` is off."""
+    """A grouped mixer with a norm of each head, gated by `silu(g_proj(x))` unless `use_output_gate` is off."""
 
     def __init__(
         self,

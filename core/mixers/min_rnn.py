@@ -26,12 +26,12 @@ from sinuous.core.mixers.elementwise import ElementwiseMixer
 
 
 def positive(x: Tensor) -> Tensor:
-    """g: x + 1/2 where x ≥ 0 and σ(x) elsewhere, which meet at 0."""
+    """Apply g: x + 1/2 where x ≥ 0 and σ(x) elsewhere, which meet at 0."""
     return torch.where(x >= 0, x + 0.5, torch.sigmoid(x))
 
 
 class MinimalRNN(ElementwiseMixer):
-    """What minGRU and minLSTM share. A subclass has the projection, and says what it makes of it."""
+    """Base of minGRU and minLSTM. A subclass has the projection, and `_gates`, which splits its output."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class MinimalRNN(ElementwiseMixer):
         check_sizes(dim=dim, d_inner=inner, conv_size=conv_size)
         proj_out = inner != dim if proj_out is None else proj_out
         if inner != dim and not proj_out:
-            raise ValueError(f"expand={expand} makes {inner} channels of {dim}; leave proj_out to lead them back")
+            raise ValueError(f"expand={expand} makes {inner} channels of {dim}; leave out proj_out=False")
         super().__init__(inner, (conv_size - 1, dim) if use_short_conv else (0, 0))
         self.positive_hidden = positive_hidden
         self.allow_neg_eigval = allow_neg_eigval
@@ -72,16 +72,16 @@ class MinimalRNN(ElementwiseMixer):
             )
         else:
             after = x.new_zeros([x.shape[0], 0, 0])
-        candidate, kept, taken = self._gates(x)
+        candidate, forget_gate, input_gate = self._gates(x)
         candidate = positive(candidate) if self.positive_hidden else candidate
-        kept = 2 * kept - 1 if self.allow_neg_eigval else kept
+        factor = 2 * forget_gate - 1 if self.allow_neg_eigval else forget_gate
         h, hidden, _ = torch.ops.sinuous.linear_scan(
-            (taken * candidate).to(candidate.dtype), kept, None, hidden, cu_seqlens, False, ""
+            (input_gate * candidate).to(candidate.dtype), factor, None, hidden, cu_seqlens, False, ""
         )
         return self.to_out(h), after, hidden
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h̃ `[B, T, E]`, and in at least fp32 the shares of the old and the new in the state."""
+        """Compute h̃ `[B, T, E]`, and in at least fp32 the factors of h_{t-1} and of g(h̃) in the state."""
         raise NotImplementedError
 
 
@@ -93,10 +93,10 @@ class MinGRU(MinimalRNN):
         dim: width of the model.
         expand: E / dim.
         proj_out: a projection behind the recurrence; `None` is where `expand` is not 1.
-        positive_hidden: apply g, as in the form of the paper that its experiments use; without, h̃ is what it is.
+        positive_hidden: apply g, as in the paper's experiments; without, h̃ is left as it is.
         use_short_conv: a convolution ahead of the projection, as in the paper's language models.
         conv_size: its taps.
-        allow_neg_eigval: 1 - 2z, in (-1, 1), in the place of 1 - z, so that the state can count modulo 2 (Grazzi et
+        allow_neg_eigval: 1 - 2z, in (-1, 1), instead of 1 - z, so that the state can count modulo 2 (Grazzi et
             al., arXiv 2411.12537).
 
     Raises:
@@ -134,10 +134,10 @@ class MinLSTM(MinimalRNN):
         dim: width of the model.
         expand: E / dim.
         proj_out: a projection behind the recurrence; `None` is where `expand` is not 1.
-        positive_hidden: apply g, as in the form of the paper that its experiments use; without, h̃ is what it is.
+        positive_hidden: apply g, as in the paper's experiments; without, h̃ is left as it is.
         use_short_conv: a convolution ahead of the projection, as in the paper's language models.
         conv_size: its taps.
-        allow_neg_eigval: twice the forget gate less 1, in (-1, 1), in its place, so that the state can count modulo 2
+        allow_neg_eigval: twice the forget gate less 1, in (-1, 1), instead of it, so that the state can count modulo 2
             (Grazzi et al., arXiv 2411.12537).
 
     Raises:

@@ -45,7 +45,7 @@ class MLSTMState(NamedTuple):
 
 
 class MLSTMCell(nn.Module):
-    """The gates and the norm; the recurrence is the mixer's."""
+    """Gates and norm; the recurrence is the mixer's."""
 
     def __init__(self, width: int, num_heads: int, **dd: Any) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class MLSTMCell(nn.Module):
 
 
 class MemoryMixer(Mixer):
-    """State and calls of both layers. A subclass gives `_mix`."""
+    """Base of both layers: the state, and the calls around the recurrence. A subclass has `_mix`."""
 
     causal: ClassVar[bool] = True
     constant_state: ClassVar[bool] = True
@@ -103,9 +103,9 @@ class MLSTM(MemoryMixer):
         proj_factor: E / dim, E rounded up to a multiple of `round_up_to`.
         conv_size: taps of the convolution.
         qkv_block_size: width of the blocks of q_proj, k_proj and v_proj.
-        input_activation: of the input gate, `exp` or `sigmoid`.
+        input_activation: activation of the input gate, `exp` or `sigmoid`.
         bias: in the projections.
-        num_blocks: of the model; the last projection starts with a deviation of 2 / (num_blocks · √dim).
+        num_blocks: blocks of the model; the last projection starts with a deviation of 2 / (num_blocks · √dim).
 
     Raises:
         ValueError: if a width is no multiple of what it must be, or the activation is unknown.
@@ -181,13 +181,13 @@ class MLSTM(MemoryMixer):
         )
         q, k, v = self.q_proj(convolved), self.k_proj(convolved), self.v_proj(u)
         qkv, heads = torch.cat([q, k, v], -1), [self.memory_shape[0], self.memory_shape[1]]
-        found = torch.ops.sinuous.mlstm(
+        h, C, n, m, _, _, _ = torch.ops.sinuous.mlstm(
             q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads), 
             gate_of(qkv, igate.weight, igate.bias), gate_of(qkv, fgate.weight, fgate.bias),
             C, n, m, cu_seqlens, None, self.eps, self.input_activation, True, False, "",
         )  # fmt: skip
-        y = (self.mlstm_cell.outnorm(found[0]) + self.learnable_skip * convolved) * F.silu(z)
-        return self.proj_down(y), conv, found[1], found[2], found[3]
+        y = (self.mlstm_cell.outnorm(h) + self.learnable_skip * convolved) * F.silu(z)
+        return self.proj_down(y), conv, C, n, m
 
 
 @register_mixer("mlstm_large")
@@ -199,11 +199,11 @@ class MLSTMLarge(MemoryMixer):
         num_heads: H; 8 in the 7B model.
         qk_dim_factor: width of q and k over `dim`; v_dim_factor: that of v.
         gate_soft_cap: c; `None` leaves the gates as they are.
-        input_activation: of the input gate, `exp` or `sigmoid`.
+        input_activation: activation of the input gate, `exp` or `sigmoid`.
         norm_eps: added to the variance in the norm.
         bias: in the projections and the norm; the gates always have one.
-        num_blocks: of the model; the last projection starts with a deviation of 2 / (num_blocks · √dim).
-        input_gate_bias: at the start; -10 in the 7B model, which begins by writing next to nothing.
+        num_blocks: blocks of the model; the last projection starts with a deviation of 2 / (num_blocks · √dim).
+        input_gate_bias: bias of the input gate at the start; -10 in the 7B model, which begins by writing little.
 
     Raises:
         ValueError: if a width is no multiple of the heads, or the activation is unknown.
@@ -266,23 +266,23 @@ class MLSTMLarge(MemoryMixer):
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         keys, values = [-1, self.memory_shape[1]], [-1, self.memory_shape[2]]
-        found = torch.ops.sinuous.mlstm(
+        h, C, n, m, _, _, _ = torch.ops.sinuous.mlstm(
             self.q(x).unflatten(-1, keys), self.k(x).unflatten(-1, keys), self.v(x).unflatten(-1, values),
             soft_cap(gate_of(x, self.igate_preact.weight, self.igate_preact.bias), self.gate_soft_cap),
             soft_cap(gate_of(x, self.fgate_preact.weight, self.fgate_preact.bias), self.gate_soft_cap),
             C, n, m, cu_seqlens, None, self.eps, self.input_activation, True, False, "",
         )  # fmt: skip
-        y = self.multihead_norm(found[0]) * torch.sigmoid(self.ogate_preact(x))
-        return self.out_proj(y), x.new_zeros([x.shape[0], 0, 0]), found[1], found[2], found[3]
+        y = self.multihead_norm(h) * torch.sigmoid(self.ogate_preact(x))
+        return self.out_proj(y), x.new_zeros([x.shape[0], 0, 0]), C, n, m
 
 
 def soft_cap(x: Tensor, cap: float | None) -> Tensor:
-    """`c tanh(x / c)`."""
+    """Bound x to (-c, c): `c tanh(x / c)`."""
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
 def init_forget_gate(layer: nn.Linear) -> None:
-    """A memory of 20 steps in the first head to 400 in the last, whatever the input."""
+    """Start with a memory of 20 steps in the first head to 400 in the last, whatever the input."""
     nn.init.zeros_(layer.weight)
     with torch.no_grad():
         layer.bias.copy_(torch.linspace(3, 6, layer.out_features))

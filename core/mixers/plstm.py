@@ -39,19 +39,19 @@ from sinuous.core.ops import grid_scan  # noqa: F401  (registers torch.ops.sinuo
 CORNERS = 4
 
 TRANSITION_FACTOR = 5.0
-"""Of the argument of tanh: with the bias of 1 at the start, λ = 0.9999."""
+"""Factor of the argument of tanh: with the bias of 1 at the start, λ = 0.9999."""
 
 
 def _small_(t: Tensor) -> None:
     nn.init.normal_(t, std=(2 / (5 * t.shape[-1])) ** 0.5)
 
 
-def _of_own_slices(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`[…, dim]` to `[…, H, 4]`: each gate reads its own slice of x."""
+def _of_slices(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Linear map `[…, dim]` to gates `[…, H, 4]`, each of which reads its own slice of x."""
     weight = weight.flatten(0, -2)
     values = (x.unflatten(-1, [weight.shape[0], weight.shape[1]]) * weight).sum(-1)
-    found: Tensor = norms.at_least_fp32(values + bias.flatten()).unflatten(-1, [-1, 4])
-    return found
+    gates: Tensor = norms.at_least_fp32(values + bias.flatten()).unflatten(-1, [-1, 4])
+    return gates
 
 
 class Gate(nn.Module):
@@ -70,11 +70,11 @@ class Gate(nn.Module):
             _small_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(_of_own_slices(x, self.weight, self.bias))
+        return torch.sigmoid(_of_slices(x, self.weight, self.bias))
 
 
 class Transition(nn.Module):
-    """λ = tanh(5 (b + w·x))."""
+    """Transition gate, λ = tanh(5 (b + w·x))."""
 
     def __init__(self, dim: int, num_heads: int, dd: dict[str, Any]) -> None:
         super().__init__()
@@ -90,11 +90,11 @@ class Transition(nn.Module):
             _small_(self.eigenvalues_weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.factor * _of_own_slices(x, self.eigenvalues_weight, self.eigenvalues_bias))
+        return torch.tanh(self.factor * _of_slices(x, self.eigenvalues_weight, self.eigenvalues_bias))
 
 
 class Direct(nn.Module):
-    """D = σ(b), `[H]`."""
+    """Direct gate, D = σ(b), `[H]`."""
 
     def __init__(self, num_heads: int, dd: dict[str, Any]) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Direct(nn.Module):
 
 
 class HeadProjection(nn.Module):
-    """A linear layer to the heads, `[…, dim]` to `[…, H, dim / H]`."""
+    """Linear layer to the heads, `[…, dim]` to `[…, H, dim / H]`."""
 
     def __init__(self, dim: int, num_heads: int, dd: dict[str, Any]) -> None:
         super().__init__()
@@ -121,8 +121,8 @@ class HeadProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         heads, width = self.weight.shape[:2]
-        found: Tensor = F.linear(x, self.weight.flatten(0, 3), self.bias.flatten()).unflatten(-1, [heads, width])
-        return found
+        y: Tensor = F.linear(x, self.weight.flatten(0, 3), self.bias.flatten()).unflatten(-1, [heads, width])
+        return y
 
 
 class HeadScaleRMSNorm(nn.Module):
@@ -149,11 +149,11 @@ class PLSTMGrid(Mixer):
         dim: width of the model.
         num_heads: H; a head per 64 channels if absent, at least one.
         mode: `"P"`, propagation, or `"D"`, diffusion.
-        chirality: of mode D: which turn is open, `"L"`, from up to right, or `"R"`, from left to down.
+        chirality: turn that is open in mode D: `"L"`, from up to right, or `"R"`, from left to down.
         gate_weights: gates depend on the input from the start, as in the models for ImageNet; else their weights start
             at 0, as in the arrow-pointing task.
         stable: in mode P, λ ≥ 0, which keeps states bounded.
-        eps: of the norm.
+        eps: added under the root of the norm.
 
     Raises:
         ValueError: if `dim` is no multiple of 4 `num_heads`, or `mode` or `chirality` is unknown.
@@ -245,11 +245,11 @@ class PLSTMGrid(Mixer):
         direct = self.direct().expand(v.shape[:4])
         scanned = [self.query(cells), self.key(cells), v, source, transition, mark, direct]
         y = _scan(scanned) if cu_seqlens is None else _scan_packed(scanned, cu_seqlens)
-        found: Tensor = self.outprojection(self.mhnorm(y).flatten(3).flatten(1, 2))
-        return found
+        out: Tensor = self.outprojection(self.mhnorm(y).flatten(3).flatten(1, 2))
+        return out
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Source `[…, H, 4, 2]`, transition `[…, H, 4, 2, 2]` and mark `[…, H, 4, 2]`."""
+        """Compute source `[…, H, 4, 2]`, transition `[…, H, 4, 2, 2]` and mark `[…, H, 4, 2]`."""
         if self.propagates:
             tilt = torch.einsum("ohd,...d->...ho", self.orientation_weight, x) / (2 * x.shape[-1])
             alpha = torch.sigmoid(norms.at_least_fp32(tilt + self.orientation_bias.mT))
@@ -278,9 +278,10 @@ def _scan(tensors: list[Tensor]) -> Tensor:
 
 
 def _scan_packed(tensors: list[Tensor], cu_seqlens: Tensor) -> Tensor:
-    """The scan of one row, `[1, 1, T, …]`, of packed sequences: those of one length as a batch, at a time.
+    """Scan packed sequences in one row, `[1, 1, T, …]`; sequences of one length are a batch.
 
-    Gates of 0 where sequences touch would take fewer calls, but 0 times what is not a number is not one."""
+    Gates of 0 where sequences touch would need fewer calls, but 0 times NaN is NaN.
+    """
     starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff()
     sizes: list[int] = torch.unique(lengths[lengths > 0]).tolist()
     batches = [starts[lengths == n].unsqueeze(1) + torch.arange(n, device=starts.device) for n in sizes]
@@ -289,8 +290,8 @@ def _scan_packed(tensors: list[Tensor], cu_seqlens: Tensor) -> Tensor:
     order = torch.cat([steps.flatten() for steps in batches])
     # One gather of all batches and not one for each, whose gradients would each be as long as the row.
     cut = [t[0, 0].index_select(0, order).split([steps.numel() for steps in batches]) for t in tensors]
-    found: list[Tensor] = []
+    outputs: list[Tensor] = []
     for i, steps in enumerate(batches):
         rows = [parts[i].unflatten(0, [steps.shape[0], 1, steps.shape[1]]) for parts in cut]
-        found.append(_scan(rows).flatten(0, 2))
-    return torch.cat(found).index_select(0, order.argsort()).unsqueeze(0).unsqueeze(0)
+        outputs.append(_scan(rows).flatten(0, 2))
+    return torch.cat(outputs).index_select(0, order.argsort()).unsqueeze(0).unsqueeze(0)

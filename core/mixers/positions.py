@@ -1,4 +1,4 @@
-"""Where each step lies in its sequence, for mixers whose arithmetic depends on it.
+"""Positions of steps in their sequences, and rotations by them.
 
 The functions are leaves for FX, which cannot build tensors from the shape of a traced value; `torch.fx.wrap` patches
 this module's own namespace, so callers write `positions.steps(x)`.
@@ -14,12 +14,12 @@ from sinuous.kernels.precision import real_dtype
 
 @torch.fx.wrap
 def steps(x: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """How many steps lie before each one in its sequence, int64 `[B, T]`, or `[1, T]` where all rows agree.
+    """Count the steps before each one in its sequence, int64 `[B, T]`, or `[1, T]` where all rows agree.
 
     Args:
         x: `[B, T, …]`, for its length and device.
         start: steps before the first one, `[B]`; 0 if absent.
-        cu_seqlens: boundaries of packed sequences; they begin at 0 anew.
+        cu_seqlens: boundaries of packed sequences; the count begins anew in each.
     """
     index = torch.arange(x.shape[1], device=x.device)
     if cu_seqlens is not None:
@@ -32,7 +32,7 @@ def steps(x: Tensor, start: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
 
 @torch.fx.wrap
 def segments(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The packed sequence that each step belongs to, int64 `[1, T]`; zeros without packing."""
+    """Number of the packed sequence that each step belongs to, int64 `[1, T]`; zeros without packing."""
     index = torch.arange(x.shape[1], device=x.device)
     if cu_seqlens is None:
         return torch.zeros_like(index).unsqueeze(0)
@@ -41,12 +41,12 @@ def segments(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 @torch.fx.wrap
 def rotate(x: Tensor, steps: Tensor, theta: float) -> Tensor:
-    r"""Rotary positions: pairs of channels turned by an angle proportional to the step.
+    r"""Rotate pairs of channels by an angle proportional to the step: rotary positions.
 
         (x_j, x_{j+K/2})  ←  (x_j cos φ - x_{j+K/2} sin φ,  x_{j+K/2} cos φ + x_j sin φ),    φ = step · θ^{-2j/K}
 
-    The two halves of a head are paired, as in GPT-NeoX and Llama, not neighbours, as in the paper; the two differ by a
-    fixed order of channels. Angles are fp32, or fp64 where x is.
+    Channel j is paired with channel j + K/2, as in GPT-NeoX and Llama; in the paper neighbours are, which is another
+    order of channels. Angles are fp32, or fp64 where x is.
 
     Args:
         x: `[B, T, H, K]`, K even.

@@ -40,14 +40,14 @@ class RGLRUState(NamedTuple):
 
 
 def bounded_sqrt(x: Tensor, slope: float = 1000.0) -> Tensor:
-    """√x with a gradient of `slope` at most: that of √(1 - a²) grows without bound as a goes to 1."""
+    """Square root of x with a gradient of at most `slope`; that of √(1 - a²) grows without bound as a goes to 1."""
     least = 0.25 / slope**2
     straight = torch.sqrt(x).detach() + slope * (x - x.detach())
     return torch.where(x > least, torch.sqrt(x.clamp(min=least)), straight)
 
 
 class BlockDiagonalLinear(nn.Module):
-    """`y = x W + b` with one block of W per head: w `[H, E/H, E/H]`, inputs first, and b `[H, E/H]`."""
+    """Linear layer `y = x W + b` with one block of W per head: w `[H, E/H, E/H]`, inputs first, and b `[H, E/H]`."""
 
     def __init__(self, width: int, heads: int, **dd: Any) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class TemporalConvolution(nn.Module):
 
 
 class Recurrence(nn.Module):
-    """Λ and the gates."""
+    """Parameters of the recurrence: Λ and the gates."""
 
     def __init__(self, width: int, heads: int, r_min: float, r_max: float, **dd: Any) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Recurrence(nn.Module):
         self.a_gate = BlockDiagonalLinear(width, heads, **dd)
 
     def reset_parameters(self) -> None:
-        """`exp(-softplus(Λ))` uniform by area in the ring between r_min and r_max."""
+        """Start `exp(-softplus(Λ))` uniform by area in the ring between r_min and r_max."""
         self.input_gate.reset_parameters()
         self.a_gate.reset_parameters()
         with torch.no_grad():
@@ -98,7 +98,7 @@ class Recurrence(nn.Module):
             self.a_param.copy_(torch.expm1(-log_radius).log())  # the inverse of softplus
 
     def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """log a and i, `[B, T, E]`, at least fp32."""
+        """Compute log a and i, `[B, T, E]`, at least fp32."""
         log_a = -8 * torch.sigmoid(self.a_gate(u)) * F.softplus(norms.at_least_fp32(self.a_param))
         return log_a, torch.sigmoid(self.input_gate(u))
 
@@ -114,7 +114,7 @@ class RGLRU(Mixer):
             as the published models have.
         conv1d_temporal_width: W, taps of the convolution.
         r_min, r_max: the ring of `exp(-softplus(Λ))` at the start; a is its eighth power where r is 1.
-        allow_neg_eigval: 2a - 1, in (-1, 1), in the place of a, in the root too, so that the state can count modulo 2
+        allow_neg_eigval: 2a - 1, in (-1, 1), instead of a, in the root too, so that the state can count modulo 2
             (Grazzi et al., arXiv 2411.12537).
 
     Raises:

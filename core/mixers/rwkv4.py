@@ -4,8 +4,8 @@ r"""RWKV-4's time mixing: an average of all values so far, with weights that dec
     wkv_t = (Σ_{s<t} e^{-(t-1-s) w + k_s} ⊙ v_s + e^{u + k_t} ⊙ v_t) / (Σ_{s<t} e^{-(t-1-s) w + k_s} + e^{u + k_t})
     y = output(σ(r) ⊙ wkv)                                  w = e^{time_decay}, u = time_first, a number per channel
 
-Both sums are scans of single channels. What keeps them from overflow, whatever the keys, is a scale that the quotient
-does not depend on and that no gradient needs to pass:
+Both sums are scans of single channels. A scale e^m keeps them from overflow whatever the keys are; the quotient does
+not depend on it, and no gradient passes it:
 
     m_t = max(m_{t-1} - w, k_t)
     (a, b)_t = e^{m_{t-1} - w - m_t} ⊙ (a, b)_{t-1} + e^{k_t - m_t} ⊙ (v_t, 1)
@@ -44,7 +44,7 @@ class RWKV4State(NamedTuple):
 
 @torch.fx.wrap
 def decaying_max(k: Tensor, w: Tensor, before: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """`m_t = max(m_{t-1} - w, k_t)` in log₂ T passes: after each, m is the maximum over twice as many steps.
+    """Compute `m_t = max(m_{t-1} - w, k_t)` in log₂ T passes; each doubles the steps that m is the maximum over.
 
     Args:
         k: `[B, T, E]`.
@@ -69,7 +69,7 @@ class RWKV4(Mixer):
     Args:
         dim: width of the model.
         attention_hidden_size: E, the width of keys and values; `None` is `dim`.
-        block_index: of the layer in its model of num_blocks: mixings and decays start by it.
+        block_index: place of the layer in its model of num_blocks; mixings and decays start by it.
 
     Raises:
         ValueError: if a width is less than 1, or `block_index` is not one of `num_blocks`.
@@ -105,8 +105,11 @@ class RWKV4(Mixer):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """As the authors' code starts them: key, receptance and output at zero, so that output alone gets a gradient in
-        the first step, and the second step's average is a plain one but for decay and bonus."""
+        """Start all parameters as the authors' code does: key, receptance and output at zero.
+
+        So output alone gets a gradient in the first step of training, and the average of the second one is plain but
+        for decay and bonus.
+        """
         place = self.block_index / max(self.num_blocks - 1, 1)
         left = 1 - self.block_index / self.num_blocks
         share = torch.arange(self.dim, dtype=torch.float64) / self.dim
@@ -169,16 +172,16 @@ class RWKV4(Mixer):
             torch.cat([weight * v, weight], -1), torch.cat([decay, decay], -1), None, sums, cu_seqlens, False, ""
         )
         h_before = _first_steps(torch.cat([first.unsqueeze(1), h], 1)[:, :-1], first, cu_seqlens)
-        own = norms.at_least_fp32(self.time_first) + k
-        top = torch.maximum(m_before, own).detach()
-        past, newest = torch.exp(m_before - top), torch.exp(own - top)
+        log_bonus = norms.at_least_fp32(self.time_first) + k
+        top = torch.maximum(m_before, log_bonus).detach()
+        past, newest = torch.exp(m_before - top), torch.exp(log_bonus - top)
         numerator, denominator = h_before.chunk(2, -1)
         wkv = (past * numerator + newest * v) / (past * denominator + newest)
         return self.output(r * wkv.to(r.dtype)), conv, after, all_m[:, -1]
 
 
 def _first_steps(late: Tensor, start: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """What lies one step back, `[B, T, E]`, with `start`, `[1, E]`, at the first step of each packed sequence."""
+    """Put `start`, `[1, E]`, at the first step of each packed sequence of `late`, `[B, T, E]`, values one step back."""
     if cu_seqlens is None:
         return late
     is_first = positions.steps(late, None, cu_seqlens)[0].unsqueeze(-1) == 0

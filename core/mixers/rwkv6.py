@@ -30,7 +30,7 @@ HEAD_SIZE = 64
 
 
 class LerpLinear(nn.Module):
-    """A linear layer of `x + δ ⊙ μ`."""
+    """Linear layer of `x + δ ⊙ μ`."""
 
     def __init__(self, dim: int, out_features: int, **dd: Any) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class LerpLinear(nn.Module):
 
 
 class MixedLinear(nn.Module):
-    """A linear layer of `x + δ ⊙ m`."""
+    """Linear layer of `x + δ ⊙ m`."""
 
     def __init__(self, dim: int, out_features: int, **dd: Any) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class MixedLinear(nn.Module):
 
 
 class MixedLowRank(nn.Module):
-    """A low-rank layer of `x + δ ⊙ m`."""
+    """Low-rank layer of `x + δ ⊙ m`."""
 
     def __init__(self, dim: int, out_features: int, rank: int, **dd: Any) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class RWKV6(MatrixMixer):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """As the authors' code starts mixings, decays and bonuses; the dense layers by torch's rule."""
+        """Start mixings, decays and bonuses as the authors' code does, and dense layers by torch's rule."""
         super().init_weights()
         lerp, mixing = cast("LerpLinear", self.x_proj["0"]), cast("nn.Linear", self.x_proj["2"])
         down, up = (cast("nn.Linear", self.w_proj.linear.lora[name]) for name in ("0", "2"))

@@ -38,7 +38,7 @@ from sinuous.core.ops import causal_conv1d, dplr  # noqa: F401  (registers torch
 
 
 def rank_of(dim: int, factor: float) -> int:
-    """The authors' rule: a multiple of 32 near factor · √dim."""
+    """Rank by the authors' rule: a multiple of 32 near factor · √dim."""
     return max(32, round(factor * math.sqrt(dim) / 32) * 32)
 
 
@@ -55,7 +55,7 @@ class RWKV7(MatrixMixer):
             multiple of 32.
         value_residual: a layer after the first, which mixes `v_first` into its values.
         norm_eps: the norm adds K times this to the variance.
-        block_index: of the layer in its model of num_blocks: mixings, decays and the norm's weight start by it.
+        block_index: place of the layer in its model of num_blocks; mixings, decays and the norm's weight start by it.
 
     Raises:
         ValueError: if a width is no multiple of the heads, or `block_index` is not one of `num_blocks`.
@@ -94,8 +94,8 @@ class RWKV7(MatrixMixer):
         self.num_blocks = num_blocks
         self.least_log_decay = -math.exp(-0.5)
 
-        def rank(given: int | None, factor: float) -> int:
-            return rank_of(dim, factor) if given is None else given
+        def rank(option: int | None, factor: float) -> int:
+            return rank_of(dim, factor) if option is None else option
 
         wider = keys / HEAD_SIZE
         self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g = (
@@ -117,7 +117,7 @@ class RWKV7(MatrixMixer):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """As the authors' code starts them: o_proj at zero, so that it alone gets a gradient in the first step."""
+        """Start all parameters as the authors' code does: o_proj at zero, so that it alone gets a gradient at first."""
         super().init_weights()
         place = self.block_index / max(self.num_blocks - 1, 1)
         left = 1 - self.block_index / self.num_blocks
@@ -158,7 +158,14 @@ class RWKV7(MatrixMixer):
         grid: tuple[int, int] | None = None,
         v_first: Tensor | None = None,
     ) -> Tensor:
-        """Mix a batch of sequences; with a value residual, `v_first` are the values of the first layer."""
+        """Mix a batch of sequences.
+
+        Args:
+            x: `[B, T, dim]`; packed sequences are `[1, ΣT, dim]` with `cu_seqlens`.
+            cu_seqlens: boundaries of packed sequences, `[sequences + 1]`.
+            grid: not looked at.
+            v_first: values of the first layer, `[B, T, value_dim]`, for a layer with a value residual.
+        """
         return self._mix_with(x, None, None, cu_seqlens, v_first)[0]
 
     def prefill(
@@ -175,7 +182,7 @@ class RWKV7(MatrixMixer):
     def mix_sharing(
         self, x: Tensor, shared: Shared = (), state: MatrixState | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, MatrixState, Shared]:
-        """Shared are the values of the first layer, `[B, T, value_dim]`."""
+        """Run as the contract says; what is shared is the values of the first layer, `[B, T, value_dim]`."""
         conv, memory = (None, None) if state is None else state
         y, conv, memory, v = self._mix_with(x, conv, memory, cu_seqlens, shared[0] if shared else None)
         return y, MatrixState(conv, memory), shared or (v,)
@@ -195,13 +202,13 @@ class RWKV7(MatrixMixer):
         cu_seqlens: Tensor | None,
         v_first: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The output, the states after the last step, and the values."""
+        """Compute the output, the states after the last step, and the values."""
         delta, conv = self._shift(x, conv, cu_seqlens)
         values_in = x + delta * self.x_v
         r, k, v = self.r_proj(x + delta * self.x_r), self.k_proj(x + delta * self.x_k), self.v_proj(values_in)
         if self.v_lora is not None:
             if v_first is None:
-                raise ValueError("a mixer with value_residual needs v_first; pass what mix_sharing of the first gives")
+                raise ValueError("value_residual needs v_first; pass the values that the first layer shares")
             v = torch.lerp(v, v_first, torch.sigmoid(self.v_lora(values_in)).to(v.dtype))
         log_decay = self.least_log_decay * torch.sigmoid(self.w_lora(x + delta * self.x_w))
         rate = torch.sigmoid(self.a_lora(x + delta * self.x_a))
@@ -215,8 +222,8 @@ class RWKV7(MatrixMixer):
             r, k, heads, log_decay.unflatten(-1, keys), -kappa, kappa * rate.unflatten(-1, keys), memory, cu_seqlens,
             1.0, False, "",
         )  # fmt: skip
-        own = (norms.at_least_fp32(r) * k * self.r_k).sum(-1, keepdim=True) * heads
-        mixed = self.g_norm(o) + own.flatten(-2).to(o.dtype)
+        bonus = (norms.at_least_fp32(r) * k * self.r_k).sum(-1, keepdim=True) * heads
+        mixed = self.g_norm(o) + bonus.flatten(-2).to(o.dtype)
         return self.o_proj(mixed * gate), conv, memory, v
 
 

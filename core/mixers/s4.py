@@ -1,4 +1,4 @@
-r"""S4: each channel a linear system of its own, read by a gated linear unit. S4D is S4 with a diagonal system.
+r"""S4: a linear system for each channel, read through a gated linear unit. S4D is S4 with a diagonal system.
 
     Δ = exp(inv_dt) or softplus(inv_dt), times the rate;    A = -exp(A_real) - i A_imag    (minus P P^* in S4)
     x' = A x + B u,   y = 2 Re(C x) + D ⊙ u                 discretised by Δ: the op `lti_conv`
@@ -6,12 +6,12 @@ r"""S4: each channel a linear system of its own, read by a gated linear unit. S4
 
 The real part is negative whatever the parameters are, and so is that of `A - P P^*`: the recurrence cannot blow up.
 Channel h reads the system h mod n_ssm. The layers of both directions add a second readout C, from the other end and
-over what lies after the step itself.
+over the steps after the current one.
 
 C is the recurrence's own. The authors' S4 stores `C (1 - Ā^L)` once it has been run, with L in `l_kernel`; such a state
-dict is taken back to C when it is loaded. Those of S4D have no such thing.
+dict is converted back to C when it is loaded. Those of S4D store C itself.
 
-Training: A, B, P and Δ want a small learning rate and no weight decay; `learning_rates` and `no_weight_decay` say which
+Training: A, B, P and Δ need a small learning rate and no weight decay; `learning_rates` and `no_weight_decay` say which
 parameters to `sinuous train`, and so does the attribute `_optim` to the authors' trainers.
 
 Source: Gu, Goel and Ré (arXiv 2111.00396), S4; Gu et al. (2206.11893), S4D, section 4; Goel et al. (2202.09729),
@@ -52,19 +52,22 @@ class LTIState(NamedTuple):
 
 
 def true_readout(readout: Tensor, steps: int, dt: Tensor, A: Tensor, B: Tensor, P: Tensor) -> Tensor:
-    """C from `C (1 - Ā^steps)`, pairs `[…, D, M, 2]`; the system as `lti_conv` takes it, by the trapezoidal rule."""
+    """Solve for C, given `C (1 - Ā^steps)`, in pairs `[…, D, M, 2]`.
+
+    dt, A, B and P are those of `lti_conv`, discretised by the trapezoidal rule.
+    """
     factor, _, p, q = discretize(dt.double(), A.double(), B.double(), P.double(), "bilinear")
     assert p is not None
     assert q is not None
     power = torch.linalg.matrix_power(matrix(factor, p, q), steps)
     left = torch.eye(power.shape[-1], dtype=power.dtype, device=power.device) - power
     rows = conj(readout.double()).flatten(-2).unsqueeze(-2)
-    found: Tensor = torch.linalg.solve(left, rows, left=False)
-    return conj(found.squeeze(-2).unflatten(-1, (-1, 2))).to(readout)
+    solution: Tensor = torch.linalg.solve(left, rows, left=False)
+    return conj(solution.squeeze(-2).unflatten(-1, (-1, 2))).to(readout)
 
 
 class S4Kernel(nn.Module):
-    """The parameters of the systems: forward gives dt `[H]`, A and B `[H, M, 2]`, or `[M, 2]` where there is one
+    """Parameters of the systems: `forward` returns dt `[H]`, A and B `[H, M, 2]`, or `[M, 2]` where there is one
     system, C `[readouts, H, M, 2]`, and P `[R, H, M, 2]` or `[R, M, 2]`, or None."""
 
     def __init__(
@@ -93,7 +96,7 @@ class S4Kernel(nn.Module):
                 self.P.copy_(torch.view_as_real(start.P.resolve_conj()))
 
     def _of_channels(self, t: Tensor) -> Tensor:
-        """One system per channel, on the third axis from the end, or that axis left out where all have the same."""
+        """Repeat the systems, on the third axis from the end, for the channels; drop the axis where all share one."""
         if self.shared:
             return t.squeeze(-3)
         return torch.cat([t] * self.repeats, -3)
@@ -123,7 +126,7 @@ class S4Kernel(nn.Module):
 
 
 class S4Conv(nn.Module):
-    """The convolution with its skip weight D `[readouts, H]`; holds the parameters, `S4.forward` has the equation."""
+    """Parameters of the convolution and its skip weight D `[readouts, H]`; `S4` applies them."""
 
     def __init__(self, kernel: S4Kernel, channels: int, dim: int, dropout: float, dd: dict[str, Any]) -> None:
         super().__init__()
@@ -139,11 +142,11 @@ class S4(Mixer):
     Args:
         dim: width of the model, H.
         d_state: N, size of each state, conjugates included.
-        init: what the systems start from, see `sinuous.core.hippo.start`; `None` is `legs` in S4, `diag-lin` in
+        init: start of the systems, see `sinuous.core.hippo.start`; `None` is `legs` in S4, `diag-lin` in
             S4D.
-        disc: how they are made discrete: `bilinear` in S4; `zoh`, `bilinear` or `dss` in S4D, where it is zero-order
+        disc: rule that discretises them: `bilinear` in S4; `zoh`, `bilinear` or `dss` in S4D, where it is zero-order
             hold with the response divided by its sum over `l_max` steps, mode by mode. `None` is the first of these.
-        rank: of the low rank in S4; `None` is what the start needs.
+        rank: R, rank of P in S4; `None` is as many as the start needs.
         n_ssm: systems (A, B, P), which channels share; must divide `dim`. `None` is one for each channel.
         channels: readouts of each system, C and D, which the output matrix mixes.
         dt_min, dt_max: steps are log-uniform between these at the start.
@@ -151,9 +154,9 @@ class S4(Mixer):
         rate: factor of the steps, for inputs that are sampled at another rate than those of training: 2 for half as
             many samples.
         l_max: steps that `dss` divides over.
-        lr: learning rate of A, B, P and Δ, at its height, that `learning_rates` reports; `None` for that of all.
-        final_act: what follows the output matrix: `glu`, for which it is twice as high, or `id`.
-        dropout: behind the convolution and again behind its activation.
+        lr: peak learning rate of A, B, P and Δ, which `learning_rates` reports; `None` for that of all parameters.
+        final_act: activation behind the output matrix: `glu`, for which it has twice as many rows, or `id`.
+        dropout: rate behind the convolution and again behind its activation.
 
     Raises:
         ValueError: if a size is less than 1 or does not divide what it must, a choice is unknown, the rank is too low,
@@ -247,7 +250,7 @@ class S4(Mixer):
         return {f"layer.kernel.{name}" for name in SPECIAL if getattr(kernel, name) is not None}
 
     def learning_rates(self) -> dict[str, float]:
-        """Learning rates of own parameters that want another one than the rest, by name; absolute."""
+        """Learning rates, by name, of parameters that need another one than the rest; absolute."""
         return {} if self.lr is None else dict.fromkeys(sorted(self.no_weight_decay()), self.lr)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
@@ -268,8 +271,10 @@ class S4(Mixer):
         return LTIState(zero_states(self.layer.D, device, dtype, (0,), shape)[1])
 
     def _normalised(self, C: Tensor, dt: Tensor, A: Tensor) -> Tensor:
-        """C over the sum of exp(ΔA l) (exp(ΔA) - 1) of all l < l_max, which is exp(ΔA l_max) - 1; and half of that, as
-        DSS reads the real part once."""
+        """Divide C by 2 Σ_l exp(ΔA l) (exp(ΔA) - 1) over l < l_max, which is 2 (exp(ΔA l_max) - 1).
+
+        The 2 is there because DSS reads the real part once.
+        """
         z = dt.unsqueeze(-1).unsqueeze(-1) * A * self.normalised_steps
         size, turn = torch.exp(z[..., 0]), z[..., 1]
         eigenvalue = torch.complex(A[..., 0], A[..., 1])
@@ -280,7 +285,7 @@ class S4(Mixer):
         return torch.stack([torch.real(scaled), torch.imag(scaled)], -1)
 
     def _mix(self, x: Tensor, hidden: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The output, and the hidden state after the last step."""
+        """Compute the output, and the hidden state after the last step."""
         dt, A, B, C, P = self.layer.kernel()
         dt, channels = dt * self.rate, self.channels
         if self.normalised_steps > 0:
@@ -313,7 +318,7 @@ class S4D(S4):
 
 @register_mixer("s4_bidirectional")
 class S4Bidirectional(S4):
-    """S4 with a second readout, C from the other end: `y_t + Σ_{j≥1} K'_{j-1} u_{t+j}`. A, B and P are shared."""
+    """S4 with a second readout C from the other end, `y_t + Σ_{j≥1} K'_{j-1} u_{t+j}`, and shared A, B and P."""
 
     causal: ClassVar[bool] = False
     constant_state: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-r"""S5: one state-space model of all channels, diagonal and complex, discretised by a step of its own per mode.
+r"""S5: one state-space model of all channels, diagonal and complex, discretised with one step size per mode.
 
     x'(t) = Λ x(t) + B u(t)                              in discrete time, with Δ = exp(log_step):
     λ = exp(ΛΔ),                B̄ = (λ - 1) / Λ · B      zoh, or
@@ -26,14 +26,14 @@ from sinuous.core.hippo import normal_part
 from sinuous.core.mixers.contract import register_mixer
 from sinuous.core.mixers.heads import per_head
 from sinuous.core.mixers.lru import ConstantFactorMixer
+from sinuous.core.ops.lti_conv import DISCRETIZATIONS
 
-DISCRETIZATIONS = ("zoh", "bilinear")
 C_INITS = ("trunc_standard_normal", "lecun_normal", "complex_normal")
 
 
 def lecun_normal(*shape: int, fan_in: int) -> Tensor:
-    """A normal distribution of variance 1 / fan_in, cut at two standard deviations; fp64 on the CPU."""
-    std = fan_in**-0.5 / 0.87962566103423978  # what the cut takes from the deviation
+    """Draw from a normal distribution of variance 1 / fan_in, cut at two standard deviations; fp64 on the CPU."""
+    std = fan_in**-0.5 / 0.87962566103423978  # the cut makes the deviation smaller by this factor
     return nn.init.trunc_normal_(torch.empty(shape, dtype=torch.float64, device="cpu"), std=std, a=-2 * std, b=2 * std)
 
 
@@ -108,11 +108,11 @@ class S5(ConstantFactorMixer):
         super().init_weights()
         dim, state = self.D.shape[0], self.d_state
         eigenvalues, vectors = normal_part("legs", state // self.blocks)
-        kept = self.hidden_width // self.blocks
-        basis = torch.block_diag(*[vectors[:, :kept]] * self.blocks)
+        modes = self.hidden_width // self.blocks  # of conjugate pairs, the first half
+        basis = torch.block_diag(*[vectors[:, :modes]] * self.blocks)
         with torch.no_grad():
-            self.Lambda_re.copy_(eigenvalues.real[:kept].repeat(self.blocks))
-            self.Lambda_im.copy_(eigenvalues.imag[:kept].repeat(self.blocks))
+            self.Lambda_re.copy_(eigenvalues.real[:modes].repeat(self.blocks))
+            self.Lambda_im.copy_(eigenvalues.imag[:modes].repeat(self.blocks))
             self.B.copy_(torch.view_as_real(basis.mH @ lecun_normal(state, dim, fan_in=state).to(basis.dtype)))
             if self.C_init == "complex_normal":
                 self.C.normal_(std=0.5**0.5)

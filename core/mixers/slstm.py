@@ -1,4 +1,4 @@
-"""xLSTM's scalar memory: an LSTM with exponential gates, whose heads read what they last put out.
+"""xLSTM's scalar memory: an LSTM with exponential gates, whose heads read their last output.
 
     x' = silu(causal_conv1d(x))
     i, f = fgate(x'), igate(x');   z, o = zgate(x), ogate(x)           block-diagonal, one block for each head
@@ -35,8 +35,8 @@ GATES = 4
 
 @register_state
 class SLSTMState(NamedTuple):
-    """conv: the last W-1 inputs of the convolution, `[B, W-1, dim]` (`[B, 0, 0]` without one); y, c, n, m: what the
-    cells last put out, their memory, its normaliser and the scale of both, `[B, H, dim / H]`, fp32 or fp64."""
+    """conv: the last W-1 inputs of the convolution, `[B, W-1, dim]` (`[B, 0, 0]` without one); y, c, n, m: the
+    last output of the cells, their memory, its normaliser and the scale of both, `[B, H, dim / H]`, fp32 or fp64."""
 
     conv: Tensor
     y: Tensor
@@ -54,7 +54,7 @@ class SLSTMCell(nn.Module):
         self._bias_ = nn.Parameter(torch.empty(GATES * num_heads * head_dim, **dd))
 
     def weights(self) -> tuple[Tensor, Tensor]:
-        """R `[4, H, D_out, D_in]` and the bias `[4, H, D]`."""
+        """Weights as the op takes them: R `[4, H, D_out, D_in]` and the bias `[4, H, D]`."""
         heads, _, size = self._recurrent_kernel_.shape
         R = self._recurrent_kernel_.unflatten(1, [-1, size]).transpose(0, 1)
         return R, self._bias_.unflatten(0, [-1, heads, size])
@@ -146,11 +146,11 @@ class SLSTM(Mixer):
             )
         gates = [self.fgate(convolved), self.igate(convolved), self.zgate(x), self.ogate(x)]
         R, bias = self.slstm_cell.weights()
-        found = torch.ops.sinuous.slstm(
+        hidden, y, c, n, m, _, _, _, _, _ = torch.ops.sinuous.slstm(
             torch.stack(gates, 2).unflatten(-1, [self.num_heads, self.head_dim]), R, bias,
             y, c, n, m, cu_seqlens, "slstm", False, "",
         )  # fmt: skip
-        return self.group_norm(found[0]), conv, found[1], found[2], found[3], found[4]
+        return self.group_norm(hidden), conv, y, c, n, m
 
     def prefill(self, x: Tensor, state: SLSTMState | None = None) -> tuple[Tensor, SLSTMState]:
         conv, y, c, n, m = (None, None, None, None, None) if state is None else state

@@ -134,11 +134,11 @@ class SS2D(Mixer):
         return out
 
     def _scan(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """Both sequences `[B, T, 2, E]` scanned from either end, and the ends summed."""
+        """Scan both sequences `[B, T, 2, E]` from either end, and sum the two."""
         return self._scan_from(x, 0, cu_seqlens) + self._scan_from(x, 1, cu_seqlens)
 
     def _scan_from(self, x: Tensor, end: int, cu_seqlens: Tensor | None) -> Tensor:
-        """Both sequences from their beginning or, for `end` 1, from their end."""
+        """Scan both sequences from their beginning or, for `end` 1, from their end."""
         routes, half = 2 * end, 2 * self.d_inner
         projected = torch.einsum("btkd,kcd->btkc", x, self.x_proj_weight[routes : routes + 2])
         dt, B, C = projected.split([self.rank, self.d_state, self.d_state], -1)

@@ -186,7 +186,7 @@ def test_layers_share_the_values_of_the_first() -> None:
 
 
 def test_a_value_residual_without_values_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"value_residual needs v_first; pass what mix_sharing of the first"):
+    with pytest.raises(ValueError, match=r"value_residual needs v_first; pass the values that the first layer shares"):
         build("rwkv7", {"value_residual": True})(sequence())
 
 

@@ -174,7 +174,7 @@ def test_parameters_count_as_published(name: str, dim: int, options: dict[str, A
     [
         ("hgrn", {"lower_bound": 1.0}, r"lower_bound must lie in \[0, 1\) \(got 1.0\)"),
         ("hgrn", {"expand": 0.01}, "d_inner must be at least 1 .got 0."),
-        ("min_gru", {"expand": 2, "proj_out": False}, "expand=2 makes 48 channels of 24; leave proj_out"),
+        ("min_gru", {"expand": 2, "proj_out": False}, "expand=2 makes 48 channels of 24; leave out proj_out"),
         ("min_lstm", {"use_short_conv": True, "conv_size": 0}, "conv_size must be at least 1 .got 0."),
         ("gate_loop", {"transition": "real"}, "transition must be 'polar' or 'cartesian' .got 'real'."),
         (

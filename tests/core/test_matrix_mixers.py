@@ -331,7 +331,7 @@ def test_norms_of_heads_and_groups() -> None:
         ("linear_attention", {"feature_map": "cosine"}, "feature_map must be one of .*hedgehog"),
         ("linear_attention", {"feature_map": "identity"}, "normalize=True needs features that are never negative"),
         ("linear_attention", {"output_norm": "layer"}, "output_norm must be 'none' or 'rms'"),
-        ("retention", {"num_heads": 8}, "must be even, to be turned in pairs .got 3."),
+        ("retention", {"num_heads": 8}, "must be even, to be rotated in pairs .got 3."),
         ("retention", {"feature_map": "t2r"}, "feature_map must be one of 'identity', 'elu', 'relu', 'swish'"),
         ("simple_gla", {"conv_size": 0}, "conv_size must be at least 1"),
         ("gla", {"clamp_min": 0.5}, "clamp_min bounds a logarithm"),
