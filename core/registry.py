@@ -1,7 +1,10 @@
 """Every model by name: domains' own and, for vision, timm's registry filled by the same decorator.
 
-Domains are found by their entry points, see `sinuous.core.domains`: importing one registers its models. Core thus
-imports no domain, and other packages can join.
+Importing a domain registers its models, and `sinuous.core.domains` finds the domains; core imports none of them.
+
+A model built by its name knows how it was built, in two attributes that timm gives its own models: `pretrained_cfg`
+(among its entries `architecture` and `tag`) and `_model_args`, the arguments of the constructor. `sinuous.save` writes
+them. A model that changes its sizes later writes them into `_model_args`, with timm's `update_model_args`.
 """
 
 from __future__ import annotations
@@ -10,7 +13,6 @@ import difflib
 import fnmatch
 import functools
 import inspect
-import json
 import os
 import sys
 import warnings
@@ -21,21 +23,38 @@ from typing import Any, cast
 
 import timm
 import torch
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from timm.models import PretrainedCfg
 from timm.models import register_model as register_with_timm
 from torch import Tensor, nn
 
+from sinuous.core.checkpoints import load_state_dict
 from sinuous.core.domains import load_domains
+from sinuous.core.weights import read_card
 
 EntryPoint = Callable[..., nn.Module]
 
 
+_NOT_KEPT = ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir", "device", "dtype")
+"""Arguments that say where weights come from or where they go, not what the model is."""
+
+
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
+    """A registered model.
+
+    Attributes:
+        build: the registered function.
+        domain: where it belongs.
+        cfgs: by tag.
+        in_timm: registered with timm, too.
+    """
+
     build: EntryPoint
     domain: str
     cfgs: Mapping[str, PretrainedCfg]
+    in_timm: bool
 
 
 @dataclass(frozen=True)
@@ -50,7 +69,7 @@ class ModelInfo:
         paper: title, and number on arXiv.
         license: of the weights.
         weights: tags under which weights exist.
-        metrics: what was measured of the weights, and what made them; empty where nothing was.
+        card: what is known of the weights that ship with the package, see `sinuous.core.weights`; empty without any.
         description: one sentence on the weights, where they have one, or else on the architecture.
     """
 
@@ -61,16 +80,28 @@ class ModelInfo:
     paper: str | None
     license: str | None
     weights: tuple[str, ...]
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    scores: Mapping[str, float] = field(default_factory=dict)
+    card: Mapping[str, Any] = field(default_factory=dict)
     description: str | None = None
 
+    @property
+    def metrics(self) -> Mapping[str, Mapping[str, float]]:
+        """Scores of the weights, `{split: {score: value}}`."""
+        return dict(self.card.get("scores", {}))
 
-_MODELS: dict[str, _Entry] = {}
+    @property
+    def scores(self) -> Mapping[str, float]:
+        """Scores of the weights on the test set."""
+        return dict(self.metrics.get("test", {}))
+
+
+_MODELS: dict[str, Entry] = {}
 
 
 def register_model(fn: EntryPoint | None = None, *, domain: str, default_cfgs: Mapping[str, Any] | None = None) -> Any:
     """Decorator: register the function `name(pretrained=False, **kwargs) -> nn.Module` under its own name.
+
+    What it builds is told its name and its arguments. The function itself is never asked for weights: with
+    `pretrained=True` they are loaded into what it has built.
 
     Args:
         fn: the function.
@@ -82,24 +113,96 @@ def register_model(fn: EntryPoint | None = None, *, domain: str, default_cfgs: M
     """
     if fn is None:
         return functools.partial(register_model, domain=domain, default_cfgs=default_cfgs)
+    return _register(fn, domain, default_cfgs, in_timm=False)
+
+
+def register_vision_model(fn: EntryPoint | None = None, *, domain: str = "vision") -> Any:
+    """Decorator: `register_model` here and in timm, for models of images and clips; timm loads their weights."""
+    if fn is None:
+        return functools.partial(register_vision_model, domain=domain)
+    return register_with_timm(_register(fn, domain, None, in_timm=True))
+
+
+def _register(fn: EntryPoint, domain: str, default_cfgs: Mapping[str, Any] | None, in_timm: bool) -> EntryPoint:
     name = fn.__name__
     known = _MODELS.get(name)
     if known is not None and known.build.__module__ != fn.__module__:
         raise ValueError(f"model name {name!r} is taken by {known.build.__module__}; choose another")
-    cfgs = getattr(sys.modules[fn.__module__], "default_cfgs", {}) if default_cfgs is None else default_cfgs
-    _MODELS[name] = _Entry(fn, domain, dict(cfgs[name].cfgs) if name in cfgs else {})
-    return fn
+    all_cfgs = getattr(sys.modules[fn.__module__], "default_cfgs", {}) if default_cfgs is None else default_cfgs
+    cfgs: dict[str, PretrainedCfg] = dict(all_cfgs[name].cfgs) if name in all_cfgs else {}
+
+    @functools.wraps(fn)
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        tag = kwargs.get("pretrained_cfg")  # of timm: a tag, or a whole configuration that stands for itself
+        from_elsewhere = {"state_dict", "file"} & set(kwargs.get("pretrained_cfg_overlay") or ())
+        if pretrained and not tag and not from_elsewhere:
+            tag = next(iter(_weight_tags(cfgs)), "")
+        cfg = cfgs.get(tag) if isinstance(tag, str) else None
+        of_tag = _card(cfg).get("model_args", {})
+        arguments = {**of_tag, **kwargs}
+        kept = {key: value for key, value in arguments.items() if key not in _NOT_KEPT}
+        model: Any
+        if in_timm:
+            if of_tag:
+                arguments.setdefault("pretrained_model_args", of_tag)
+            model = fn(pretrained=pretrained, **arguments)
+            model._model_args = {**getattr(model, "_model_args", {}), **kept}
+            return cast("nn.Module", model)
+        if pretrained:
+            _check_has_weights(name, str(tag or ""), cfgs)
+        placed = {key: arguments[key] for key in ("device", "dtype") if key in arguments}
+        model = fn(pretrained=False, **kept, **placed)
+        model._model_args = kept
+        model.pretrained_cfg = _said(name, str(tag or next(iter(cfgs), "")), cfgs)
+        if pretrained:
+            model.load_state_dict(fitted(load_state_dict(_file_of(cfgs[str(tag)])), model, fn))
+        return cast("nn.Module", model)
+
+    _MODELS[name] = Entry(build, domain, cfgs, in_timm)
+    return build
 
 
-def register_vision_model(fn: EntryPoint | None = None, *, domain: str = "vision") -> Any:
-    """Decorator: `register_model` here and in timm, for models of images and clips."""
-    if fn is None:
-        return functools.partial(register_vision_model, domain=domain)
-    register_model(fn, domain=domain)
-    return register_with_timm(fn)
+def _said(architecture: str, tag: str, cfgs: Mapping[str, PretrainedCfg]) -> dict[str, Any]:
+    """Entries of a configuration that were given; the defaults of the others are for pictures."""
+    defaults = vars(PretrainedCfg())
+    entries = vars(cfgs[tag]) if tag in cfgs else {}
+    said = {key: value for key, value in entries.items() if value != defaults[key]}
+    return {**said, "architecture": architecture, **({"tag": tag} if tag else {})}
 
 
-def _entry(name: str) -> tuple[str, str, _Entry]:
+def _check_has_weights(architecture: str, tag: str, cfgs: Mapping[str, PretrainedCfg]) -> None:
+    tags = _weight_tags(cfgs)
+    if tag not in tags if tag else not tags:
+        known = ", ".join(list_models(pretrained=True)) or "no model yet"
+        name = f"{architecture}.{tag}" if tag else architecture
+        raise ValueError(
+            f"sinuous has no weights for {name!r} (it has them for {known}); "
+            "give the authors' file as checkpoint_path, or pretrained=False"
+        )
+
+
+def _card(cfg: PretrainedCfg | None) -> Mapping[str, Any]:
+    file = Path(cfg.file) if cfg is not None and cfg.file else None
+    return read_card(file) if file is not None and file.with_suffix(".json").is_file() else {}
+
+
+def _file_of(cfg: PretrainedCfg) -> str:
+    return cfg.file or hf_hub_download(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors")
+
+
+def fitted(state: Mapping[str, Tensor], model: nn.Module, build: EntryPoint) -> Mapping[str, Tensor]:
+    """`state` in the names of a model of `build`, through the `checkpoint_filter_fn` of its module where it has one.
+
+    Raises:
+        ValueError: if the weights are of another model.
+    """
+    to_ours = getattr(sys.modules[build.__module__], "checkpoint_filter_fn", None)
+    state = state if to_ours is None else to_ours(state, model)
+    check_weights(state, model)
+    return state
+
+
+def find_entry(name: str) -> tuple[str, str, Entry]:
     """(architecture, tag, entry) of a name, or a ValueError that names the closest."""
     load_domains()
     architecture, _, tag = name.partition(".")
@@ -118,8 +221,8 @@ def _entry(name: str) -> tuple[str, str, _Entry]:
     return architecture, tag, entry
 
 
-def _weight_tags(entry: _Entry) -> tuple[str, ...]:
-    return tuple(tag for tag, cfg in entry.cfgs.items() if cfg.has_weights)
+def _weight_tags(cfgs: Mapping[str, PretrainedCfg]) -> tuple[str, ...]:
+    return tuple(tag for tag, cfg in cfgs.items() if cfg.has_weights)
 
 
 def list_models(pattern: str = "", *, domain: str | None = None, pretrained: bool = False) -> list[str]:
@@ -135,7 +238,7 @@ def list_models(pattern: str = "", *, domain: str | None = None, pretrained: boo
         full
         for name, entry in _MODELS.items()
         if domain in (None, entry.domain)
-        for full in ([f"{name}.{tag}" for tag in _weight_tags(entry)] if pretrained else [name])
+        for full in ([f"{name}.{tag}" for tag in _weight_tags(entry.cfgs)] if pretrained else [name])
     ]
     return sorted(name for name in names if not pattern or fnmatch.fnmatch(name, pattern))
 
@@ -158,46 +261,36 @@ def create_model(
         FileNotFoundError: if there is no such file.
         ConnectionError: if weights lie on the hub and the hub cannot be reached.
     """
-    architecture, tag, entry = _entry(name)
+    architecture, tag, entry = find_entry(name)
     if checkpoint_path is not None:
         if pretrained:
             raise ValueError("pretrained=True and checkpoint_path both say where weights come from; give one of them")
-        return _from_file(architecture, entry, checkpoint_path, kwargs)
-    tags = _weight_tags(entry)
-    if pretrained and (tag not in tags if tag else not tags):
-        known = ", ".join(list_models(pretrained=True)) or "no model yet"
-        raise ValueError(
-            f"sinuous has no weights for {name!r} (it has them for {known}); "
-            "give the authors' file as checkpoint_path, or pretrained=False"
-        )
-    if not timm.is_model(architecture):
-        return entry.build(pretrained=pretrained, **kwargs)
-    return _reaching_the_hub(name, lambda: timm.create_model(name, pretrained=pretrained, **kwargs))
+        return _from_file(architecture, tag, entry, checkpoint_path, kwargs)
+    if pretrained:
+        _check_has_weights(architecture, tag, entry.cfgs)
+    if entry.in_timm:
+        return reaching_the_hub(name, lambda: timm.create_model(name, pretrained=pretrained, **kwargs))
+    return reaching_the_hub(name, lambda: entry.build(pretrained=pretrained, pretrained_cfg=tag, **kwargs))
 
 
 def _from_file(
-    architecture: str, entry: _Entry, checkpoint_path: str | os.PathLike[str], kwargs: dict[str, Any]
+    architecture: str, tag: str, entry: Entry, checkpoint_path: str | os.PathLike[str], kwargs: dict[str, Any]
 ) -> nn.Module:
-    from sinuous.core.checkpoints import load_state_dict
-
     state = load_state_dict(checkpoint_path)
-    if not timm.is_model(architecture):
-        model = entry.build(pretrained=False, **kwargs)
-        to_ours = getattr(sys.modules[entry.build.__module__], "checkpoint_filter_fn", None)
-        state = state if to_ours is None else to_ours(state, model)
-        check_weights(state, model)
-        model.load_state_dict(state)
+    if not entry.in_timm:
+        model = entry.build(pretrained=False, pretrained_cfg=tag, **kwargs)
+        model.load_state_dict(fitted(state, model, entry.build))
         return model
-    cfg = next(iter(entry.cfgs.values()))
+    cfg = entry.cfgs[tag] if tag else next(iter(entry.cfgs.values()))
     overlay: dict[str, Any] = {"state_dict": state}
     head, stem = state.get(f"{cfg.classifier}.weight"), state.get(f"{cfg.first_conv}.weight")
     if head is not None:
         overlay["num_classes"] = head.shape[0]
     if stem is not None:
         overlay["input_size"] = (stem.shape[1], *cfg.input_size[1:])
-    built: nn.Module = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
-    for holder in (built, getattr(built, "model", None)):
-        cast("dict[str, Any]", getattr(holder, "pretrained_cfg", {})).pop("state_dict", None)  # a copy of the weights
+    name = f"{architecture}.{tag}" if tag else architecture
+    built: nn.Module = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    forget_weights(built)
     wanted = kwargs.get("num_classes", 0)
     if head is not None and wanted not in (0, head.shape[0]):
         warnings.warn(
@@ -207,6 +300,12 @@ def _from_file(
             stacklevel=3,
         )
     return built
+
+
+def forget_weights(model: nn.Module) -> None:
+    """Take the copy of the weights out of the configuration that timm leaves with the model."""
+    for holder in (model, getattr(model, "model", None)):
+        cast("dict[str, Any]", getattr(holder, "pretrained_cfg", {})).pop("state_dict", None)
 
 
 def check_weights(state: Mapping[str, Tensor], model: nn.Module, adapted: tuple[str, ...] = ()) -> None:
@@ -231,7 +330,7 @@ def check_weights(state: Mapping[str, Tensor], model: nn.Module, adapted: tuple[
             f"the checkpoint is for another {kind}: {name} has shape {list(state[name].shape)} there and "
             f"{list(wanted[name].shape)} here; choose the model, or its sizes, that the file was made with"
         )
-    for names, what in ((missing, "lacks"), (unknown, "has a stranger,")):
+    for names, what in ((missing, "lacks"), (unknown, "has a parameter that the model lacks,")):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise ValueError(
@@ -240,39 +339,7 @@ def check_weights(state: Mapping[str, Tensor], model: nn.Module, adapted: tuple[
             )
 
 
-def load(path_or_hub_id: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
-    """A model with its weights, always: from a name, a folder, or the Hugging Face Hub.
-
-    Args:
-        path_or_hub_id: `architecture.tag` or an architecture that has weights; a folder written by timm's
-            `save_for_hf` (`config.json` beside `model.safetensors`); or `organisation/name` on the hub.
-        **kwargs: for the model's constructor.
-
-    Raises:
-        ValueError: if it is none of these.
-        ConnectionError: if the hub cannot be reached.
-    """
-    place = os.fspath(path_or_hub_id)
-    load_domains()
-    if os.path.isdir(place):
-        if not os.path.exists(os.path.join(place, "config.json")):
-            raise ValueError(f"{place} has no config.json; give a folder written by timm.models.save_for_hf")
-        restored: nn.Module = timm.create_model(f"local-dir:{place}", pretrained=True, **kwargs)
-        return restored
-    if os.path.isfile(place):
-        raise ValueError(
-            f"{place} is a file, which does not say what model it is for; "
-            "use sinuous.create_model(name, checkpoint_path=...)"
-        )
-    hub_id = place.removeprefix("hf-hub:")
-    if "/" not in hub_id:
-        return create_model(place, pretrained=True, **kwargs)
-    if hub_id.count("/") > 1 or hub_id.startswith((".", "/", "~")):
-        raise ValueError(f"there is nothing at {place}; check the path")
-    return _reaching_the_hub(hub_id, lambda: timm.create_model(f"hf-hub:{hub_id}", pretrained=True, **kwargs))
-
-
-def _reaching_the_hub(name: str, build: Callable[[], nn.Module]) -> nn.Module:
+def reaching_the_hub(name: str, build: Callable[[], nn.Module]) -> nn.Module:
     try:
         return build()
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
@@ -288,13 +355,12 @@ def model_info(name: str) -> ModelInfo:
     Raises:
         ValueError: if there is no such model, naming the closest.
     """
-    _, tag, entry = _entry(name)
+    _, tag, entry = find_entry(name)
     with torch.device("meta"):
-        model = entry.build(pretrained=False)
-    tag = tag or next(iter(_weight_tags(entry)), next(iter(entry.cfgs), ""))
+        model = entry.build(pretrained=False, pretrained_cfg=tag)
+    tag = tag or next(iter(_weight_tags(entry.cfgs)), next(iter(entry.cfgs), ""))
     cfg = entry.cfgs.get(tag, PretrainedCfg())
     paper = ", ".join(filter(None, (cfg.paper_name, cfg.paper_ids if isinstance(cfg.paper_ids, str) else None)))
-    metrics = Path(cfg.file).with_suffix(".json") if cfg.file else None
     return ModelInfo(
         name=name,
         domain=entry.domain,
@@ -302,7 +368,7 @@ def model_info(name: str) -> ModelInfo:
         input_size=tuple(cfg.input_size) if entry.cfgs else None,
         paper=paper or None,
         license=cfg.license,
-        weights=_weight_tags(entry),
-        metrics=json.loads(metrics.read_text()) if metrics is not None and metrics.exists() else {},
+        weights=_weight_tags(entry.cfgs),
+        card=_card(cfg),
         description=cfg.description or inspect.getdoc(entry.build),
     )

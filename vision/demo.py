@@ -106,7 +106,7 @@ def explain(
     Raises:
         ValueError: if a file is no picture, or the model has no weights or is no classifier of gray pictures.
     """
-    from sinuous.core.registry import load
+    from sinuous.core.hub import load
 
     network = load(model).eval()
     cfg = cast("dict[str, Any]", network.pretrained_cfg)

@@ -30,13 +30,13 @@ from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
-from torchvision.datasets import FashionMNIST
 
 from sinuous.core import norms
 from sinuous.core.checks import check_choice
 from sinuous.core.mixers import mixer_class
 from sinuous.core.registry import check_weights, register_vision_model
 from sinuous.core.stack import Stack
+from sinuous.core.weights import shipped_cfgs
 
 __all__ = ["Vim", "checkpoint_filter_fn"]
 
@@ -516,26 +516,16 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _nano_cfgs() -> dict[str, Any]:
-    cfg = _cfg(input_size=(1, 28, 28), num_classes=10, mean=(0.5,), std=(0.5,), crop_pct=1.0)
-    weights = Path(__file__).parent / "weights" / "vim_nano.fashion_mnist.safetensors"
-    if not weights.exists():
-        return {"vim_nano.untrained": cfg}
-    trained = {
-        "file": str(weights),
-        "mean": (0.2860,),
-        "std": (0.3530,),
-        "label_names": tuple(FashionMNIST.classes),
-        "description": "trained on Fashion-MNIST; the JSON file beside the weights says how and with what result",
-    }
-    return {"vim_nano.fashion_mnist": {**cfg, **trained}}
-
+_CFGS = {
+    "vim_nano": _cfg(input_size=(1, 28, 28), num_classes=10, mean=(0.5,), std=(0.5,), crop_pct=1.0),
+    "test_vim": _cfg(input_size=(3, 64, 64)),
+}
 
 default_cfgs = generate_default_cfgs(
     {
-        **{f"{name}.untrained": _cfg() for name in SIZES if name.endswith("_224")},
-        **_nano_cfgs(),
-        "test_vim.untrained": _cfg(input_size=(3, 64, 64)),
+        name_and_tag: cfg
+        for name in SIZES
+        for name_and_tag, cfg in shipped_cfgs(Path(__file__).parent / "weights", name, _CFGS.get(name, _cfg())).items()
     }
 )
 

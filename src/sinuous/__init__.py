@@ -1,7 +1,7 @@
 """sinuous: recurrent backbones for sequences that are too long for attention.
 
-Importing the package imports no torch; `create_model`, `list_models`, `load`, `model_info`, `backend`, `nn` and `ops`
-load what they need on first use.
+Importing the package imports no torch; `create_model`, `list_models`, `load`, `save`, `model_info`, `backend`, `nn`
+and `ops` load what they need on first use.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "create_model": "sinuous.core.registry",
     "list_models": "sinuous.core.registry",
-    "load": "sinuous.core.registry",
+    "load": "sinuous.core.hub",
+    "save": "sinuous.core.hub",
     "model_info": "sinuous.core.registry",
     "backend": "sinuous.core.ops.dispatch",
     "nn": "sinuous.nn",
@@ -26,10 +27,11 @@ __all__ = ["__version__", *_LAZY]
 if TYPE_CHECKING:
     from sinuous import nn as nn
     from sinuous import ops as ops
+    from sinuous.core.hub import load as load
+    from sinuous.core.hub import save as save
     from sinuous.core.ops.dispatch import backend as backend
     from sinuous.core.registry import create_model as create_model
     from sinuous.core.registry import list_models as list_models
-    from sinuous.core.registry import load as load
     from sinuous.core.registry import model_info as model_info
 
 

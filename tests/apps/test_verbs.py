@@ -92,7 +92,10 @@ def test_models_are_listed(
 def test_any_score_of_weights_is_shown_under_its_name() -> None:
     facts = {"name": "m", "domain": "vision", "params": 1, "input_size": (1, 2, 2), "paper": None, "license": None}
     measured = {"accuracy": 0.91237, "bits_per_byte": 1.8}
-    assert models.scores(ModelInfo(**facts, weights=("a",), scores=measured)) == "accuracy 0.9124, bits per byte 1.8"
+    assert (
+        models.scores(ModelInfo(**facts, weights=("a",), card={"scores": {"test": measured}}))
+        == "accuracy 0.9124, bits per byte 1.8"
+    )
     assert models.scores(ModelInfo(**facts, weights=())) == ""
 
 

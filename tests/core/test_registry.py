@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import importlib.metadata
-import json
 import subprocess
 import sys
 import warnings
@@ -13,13 +14,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from timm.models import PretrainedCfg
 from torch import nn
 
 import sinuous
-from sinuous.core import registry
-from sinuous.core.checkpoints import load_state_dict, save_safetensors
+from sinuous.core import domains, registry
+from sinuous.core.checkpoints import save_safetensors
 
 IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -121,7 +121,7 @@ def test_refuses_the_file_of_another_model(published: tuple[Path, nn.Module], tm
         sinuous.create_model("vim_tiny_patch16_224", checkpoint_path=published[0])
     with pytest.raises(ValueError, match=r"lacks layers.4.* \(and \d+ more\)"):
         sinuous.create_model("test_vim", checkpoint_path=published[0], depth=5)
-    with pytest.raises(ValueError, match=r"has a stranger, layers.3"):
+    with pytest.raises(ValueError, match=r"has a parameter that the model lacks, layers.3"):
         sinuous.create_model("test_vim", checkpoint_path=published[0], depth=3, num_classes=3)
     save_safetensors({"weight": torch.ones(2)}, tmp_path / "linear.safetensors")
     with pytest.raises(ValueError, match="is not one of this Vim: it lacks"):
@@ -130,66 +130,20 @@ def test_refuses_the_file_of_another_model(published: tuple[Path, nn.Module], tm
         sinuous.create_model("test_vim", checkpoint_path=tmp_path / "absent.pth")
 
 
-def test_saves_for_the_hub_and_loads_from_the_folder(tmp_path: Path) -> None:
-    model = sinuous.create_model("test_vim", num_classes=7, mixer="mamba").eval()
-    model.set_input_size((64, 96))
-    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
-    wide = torch.randn(1, 3, 64, 96)
-    assert torch.equal(sinuous.load(tmp_path).eval()(wide), model(wide))
-
-
-def test_places_that_hold_no_model(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no config.json; give a folder written by"):
-        sinuous.load(tmp_path)
-    file = tmp_path / "w.safetensors"
-    file.write_bytes(b"x")
-    with pytest.raises(ValueError, match="is a file, which does not say what model it is for"):
-        sinuous.load(file)
-    with pytest.raises(ValueError, match="there is nothing at"):
-        sinuous.load(tmp_path / "absent" / "model")
-
-
-@pytest.mark.parametrize("error", [OfflineModeIsEnabled("off"), LocalEntryNotFoundError("no"), ConnectionError("no")])
-def test_says_in_one_sentence_that_the_hub_is_out_of_reach(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def unreachable(name: str, **_: Any) -> nn.Module:
-        assert name == "hf-hub:somebody/vim"
-        raise error
-
-    monkeypatch.setattr(timm, "create_model", unreachable)
-    with pytest.raises(ConnectionError, match=r"cannot get 'somebody/vim' from the .* Hub .*give sinuous.load"):
-        sinuous.load("somebody/vim")
-
-
 def test_model_info(models: dict[str, Any], tmp_path: Path) -> None:
     info = sinuous.model_info("vim_tiny_patch16_224")
     assert (info.domain, info.params, info.input_size) == ("vision", 7_148_008, (3, 224, 224))
     assert info.license == "apache-2.0"
     assert "2401.09417" in str(info.paper)
-    assert (info.weights, info.metrics) == ((), {})
+    assert (info.weights, info.card, info.metrics, info.scores) == ((), {}, {}, {})
     assert info.description == "Vim-Ti: 76.1 % on ImageNet-1k in the paper."
     weights = tmp_path / "test_vim.toy.safetensors"
-    weights.with_suffix(".json").write_text(json.dumps({"accuracy": 0.5}))
-    entry = models["test_vim"]
-    models["test_vim"] = registry._Entry(
-        entry.build, "vision", {"toy": PretrainedCfg(file=str(weights), description="a toy")}
+    models["test_vim"] = dataclasses.replace(
+        models["test_vim"], cfgs={"toy": PretrainedCfg(file=str(weights), description="a toy")}
     )
-    info = sinuous.model_info("test_vim.toy")
-    assert (info.weights, info.metrics) == (("toy",), {"accuracy": 0.5})
-    assert info.description == "a toy"
+    info = sinuous.model_info("test_vim")
+    assert (info.weights, info.card, info.description) == (("toy",), {}, "a toy")
     assert "test_vim.toy" in sinuous.list_models(pretrained=True)
-
-
-def test_shipped_weights_load_through_both_registries_and_say_how_good_they_are() -> None:
-    names = sinuous.list_models(pretrained=True, domain="vision")
-    assert "vim_nano.fashion_mnist" in names
-    for name in names:
-        file = Path(sinuous.create_model(name).pretrained_cfg["file"])
-        loaded = (sinuous.load(name), timm.create_model(name, pretrained=True))
-        for key, stored in load_state_dict(file).items():
-            assert all(torch.equal(model.state_dict()[key], stored) for model in loaded)
-        info = sinuous.model_info(name)
-        assert 0 < info.metrics["test_accuracy"] <= 1
-        assert info.weights == (name.partition(".")[2],)
 
 
 def test_a_domain_registers_without_timm(models: dict[str, Any], tmp_path: Path) -> None:
@@ -211,14 +165,35 @@ def test_a_domain_registers_without_timm(models: dict[str, Any], tmp_path: Path)
         registry.register_model(vim_nano, domain="audio")  # type: ignore[arg-type]
 
 
+def test_a_model_knows_its_name_and_its_arguments(models: dict[str, Any]) -> None:
+    def known(model: nn.Module) -> tuple[str, dict[str, Any]]:
+        return model.pretrained_cfg["architecture"], model._model_args
+
+    @registry.register_model(domain="audio", default_cfgs={})
+    def hum(pretrained: bool = False, width: int = 3, dtype: torch.dtype | None = None) -> nn.Module:
+        return nn.Linear(width, 1, dtype=dtype)
+
+    assert known(sinuous.create_model("hum", width=4, dtype=torch.float64)) == ("hum", {"width": 4})
+    assert known(copy.deepcopy(hum(width=4))) == ("hum", {"width": 4})
+    assert known(torch.compile(hum(width=4))) == ("hum", {"width": 4})
+    options = {"pretrained_cfg_overlay": {"num_classes": 5}, "cache_dir": "somewhere", "dtype": torch.float64}
+    vim = timm.create_model("test_vim", mixer="mamba", **options)
+    assert known(vim) == ("test_vim", {"mixer": "mamba"})
+    assert vim.num_classes == 5
+    assert known(models["test_vim"].build(mixer="mamba", **options)) == ("test_vim", {"mixer": "mamba"})
+
+
 def test_a_broken_domain_is_left_out_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    good = importlib.metadata.EntryPoint("vision", "sinuous.vision", "sinuous.models")
-    broken = importlib.metadata.EntryPoint("mine", "no_such_module_of_mine", "sinuous.models")
+    good = importlib.metadata.EntryPoint("vision", "sinuous.vision", domains.GROUP)
+    broken = importlib.metadata.EntryPoint("mine", "no_such_module_of_mine", domains.GROUP)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [broken, good])
-    registry._find_domains.cache_clear()
-    with pytest.warns(RuntimeWarning, match=r"models of mine .* are left out: ModuleNotFoundError"):
+    caches = (domains.domains, domains.load_domains)
+    for cache in caches:
+        cache.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"domain mine .* is left out: ModuleNotFoundError"):
         assert "vim_nano" in sinuous.list_models()
-    registry._find_domains.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 def test_importing_the_package_imports_neither_torch_nor_timm() -> None:
