@@ -121,7 +121,7 @@ def _architecture(model: nn.Module) -> str:
 
 
 def _arguments(model: nn.Module, architecture: str) -> dict[str, Any]:
-    """What builds a model with the parameters that `model` has now."""
+    """Arguments that build a model with the parameters that `model` has now."""
     recorded = dict(cast("dict[str, Any]", model._model_args))
     _, _, entry = registry.find_entry(architecture)
     for key, value in recorded.items():
@@ -320,4 +320,4 @@ def _take_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         if name in state:
             tensor.data = tensor.data.to(state[name].dtype)
         elif len(floating) == 1 and tensor.is_floating_point():
-            tensor.data = tensor.data.to(*floating)
+            tensor.data = tensor.data.to(next(iter(floating)))

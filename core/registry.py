@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import timm
 import torch
@@ -34,6 +34,7 @@ from sinuous.core.domains import load_domains
 from sinuous.core.weights import read_card
 
 EntryPoint = Callable[..., nn.Module]
+T = TypeVar("T")
 
 
 _NOT_KEPT = ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir", "device", "dtype")
@@ -155,7 +156,7 @@ def _register(fn: EntryPoint, domain: str, default_cfgs: Mapping[str, Any] | Non
         model._model_args = kept
         model.pretrained_cfg = _said(name, str(tag or next(iter(cfgs), "")), cfgs)
         if pretrained:
-            model.load_state_dict(fitted(load_state_dict(_file_of(cfgs[str(tag)])), model, fn))
+            model.load_state_dict(fitted(load_state_dict(_file_of(cfgs[str(tag)], name)), model, fn))
         return cast("nn.Module", model)
 
     _MODELS[name] = Entry(build, domain, cfgs, in_timm)
@@ -186,8 +187,9 @@ def _card(cfg: PretrainedCfg | None) -> Mapping[str, Any]:
     return read_card(file) if file is not None and file.with_suffix(".json").is_file() else {}
 
 
-def _file_of(cfg: PretrainedCfg) -> str:
-    return cfg.file or hf_hub_download(cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors")
+def _file_of(cfg: PretrainedCfg, name: str) -> str:
+    place = (cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors")
+    return cfg.file or reaching_the_hub(name, lambda: hf_hub_download(*place))
 
 
 def fitted(state: Mapping[str, Tensor], model: nn.Module, build: EntryPoint) -> Mapping[str, Tensor]:
@@ -269,8 +271,9 @@ def create_model(
     if pretrained:
         _check_has_weights(architecture, tag, entry.cfgs)
     if entry.in_timm:
-        return reaching_the_hub(name, lambda: timm.create_model(name, pretrained=pretrained, **kwargs))
-    return reaching_the_hub(name, lambda: entry.build(pretrained=pretrained, pretrained_cfg=tag, **kwargs))
+        model: nn.Module = reaching_the_hub(name, lambda: timm.create_model(name, pretrained=pretrained, **kwargs))
+        return model
+    return entry.build(pretrained=pretrained, pretrained_cfg=tag, **kwargs)
 
 
 def _from_file(
@@ -339,9 +342,14 @@ def check_weights(state: Mapping[str, Tensor], model: nn.Module, adapted: tuple[
             )
 
 
-def reaching_the_hub(name: str, build: Callable[[], nn.Module]) -> nn.Module:
+def reaching_the_hub(name: str, fetch: Callable[[], T]) -> T:
+    """Return `fetch()`, with one error that says what to do for all those of the network.
+
+    Raises:
+        ConnectionError: if the hub cannot be reached.
+    """
     try:
-        return build()
+        return fetch()
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         raise ConnectionError(
             f"cannot get {name!r} from the Hugging Face Hub ({type(error).__name__}); check the name and the network, "

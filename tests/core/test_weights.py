@@ -174,6 +174,7 @@ def test_a_pair_of_files_is_all_that_a_model_outside_of_timm_needs(models: dict[
     assert shipped_cfgs(tmp_path, "whistle", {"input_size": (3,)}) == {"whistle.untrained": {"input_size": (3,)}}
 
 
+@pytest.mark.slow
 def test_a_stranger_ships_weights_of_a_model_in_timm(tmp_path: Path) -> None:
     package = tmp_path / "birds"
     (package / "weights").mkdir(parents=True)
@@ -234,3 +235,25 @@ def test_a_stranger_ships_weights_of_a_model_in_timm(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_weights_on_the_hub_of_a_model_outside_of_timm(
+    models: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfgs = generate_default_cfgs({"hum.far": {"hf_hub_id": "somebody/hum"}})
+
+    @registry.register_model(domain="audio", default_cfgs=cfgs)
+    def hum(pretrained: bool = False, width: int = 3) -> nn.Module:
+        return nn.Linear(width, 1)
+
+    def download(repo_id: str, filename: str) -> str:
+        assert (repo_id, filename) == ("somebody/hum", "model.safetensors")
+        if not (tmp_path / "hum.one.safetensors").is_file():
+            raise ConnectionError("off")
+        return str(tmp_path / "hum.one.safetensors")
+
+    monkeypatch.setattr(registry, "hf_hub_download", download)
+    with pytest.raises(ConnectionError, match="cannot get 'hum' from the Hugging Face Hub"):
+        sinuous.load("hum.far")
+    write(tmp_path, "hum.one")
+    assert sinuous.load("hum.far")(torch.ones(3)).item() == 3
