@@ -21,6 +21,7 @@ from sinuous.core.checkpoints import load_state_dict, save_safetensors
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in sinuous.list_models("test_*")},
     "vim with mamba": ("test_vim", {"mixer": "mamba", "num_classes": 7, "img_size": (64, 96), "drop_path_rate": 0.1}),
+    "vim on a grid": ("test_vim", {"mixer": "ss2d", "img_size": (64, 96)}),
     "bytes": ("bytes_5m", {"dim": 16, "depth": 2, "pattern": ("gla", "min_gru"), "mlp_ratio": 1.5}),
     "hybrid": (
         "bytes_5m",
