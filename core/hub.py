@@ -79,8 +79,8 @@ def save(
     check_card(card, "card", whole=False)
     config = _config(model, architecture, arguments)
     # What the configuration says of the weights that the model began from need not hold for these.
-    told = {key: card.get(key) for key in ("license", "description")} | {"tag": shipped.tag if shipped else None}
-    cfg = {**config["pretrained_cfg"], **told, **card.get("pretrained_cfg", {})}
+    facts = {key: card.get(key) for key in ("license", "description")} | {"tag": shipped.tag if shipped else None}
+    cfg = {**config["pretrained_cfg"], **facts, **card.get("pretrained_cfg", {})}
     config["pretrained_cfg"] = {key: value for key, value in cfg.items() if value is not None}
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=target) as inside:
@@ -126,10 +126,10 @@ def _arguments(model: nn.Module, architecture: str) -> dict[str, Any]:
     _, _, entry = registry.find_entry(architecture)
     for key, value in recorded.items():
         try:
-            kept = json.loads(json.dumps(value)) == _as_json(value)
+            unchanged = json.loads(json.dumps(value)) == _as_json(value)
         except (TypeError, ValueError):
-            kept = False
-        if not kept:
+            unchanged = False
+        if not unchanged:
             raise ValueError(
                 f"the argument {key}={value!r} of {architecture} cannot be written into {CONFIG}; build the model with "
                 "numbers, words, lists and dictionaries of them"
@@ -160,10 +160,10 @@ def _as_json(value: Any) -> Any:
 
 
 def _check_parameters(model: nn.Module, built: nn.Module, architecture: str) -> None:
-    own, wanted = ({name: list(t.shape) for name, t in m.state_dict().items()} for m in (model, built))
-    name = next((name for name in {**wanted, **own} if own.get(name) != wanted.get(name)), None)
+    now, first = ({name: list(t.shape) for name, t in m.state_dict().items()} for m in (model, built))
+    name = next((name for name in {**first, **now} if now.get(name) != first.get(name)), None)
     if name is not None:
-        here, there = (f"of shape {s[name]}" if name in s else "missing" for s in (own, wanted))
+        here, there = (f"of shape {shapes[name]}" if name in shapes else "missing" for shapes in (now, first))
         raise ValueError(
             f"this {type(model).__name__} was changed after it was built: {name} is {here}, and {there} in the "
             f"{architecture} that its arguments build; save it before that change, or build a model of its present "
@@ -204,12 +204,12 @@ def _config(model: nn.Module, architecture: str, arguments: dict[str, Any]) -> d
     return {**config, "sinuous_version": sinuous.__version__}
 
 
-def load(place: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
+def load(path_or_hub_id: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     """A model with its weights, always: from a name, a folder, or the Hugging Face Hub.
 
     Args:
-        place: `architecture.tag`, or an architecture that has weights; a folder of `save` or of timm's `save_for_hf`;
-            or `organisation/name` on the hub, `organisation/name@revision` for a certain one.
+        path_or_hub_id: `architecture.tag`, or an architecture that has weights; a folder of `save` or of timm's
+            `save_for_hf`; or `organisation/name` on the hub, `organisation/name@revision` for a certain one.
         **kwargs: for the model's constructor, over those that the folder tells. A model of pictures is fitted to
             another `num_classes`, `in_chans` or `img_size` as timm does it.
 
@@ -221,7 +221,7 @@ def load(place: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
             missing, damaged, or of another model.
         ConnectionError: if the hub cannot be reached.
     """
-    text = os.fspath(place)
+    text = os.fspath(path_or_hub_id)
     if os.path.isdir(text):
         return _from_folder(Path(text), kwargs)
     if os.path.isfile(text):
@@ -251,20 +251,27 @@ def _from_folder(folder: Path, kwargs: dict[str, Any], name: str | None = None) 
     if architecture not in registry.list_models():
         return _by_timm(folder, state, kwargs)
     _, _, entry = registry.find_entry(architecture)
+    arguments = config.get("model_args", {})
+    try:
+        cfg = None
+        if entry.in_timm:
+            cfg, _, arguments = load_model_config_from_path(folder)
+        weights = registry.fitted(state, _on_meta(entry, arguments, cfg), entry.build)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"the {CONFIG} of {name} does not build {architecture}: {error}; get the folder again, or the version of "
+            "the package that wrote it"
+        ) from error
     if entry.in_timm:
-        cfg, _, arguments = load_model_config_from_path(folder)
-        registry.fitted(state, _on_meta(entry, arguments, cfg), entry.build)
         # timm fills what the constructor makes: fp32, which holds every number of the narrower kinds.
         wide = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()} == {torch.float64}
         model = _by_timm(folder, state, {**({"dtype": torch.float64} if wide else {}), **kwargs})
         if "dtype" not in kwargs:
             _take_dtypes(cast("nn.Module", model.model) if kwargs.get("features_only") else model, state)
         return model
-    arguments = config.get("model_args", {})
-    weights = registry.fitted(state, _on_meta(entry, arguments), entry.build)
     model = entry.build(pretrained=False, **{**arguments, **kwargs})
-    cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in config["pretrained_cfg"].items()}
-    cast("Any", model).pretrained_cfg = {**cfg, "architecture": architecture}
+    facts = {key: tuple(value) if isinstance(value, list) else value for key, value in config["pretrained_cfg"].items()}
+    cast("Any", model).pretrained_cfg = {**facts, "architecture": architecture}
     if "dtype" not in kwargs:
         _take_dtypes(model, weights)
     registry.check_weights(weights, model)

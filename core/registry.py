@@ -141,20 +141,20 @@ def _register(fn: EntryPoint, domain: str, default_cfgs: Mapping[str, Any] | Non
         cfg = cfgs.get(tag) if isinstance(tag, str) else None
         of_tag = _card(cfg).get("model_args", {})
         arguments = {**of_tag, **kwargs}
-        kept = {key: value for key, value in arguments.items() if key not in _NOT_KEPT}
+        recorded = {key: value for key, value in arguments.items() if key not in _NOT_KEPT}
         model: Any
         if in_timm:
             if of_tag:
                 arguments.setdefault("pretrained_model_args", of_tag)
             model = fn(pretrained=pretrained, **arguments)
-            model._model_args = {**getattr(model, "_model_args", {}), **kept}
+            model._model_args = {**getattr(model, "_model_args", {}), **recorded}
             return cast("nn.Module", model)
         if pretrained:
             _check_has_weights(name, str(tag or ""), cfgs)
         placed = {key: arguments[key] for key in ("device", "dtype") if key in arguments}
-        model = fn(pretrained=False, **kept, **placed)
-        model._model_args = kept
-        model.pretrained_cfg = _said(name, str(tag or next(iter(cfgs), "")), cfgs)
+        model = fn(pretrained=False, **recorded, **placed)
+        model._model_args = recorded
+        model.pretrained_cfg = _entries_given(name, str(tag or next(iter(cfgs), "")), cfgs)
         if pretrained:
             model.load_state_dict(fitted(load_state_dict(_file_of(cfgs[str(tag)], name)), model, fn))
         return cast("nn.Module", model)
@@ -163,12 +163,12 @@ def _register(fn: EntryPoint, domain: str, default_cfgs: Mapping[str, Any] | Non
     return build
 
 
-def _said(architecture: str, tag: str, cfgs: Mapping[str, PretrainedCfg]) -> dict[str, Any]:
+def _entries_given(architecture: str, tag: str, cfgs: Mapping[str, PretrainedCfg]) -> dict[str, Any]:
     """Entries of a configuration that were given; the defaults of the others are for pictures."""
     defaults = vars(PretrainedCfg())
     entries = vars(cfgs[tag]) if tag in cfgs else {}
-    said = {key: value for key, value in entries.items() if value != defaults[key]}
-    return {**said, "architecture": architecture, **({"tag": tag} if tag else {})}
+    given = {key: value for key, value in entries.items() if value != defaults[key]}
+    return {**given, "architecture": architecture, **({"tag": tag} if tag else {})}
 
 
 def _check_has_weights(architecture: str, tag: str, cfgs: Mapping[str, PretrainedCfg]) -> None:

@@ -360,6 +360,8 @@ def test_folders_that_are_damaged(case: str, tmp_path: Path) -> None:
         ("{", "config.json of .* is not JSON"),
         ("[]", "config.json of .* names no architecture"),
         (json.dumps({"architectures": ["Bert"]}), "config.json of .* names no architecture"),
+        (json.dumps({**json.loads(text), "model_args": {"colour": 3}}), f"does not build {name}: .*colour"),
+        (json.dumps({**json.loads(text), "model_args": [3]}), f"does not build {name}: "),
         (text.replace(name, f"{name}x"), rf"is for the model '{name}x', which nothing registers here .*'{name}'"),
     ):
         config.write_text(content)
