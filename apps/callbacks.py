@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from sinuous.core.checkpoints import save_safetensors
@@ -143,6 +144,11 @@ class Resumable(Callback):
             checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
 
 
+def finite(model: nn.Module) -> bool:
+    """Whether every parameter is a number."""
+    return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
 class BestWeights(ModelCheckpoint):
     """Lightning's checkpoint of the best validation score, and beside it the bare weights as safetensors.
 
@@ -162,19 +168,36 @@ class BestWeights(ModelCheckpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         before = self.best_model_score
         super().on_validation_end(trainer, pl_module)
-        if self.best_model_score is before or not self.best_model_path:
-            return
+        if self.best_model_score is not before and self.best_model_path:
+            self.export(trainer, pl_module, self.weights)
+
+    def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
+        """Whether `current` is the best score so far; never with weights that are not numbers."""
+        return finite(trainer.lightning_module) and bool(super().check_monitor_top_k(trainer, current))
+
+    def export(self, trainer: L.Trainer, pl_module: Any, path: Path) -> None:
+        """Write the weights that are evaluated; every process must call it."""
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state: Any = get_model_state_dict(
-            pl_module.evaluated, options=whole
-        )  # of all processes, so all must ask for it
+        state: Any = get_model_state_dict(pl_module.evaluated, options=whole)
         if trainer.is_global_zero:
-            metadata = {
-                "model": self.model_name,
-                "step": str(trainer.global_step),
-                str(self.monitor): f"{float(self.best_model_score or 0):.6f}",
-            }
-            save_safetensors(state, self.weights, metadata)
+            metadata = {"model": self.model_name, "step": str(trainer.global_step)}
+            if self.best_model_score is not None:
+                metadata[str(self.monitor)] = f"{float(self.best_model_score):.6f}"
+            save_safetensors(state, path, metadata)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the best score so far, also of a run whose folder has moved; not of one whose best weights are
+        elsewhere."""
+        here = Path(str(self.dirpath))
+
+        def moved(path: str) -> str:
+            return str(here / Path(path).name) if path else ""
+
+        if not (here / Path(state_dict["best_model_path"]).name).is_file():
+            return
+        paths = {key: moved(state_dict[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        known = {moved(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **paths, "best_k_models": known, "dirpath": self.dirpath})
 
 
 class LineProgress(Callback):

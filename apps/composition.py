@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -17,11 +16,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from sinuous.apps import domain_configs
+from sinuous.apps import domain_configs, resuming
 
 CONFIG_PATH = "pkg://sinuous.apps.configs"
-LAST = Path("checkpoints") / "last.ckpt"
-"""Where, in a run folder, the state lies from which the run goes on."""
 
 
 @dataclass
@@ -33,6 +30,7 @@ class TrainSchema:
     ckpt_path: str | None = None
     runs: str = "${oc.env:SINUOUS_OUT,outputs}/${task_name}"
     output_dir: str = "${hydra:runtime.output_dir}"
+    schedule: str = "saved"
     ema_decay: float | None = None
     augment: bool = True
     test: bool = True
@@ -58,36 +56,14 @@ class EvalSchema(TrainSchema):
     split: str = "test"
 
 
-def newest_run(runs: str | os.PathLike[str]) -> Path:
-    """The folder in `runs` whose `checkpoints/last.ckpt` was written last.
-
-    Raises:
-        FileNotFoundError: if no run there has one.
-    """
-    checkpoints = sorted(Path(runs).glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime)
-    if not checkpoints:
-        raise FileNotFoundError(
-            f"ckpt_path=last: no run in {Path(runs).resolve()} has a {LAST}; train once without it, or give a path"
-        )
-    return checkpoints[-1].parents[1]
-
-
-def run_folder(runs: str, ckpt_path: str | None, now: str) -> str:
-    """Where a run writes: a folder of its own, or the one of the run that it goes on with."""
-    if ckpt_path == "last":
-        return str(newest_run(runs))
-    if ckpt_path and Path(ckpt_path).parts[-2:] == LAST.parts and Path(ckpt_path).is_file():
-        return str(Path(ckpt_path).parents[1])
-    return str(Path(runs) / now)
-
-
 def register() -> None:
     """Make the schemas, the resolver `run_folder` and all configurations known to Hydra. May be called again."""
     domain_configs.register()
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainSchema)
     store.store(name="eval_schema", node=EvalSchema)
-    OmegaConf.register_new_resolver("run_folder", run_folder, replace=True)
+    OmegaConf.register_new_resolver("run_folder", resuming.run_folder, replace=True)
+    OmegaConf.register_new_resolver("new_folder", resuming.new_folder, replace=True)
 
 
 def _check_numbers(config_name: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from sinuous.apps.composition import run_composed
+from sinuous.apps.resuming import LAST
 from sinuous.apps.run_folder import describe, keep_scores
 from sinuous.apps.train import check_parts, first_line, make_batches, make_run, make_trainer, quieten
 
@@ -53,6 +54,11 @@ def evaluate(config: DictConfig) -> int:
         raise ValueError("the weights to score are missing: give checkpoint_path=FILE or pretrained=true")
     if config.split not in ("val", "test"):
         raise ValueError(f"split must be val or test (got {config.split!r})")
+    if config.checkpoint_path is not None and not Path(config.checkpoint_path).is_file():
+        raise FileNotFoundError(f"there is no checkpoint at {config.checkpoint_path}; check checkpoint_path")
+    folder = Path(config.output_dir)
+    if (folder / LAST.parent).exists():
+        raise ValueError(f"{folder} holds a training, whose files stay as they are; give another hydra.run.dir")
     check_parts(config)
     OmegaConf.set_struct(config, False)
     config.update(optimizer={}, scheduler={}, ema_decay=None)  # which an experiment may have set
@@ -61,7 +67,6 @@ def evaluate(config: DictConfig) -> int:
     config.model.update(pretrained=config.pretrained, checkpoint_path=config.checkpoint_path)
     batches, training = make_run(config)
     trainer = make_trainer(config)
-    folder = Path(config.output_dir)
     if trainer.is_global_zero:
         describe(folder, config)
         log.info("%s", first_line(trainer, training, batches, (config.split,), config.model))

@@ -19,9 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from sinuous.apps import backends
 from sinuous.apps.batches import Batches
-from sinuous.apps.callbacks import BestWeights, RunStopped
-from sinuous.apps.composition import LAST, newest_run, run_composed
+from sinuous.apps.callbacks import BestWeights, RunStopped, finite
+from sinuous.apps.composition import run_composed
 from sinuous.apps.domain_configs import known
+from sinuous.apps.resuming import changed_settings, check_folder, enter, start_of
 from sinuous.apps.run_folder import WholeCheckpoints, describe, keep_metrics, keep_scores
 from sinuous.apps.training import Training
 from sinuous.core.data import lacking
@@ -38,14 +39,19 @@ def train(config: DictConfig) -> int:
     """Train, test and draw what `config` describes; returns the exit code."""
     quieten()
     folder = Path(config.output_dir)
-    start = _start_of(config)
+    start = start_of(config)
+    check_folder(folder, start)
     batches, training = make_run(config)
+    changes = [] if start is None else changed_settings(config, start)
     trainer = make_trainer(config)
     if trainer.is_global_zero:
         if start is not None and start.resolve().parents[1] == folder.resolve():
             keep_metrics(folder)
+        enter(config.runs, folder)
         describe(folder, config)
         log.info("%s", first_line(trainer, training, batches, ("train", "val", "test"), config.model))
+        if changes:
+            log.info("changed since the run began: %s", "; ".join(changes))
     began = time.perf_counter()
     try:
         trainer.fit(training, batches, ckpt_path=start, weights_only=True)
@@ -53,32 +59,31 @@ def train(config: DictConfig) -> int:
         log.info("%s; go on with: sinuous train %sckpt_path=%s", stop, _overrides(), stop.checkpoint)
         return 128 + int(signal.Signals(stop.signum))
     seconds = time.perf_counter() - began
+    _keep_last_weights(trainer, training, folder)
     if config.test:
         _test(trainer, training, batches, folder, seconds)
     return 0
 
 
-def _start_of(config: DictConfig) -> Path | None:
-    if not config.ckpt_path:
-        return None
-    path = newest_run(config.runs) / LAST if config.ckpt_path == "last" else Path(config.ckpt_path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path.resolve()} to go on from; check ckpt_path")
-    try:
-        content = torch.load(path, map_location="meta", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} is no intact checkpoint of sinuous train; take another one") from error
-    if not isinstance(content, dict) or not {"state_dict", "optimizer_states", "loops"} <= content.keys():
-        raise ValueError(
-            f"{path} holds no state to go on from, as {LAST} of a run does; to start from weights alone, give "
-            "+model.checkpoint_path instead of ckpt_path"
-        )
-    return path
-
-
 def _overrides() -> str:
     overrides = hydra.core.hydra_config.HydraConfig.get().overrides.task
     return "".join(f"{o} " for o in overrides if not o.startswith("ckpt_path="))
+
+
+def _keep_last_weights(trainer: L.Trainer, training: Training, folder: Path) -> None:
+    """Export the weights as they are where no validation has chosen the best ones."""
+    writer = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestWeights)), None)
+    if writer is None or writer.best_model_path:
+        return
+    if not finite(training):
+        raise ValueError(
+            "the trained weights are not all numbers, so none are exported; lower optimizer.lr, or give "
+            "trainer.gradient_clip_val=1"
+        )
+    path = folder / "checkpoints" / "last.safetensors"
+    writer.export(trainer, training, path)
+    if trainer.is_global_zero:
+        log.info("no validation was run, so that no weights are the best: the last ones are in %s", path)
 
 
 def _test(trainer: L.Trainer, training: Training, batches: Batches, folder: Path, seconds: float) -> None:
@@ -125,6 +130,8 @@ def make_run(config: DictConfig) -> tuple[Batches, Training]:
         ValueError: if a part is missing, they do not go together, or the seed is out of range.
     """
     check_parts(config)
+    if config.schedule not in ("saved", "new"):
+        raise ValueError(f"schedule must be saved or new (got {config.schedule!r})")
     if not 0 <= config.seed < 2**32:  # numpy's range
         raise ValueError(f"seed must be from 0 to 4294967295 (got {config.seed})")
     L.seed_everything(config.seed, workers=True, verbose=False)
@@ -173,7 +180,7 @@ def make_training(config: DictConfig) -> Training:
     parts["task"].pop("best", None)
     made = {name: hydra.utils.instantiate(options, _convert_="all") for name, options in parts.items()}
     made["task"].augment = config.get("augment", True)
-    return Training(**made, ema_decay=config.get("ema_decay"))
+    return Training(**made, ema_decay=config.get("ema_decay"), new_schedule=config.get("schedule") == "new")
 
 
 def make_trainer(config: DictConfig) -> L.Trainer:

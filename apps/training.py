@@ -33,6 +33,8 @@ class Training(L.LightningModule):
             is stepped after every update.
         ema_decay: decay of a moving average of the weights (timm's ModelEmaV3, with warm-up of the decay); the
             average is what is validated, tested and exported. None keeps none.
+        new_schedule: in a run that goes on, optimizer and schedule follow the options given here and not those of the
+            checkpoint; the moments of the optimizer stay.
 
     Raises:
         ValueError: if `ema_decay` is not in [0, 1).
@@ -45,6 +47,7 @@ class Training(L.LightningModule):
         optimizer: Callable[..., Any] | None = None,
         scheduler: Callable[..., Any] | None = None,
         ema_decay: float | None = None,
+        new_schedule: bool = False,
     ) -> None:
         super().__init__()
         if ema_decay is not None and not 0 <= ema_decay < 1:
@@ -52,7 +55,8 @@ class Training(L.LightningModule):
         self.model = model
         self.task = task
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
-        self.ema_decay = ema_decay
+        self.ema_decay, self.new_schedule = ema_decay, new_schedule
+        self._last_finite = "none was finite"
         self.ema: ModelEmaV3 | None = None
         self.seen: list[Any] = []
 
@@ -63,8 +67,19 @@ class Training(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.task.loss(self.model, batch)
+        # A look at a GPU's loss waits for the GPU: there, not at every step.
+        if loss.device.type == "cpu" or self.global_step % self.trainer.log_every_n_steps == 0:
+            self._check_loss(float(loss.detach()))
         self.log("train/loss", loss.detach(), prog_bar=True)
         return loss
+
+    def _check_loss(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} in step {self.global_step + 1} ({self._last_finite}): the training has diverged; "
+                "lower optimizer.lr, or give trainer.gradient_clip_val=1"
+            )
+        self._last_finite = f"the last finite one was {loss:.4g}, in step {self.global_step + 1}"
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._score("val", batch)
@@ -116,6 +131,8 @@ class Training(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "state_dict" in checkpoint:  # sharded strategies have loaded and removed it
             check_weights(checkpoint["state_dict"], self)
+        if self.new_schedule:
+            checkpoint["lr_schedulers"] = []
 
     def configure_optimizers(self) -> Any:
         assert self.make_optimizer is not None, "a model that is only scored needs no optimizer"
@@ -125,6 +142,8 @@ class Training(L.LightningModule):
             raise ValueError(f"optimizer: {error}; correct its options") from error
         learning_rates.honour(self.model, optimizer)
         optimizer.register_load_state_dict_pre_hook(_check_groups)
+        if self.new_schedule:
+            optimizer.register_load_state_dict_pre_hook(_keep_options)
         if self.make_scheduler is None:
             return optimizer
         updates, epochs = self._updates_per_epoch(), float(max(self.trainer.max_epochs or 1, 1))
@@ -160,3 +179,9 @@ def _check_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> No
             "other options of the model or the optimizer; give those of the config.yaml in its run folder, or start "
             "anew without ckpt_path"
         )
+
+
+def _keep_options(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """The state to load, with the options of the optimizer as they are now."""
+    groups = zip(state["param_groups"], optimizer.state_dict()["param_groups"], strict=True)
+    return {**state, "param_groups": [{**now, "params": saved["params"]} for saved, now in groups]}

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sinuous.apps import callbacks, composition, run_folder
+from sinuous.apps import callbacks, resuming, run_folder
 from sinuous.apps.callbacks import Resumable
 from sinuous.core.checkpoints import load_state_dict
 
@@ -44,7 +44,7 @@ Sinuous = Callable[..., int]
 
 
 def state_of(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(folder / composition.LAST, weights_only=True)
+    content: dict[str, Any] = torch.load(folder / resuming.LAST, weights_only=True)
     return {name: content[name] for name in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")}
 
 
@@ -178,10 +178,10 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert signal.getsignal(signum) is before
     (folder,) = (tmp_path / "debug").iterdir()
     sentence = capsys.readouterr().out.splitlines()[-1]
-    assert f"stopped by {signum.name} after step 2; the state is in {folder / composition.LAST}" in sentence
+    assert f"stopped by {signum.name} after step 2; the state is in {folder / resuming.LAST}" in sentence
     assert f"go on with: sinuous train {EVERYTHING[0]}" in sentence
     assert state_of(folder)["global_step"] == 2
-    assert sinuous("train", *EVERYTHING, f"ckpt_path={folder / composition.LAST}") == 0
+    assert sinuous("train", *EVERYTHING, f"ckpt_path={folder / resuming.LAST}") == 0
     assert differences(state_of(folder), whole) == []
 
 
