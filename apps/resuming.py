@@ -13,8 +13,17 @@ from omegaconf import DictConfig, OmegaConf
 LAST = Path("checkpoints") / "last.ckpt"
 """Place, in a run folder, of the state from which the run goes on."""
 
-IN_FORCE = ("optimizer", "scheduler", "trainer.max_epochs", "trainer.max_steps", "trainer.limit_train_batches")
-IN_FORCE += ("trainer.accumulate_grad_batches", "data.batch_size", "data.limit", "data.repeats")
+IN_FORCE: tuple[str, ...] = (
+    "optimizer",
+    "scheduler",
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.limit_train_batches",
+    "trainer.accumulate_grad_batches",
+    "data.batch_size",
+    "data.limit",
+    "data.repeats",
+)
 """Settings that shape optimizer and schedule, which come back from the checkpoint."""
 
 _OF_THIS_START = ("ckpt_path", "output_dir", "runs", "task_name", "schedule", "model.checkpoint_path")

@@ -46,13 +46,14 @@ def test_a_given_folder_that_holds_a_run_is_not_written_into(
 ) -> None:
     place = f"hydra.run.dir={tmp_path / 'mine'}"
     assert sinuous("train", *TINY, place) == 0
-    weights = (tmp_path / "mine" / "checkpoints" / "best.safetensors").read_bytes()
+    best = tmp_path / "mine" / "checkpoints" / "best.safetensors"
+    weights = best.read_bytes()
     assert sinuous("train", *TINY, place, "seed=1") == 2
     assert "mine holds a run already; go on with it by ckpt_path=" in capsys.readouterr().err
-    scoring = ["eval", "model=vision/timm", "model.model_name=test_resnet", "checkpoint_path=x"]
+    scoring = ["eval", "model=vision/timm", "model.model_name=test_resnet", f"checkpoint_path={best}"]
     assert sinuous(*scoring, "data=vision/fashion_mnist_synthetic", place) == 2
     assert "mine holds a training, whose files stay as they are" in capsys.readouterr().err
-    assert (tmp_path / "mine" / "checkpoints" / "best.safetensors").read_bytes() == weights
+    assert best.read_bytes() == weights
     assert sinuous("train", *TINY, place, f"ckpt_path={tmp_path / 'mine' / resuming.LAST}") == 0
 
 

@@ -48,7 +48,7 @@ def test_eval_gives_the_digits_of_the_training(
     [
         ([], "model_name"),
         (["model_name=vim_nano"], "give checkpoint_path=FILE or pretrained=true"),
-        (["model_name=vim_nan", "checkpoint_path=x", IMAGES], "did you mean .*'vim_nano'"),
+        (["model_name=vim_nan", "checkpoint_path=README.md", IMAGES], "did you mean .*'vim_nano'"),
         (["model_name=test_vim", "checkpoint_path=nowhere.pth", IMAGES], "there is no checkpoint at nowhere.pth"),
         (["model_name=test_vim", "checkpoint_path=README.md", IMAGES], "is not a checkpoint, or is damaged"),
         (["model_name=test_vim", "pretrained=true", IMAGES], "no weights for 'test_vim'"),
