@@ -71,6 +71,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "weight_init": "xlstm",
     },
     "bytes_5m": {"vocab_size": 256, "dim": 256, "depth": 6, "pattern": "mamba2", "mlp": "swiglu", "mlp_ratio": 2.0},
+    "bytes_nano": {"vocab_size": 256, "dim": 160, "depth": 6, "pattern": "mamba", "mlp": "swiglu", "mlp_ratio": 1.9},
 }
 
 # Of state-spaces/mamba, of transformers' Mamba and Mamba-2, and of NX-AI's xLSTM with transformers' copy of it.
@@ -216,6 +217,12 @@ default_cfgs = generate_default_cfgs(
             "classifier": "head",
             "license": "apache-2.0",
         },
+        "bytes_nano.untrained": {
+            "num_classes": 256,
+            "input_size": (1024,),
+            "classifier": "head",
+            "license": "apache-2.0",
+        },
     }
 )
 
@@ -296,3 +303,9 @@ def xlstm_14m(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
 def bytes_5m(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
     """Six blocks of width 256 over bytes, each with an MLP; the mixer is `pattern`."""
     return _create("bytes_5m", pretrained, **kwargs)
+
+
+@register_model(domain="language")
+def bytes_nano(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
+    """Six Mamba blocks of width 160 over bytes, each with an MLP: two million parameters, small enough to ship."""
+    return _create("bytes_nano", pretrained, **kwargs)
