@@ -144,3 +144,19 @@ def test_convert_reads_an_authors_file(sinuous: Sinuous, tmp_path: Path, capsys:
     assert sinuous("convert", str(source), str(tmp_path / "y.safetensors"), "--model", "vim_nano") == 2
     assert "checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "y.safetensors").exists()
+
+
+def test_convert_rounds_to_half_precision(sinuous: Sinuous, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = package.create_model("test_vim").state_dict()
+    source, target = tmp_path / "vim.pth", tmp_path / "half.safetensors"
+    torch.save(state, source)
+    assert sinuous("convert", str(source), str(target), "--model", "test_vim", "--half") == 0
+    half = load_state_dict(target)
+    assert all(torch.equal(half[name], tensor.half()) for name, tensor in state.items())
+    restored = package.create_model("test_vim", checkpoint_path=target).state_dict()
+    assert all(torch.equal(restored[name], tensor.half().float()) for name, tensor in state.items())
+    state["head.bias"][0] = 1e5
+    torch.save(state, source)
+    assert sinuous("convert", str(source), str(tmp_path / "x.safetensors"), "--model", "test_vim", "--half") == 2
+    assert "head.bias has numbers up to 1e+05 and half precision ends at 65504" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
