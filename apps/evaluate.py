@@ -25,8 +25,8 @@ def main(argv: list[str]) -> int:
 def with_experiment(argv: list[str]) -> list[str]:
     """The arguments, with `weights=NAME.TAG` preceded by the experiment that made these weights.
 
-    Where that experiment reads a folder of the user's and none is given, the part of the data that comes with the
-    package takes its place.
+    Where that experiment reads a folder of the user's and none is given, the data that comes with the package takes its
+    place. A part of data that are there anyway does not: all of them are scored.
     """
     chosen = next((word.removeprefix("weights=") for word in argv if word.startswith("weights=")), None)
     if chosen in (None, "null"):
@@ -37,7 +37,7 @@ def with_experiment(argv: list[str]) -> list[str]:
     card, keys = weights.card, {word.partition("=")[0].lstrip("+") for word in argv}
     overrides = [f"experiment={card['experiment']}", *card["overrides"]]
     if "data.root" not in keys and "data" not in keys:
-        overrides += card["part"]["overrides"]
+        overrides += [override for override in card["part"]["overrides"] if override.startswith("data=")]
     return [*overrides, f"checkpoint_path={weights.file}", *argv]
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sinuous.core.weights import all_weights
+from sinuous.apps.evaluate import with_experiment
+from sinuous.core.weights import Weights, all_weights
 
 
 @pytest.mark.slow
@@ -19,3 +20,23 @@ def test_shipped_weights_give_the_recorded_scores_of_their_part(
     (file,) = tmp_path.rglob("scores.json")
     scores = json.loads(file.read_text())[part["split"]]
     assert {key: scores[key] for key in part["scores"]} == pytest.approx(part["scores"], abs=1e-6, rel=0)
+
+
+@pytest.mark.parametrize(
+    ("part", "words", "expected"),
+    [
+        (["data=birds/bundled"], [], ["data=birds/bundled"]),
+        (["data=birds/bundled"], ["data.root=songs"], ["data.root=songs"]),
+        (["data.eval_limit=8"], [], []),  # of data that come with the package: all of them are scored
+    ],
+)
+def test_a_part_stands_for_data_that_are_not_there(
+    monkeypatch: pytest.MonkeyPatch, part: list[str], words: list[str], expected: list[str]
+) -> None:
+    card = {"experiment": "birds/songs", "overrides": ["seed=1"], "part": {"overrides": part}}
+    weights = Weights("a.b", "a", "b", Path("a.b.safetensors"), card)
+    monkeypatch.setattr("sinuous.core.weights.find_weights", lambda name: weights)
+    words = ["weights=a.b", *words]
+    begin, *middle, end = [word for word in with_experiment(words) if word not in ("seed=1", "weights=a.b")]
+    assert begin == "experiment=birds/songs"
+    assert [word for word in (*middle, end) if not word.startswith("checkpoint_path=")] == expected
