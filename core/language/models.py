@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +25,11 @@ from torch import Tensor
 from sinuous.core.language.xlstm_checkpoints import from_block_stack, is_block_stack
 from sinuous.core.registry import register_model
 from sinuous.core.sequence_model import SequenceModel
+from sinuous.core.weights import shipped_cfgs
 
 __all__ = ["checkpoint_filter_fn"]
 
+WEIGHTS = Path(__file__).parent / "weights"
 NEOX_TOKENS = 50277
 LARGEST_PADDING = 128  # a file whose vocabulary differs by more has other tokens
 
@@ -155,12 +158,7 @@ def _unfused(state: Mapping[str, Tensor], model: SequenceModel) -> dict[str, Ten
     return cut
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> SequenceModel:
-    if pretrained:
-        raise ValueError(
-            f"sinuous has no weights for {variant!r}; download the authors' file and give it to "
-            f"sinuous.create_model({variant!r}, checkpoint_path=...)"
-        )
+def _create(variant: str, **kwargs: Any) -> SequenceModel:
     return SequenceModel(**{**SIZES[variant], **kwargs})
 
 
@@ -176,6 +174,13 @@ def _cfg(origin: str, paper: str, arxiv: str, license: str = "apache-2.0", conte
         "origin_url": f"https://huggingface.co/{origin}",
     }
 
+
+_BYTES = {
+    "num_classes": 256,
+    "classifier": "head",
+    "first_conv": "embedding",
+    "license": "apache-2.0",
+}
 
 _MAMBA_PAPERS = {
     "mamba": ("Mamba: Linear-Time Sequence Modeling with Selective State Spaces", "2312.00752"),
@@ -211,18 +216,8 @@ default_cfgs = generate_default_cfgs(
             "num_classes": 50304,
             "origin_url": "https://github.com/NX-AI/xlstm",
         },
-        "bytes_5m.untrained": {
-            "num_classes": 256,
-            "input_size": (256,),
-            "classifier": "head",
-            "license": "apache-2.0",
-        },
-        "bytes_nano.untrained": {
-            "num_classes": 256,
-            "input_size": (1024,),
-            "classifier": "head",
-            "license": "apache-2.0",
-        },
+        "bytes_5m.untrained": {**_BYTES, "input_size": (256,)},
+        **shipped_cfgs(WEIGHTS, "bytes_nano", {**_BYTES, "input_size": (1024,)}),
     }
 )
 
@@ -230,82 +225,82 @@ default_cfgs = generate_default_cfgs(
 @register_model(domain="language")
 def mamba_130m(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
     """Mamba with 24 blocks of width 768, trained on the Pile."""
-    return _create("mamba_130m", pretrained, **kwargs)
+    return _create("mamba_130m", **kwargs)
 
 
 @register_model(domain="language")
 def mamba_370m(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
     """Mamba with 48 blocks of width 1024, trained on the Pile."""
-    return _create("mamba_370m", pretrained, **kwargs)
+    return _create("mamba_370m", **kwargs)
 
 
 @register_model(domain="language")
 def mamba_790m(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
     """Mamba with 48 blocks of width 1536, trained on the Pile."""
-    return _create("mamba_790m", pretrained, **kwargs)
+    return _create("mamba_790m", **kwargs)
 
 
 @register_model(domain="language")
 def mamba_1_4b(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
     """Mamba with 48 blocks of width 2048, trained on the Pile."""
-    return _create("mamba_1_4b", pretrained, **kwargs)
+    return _create("mamba_1_4b", **kwargs)
 
 
 @register_model(domain="language")
 def mamba_2_8b(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
     """Mamba with 64 blocks of width 2560, trained on the Pile."""
-    return _create("mamba_2_8b", pretrained, **kwargs)
+    return _create("mamba_2_8b", **kwargs)
 
 
 @register_model(domain="language")
 def mamba2_130m(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
     """Mamba-2 with 24 blocks of width 768, trained on the Pile."""
-    return _create("mamba2_130m", pretrained, **kwargs)
+    return _create("mamba2_130m", **kwargs)
 
 
 @register_model(domain="language")
 def mamba2_370m(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
     """Mamba-2 with 48 blocks of width 1024, trained on the Pile."""
-    return _create("mamba2_370m", pretrained, **kwargs)
+    return _create("mamba2_370m", **kwargs)
 
 
 @register_model(domain="language")
 def mamba2_780m(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
     """Mamba-2 with 48 blocks of width 1536, trained on the Pile."""
-    return _create("mamba2_780m", pretrained, **kwargs)
+    return _create("mamba2_780m", **kwargs)
 
 
 @register_model(domain="language")
 def mamba2_1_3b(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
     """Mamba-2 with 48 blocks of width 2048, trained on the Pile."""
-    return _create("mamba2_1_3b", pretrained, **kwargs)
+    return _create("mamba2_1_3b", **kwargs)
 
 
 @register_model(domain="language")
 def mamba2_2_7b(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
     """Mamba-2 with 64 blocks of width 2560, trained on the Pile."""
-    return _create("mamba2_2_7b", pretrained, **kwargs)
+    return _create("mamba2_2_7b", **kwargs)
 
 
 @register_model(domain="language")
 def xlstm_7b(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
     """xLSTM 7B: 32 blocks of width 4096 with 8 heads."""
-    return _create("xlstm_7b", pretrained, **kwargs)
+    return _create("xlstm_7b", **kwargs)
 
 
 @register_model(domain="language")
 def xlstm_14m(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
     """Six mLSTM blocks and one sLSTM block of width 128: the authors' example of their first models."""
-    return _create("xlstm_14m", pretrained, **kwargs)
+    return _create("xlstm_14m", **kwargs)
 
 
 @register_model(domain="language")
 def bytes_5m(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
     """Six blocks of width 256 over bytes, each with an MLP; the mixer is `pattern`."""
-    return _create("bytes_5m", pretrained, **kwargs)
+    return _create("bytes_5m", **kwargs)
 
 
 @register_model(domain="language")
 def bytes_nano(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
     """Six Mamba blocks of width 160 over bytes, each with an MLP: two million parameters, small enough to ship."""
-    return _create("bytes_nano", pretrained, **kwargs)
+    return _create("bytes_nano", **kwargs)
