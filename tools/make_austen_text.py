@@ -20,7 +20,7 @@ import rdata
 
 TRAINING = ("emma", "mansfieldpark", "northangerabbey", "prideprejudice", "sensesensibility")
 HELD_OUT = "persuasion"
-FOLDER = Path(__file__).resolve().parent.parent / "core" / "samples" / "austen"
+FOLDER = Path(__file__).resolve().parent.parent / "core" / "language" / "samples" / "austen"
 
 
 def novels(folder: Path) -> dict[str, bytes]:
