@@ -89,32 +89,32 @@ def cotangents(outputs: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     return {name: normal(o) for name, o in outputs.items()}
 
 
-def gradients(outputs: dict[str, Tensor], leaves: dict[str, Tensor], given: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = torch.autograd.grad(list(outputs.values()), list(leaves.values()), [given[k] for k in outputs])
-    return dict(zip(leaves, found, strict=True))
+def gradients(outputs: dict[str, Tensor], leaves: dict[str, Tensor], grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    actual = torch.autograd.grad(list(outputs.values()), list(leaves.values()), [grads[k] for k in outputs])
+    return dict(zip(leaves, actual, strict=True))
 
 
 def run_with_gradients(laws: Laws, form: str, arguments: Arguments, seed: int = 1) -> dict[str, Tensor]:
     """Outputs and the gradient of each tensor argument for random cotangents of all outputs."""
     arguments, leaves = with_leaves(arguments)
     outputs = named(run(laws, form, arguments))
-    found = gradients(outputs, leaves, cotangents(outputs, seed))
-    return {**{k: o.detach() for k, o in outputs.items()}, **found}
+    actual = gradients(outputs, leaves, cotangents(outputs, seed))
+    return {**{k: o.detach() for k, o in outputs.items()}, **actual}
 
 
 @torch.no_grad()
-def error(found: Tensor, wanted: Tensor) -> float:
-    """RMS of the difference over RMS of the wanted; absolute where the wanted is zero."""
-    assert found.shape == wanted.shape
-    if wanted.numel() == 0:
+def error(actual: Tensor, expected: Tensor) -> float:
+    """RMS of the difference over RMS of `expected`; absolute where `expected` is zero."""
+    assert actual.shape == expected.shape
+    if expected.numel() == 0:
         return 0.0
-    dtype = torch.complex128 if wanted.is_complex() else torch.float64
+    dtype = torch.complex128 if expected.is_complex() else torch.float64
     # Infinities agree where they are equal, and have no size.
-    difference = (found.to(dtype) - wanted.to(dtype)).masked_fill(found == wanted, 0).abs().square().mean().sqrt()
-    size = wanted.to(dtype).masked_fill(wanted.isinf(), 0).abs().square().mean().sqrt()
-    return float(difference / size.clamp_min(1e-30 if wanted.any() else 1.0))
+    difference = (actual.to(dtype) - expected.to(dtype)).masked_fill(actual == expected, 0).abs().square().mean().sqrt()
+    size = expected.to(dtype).masked_fill(expected.isinf(), 0).abs().square().mean().sqrt()
+    return float(difference / size.clamp_min(1e-30 if expected.any() else 1.0))
 
 
-def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], bound: float) -> None:
-    errors = {k: error(found[k], wanted[k]) for k in wanted}
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
+    errors = {k: error(actual[k], expected[k]) for k in expected}
     assert all(e <= bound for e in errors.values()), errors

@@ -152,8 +152,8 @@ def test_aaren_is_attention_of_one_query() -> None:
     query = (w["q_proj.weight"] @ w["query"]).unflatten(-1, heads).expand(2, 1, 3, -1).transpose(1, 2)
     k, v = (t.unflatten(-1, heads).transpose(1, 2) for t in streams({**w, "q_proj.weight": w["k_proj.weight"]}, x)[1:])
     o = [F.scaled_dot_product_attention(query, k[:, :, :t], v[:, :, :t]) for t in range(1, 10)]
-    wanted = torch.cat(o, 2).transpose(1, 2).flatten(2) @ w["o_proj.weight"].T
-    torch.testing.assert_close(mixer(x), wanted, atol=1e-12, rtol=0)
+    expected = torch.cat(o, 2).transpose(1, 2).flatten(2) @ w["o_proj.weight"].T
+    torch.testing.assert_close(mixer(x), expected, atol=1e-12, rtol=0)
 
 
 def test_the_state_of_aaren_is_that_of_the_paper() -> None:

@@ -96,9 +96,9 @@ def test_a_window_equals_masked_attention_with_its_gradients(length: int) -> Non
     expected = torch.nn.functional.scaled_dot_product_attention(
         *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask
     ).transpose(1, 2)
-    found = attention.attend_window(q, k, v, 4, None, None)
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
-    for a, b in zip(*(torch.autograd.grad(y, (q, k, v), dy) for y in (found, expected)), strict=True):
+    actual = attention.attend_window(q, k, v, 4, None, None)
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
+    for a, b in zip(*(torch.autograd.grad(y, (q, k, v), dy) for y in (actual, expected)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
@@ -164,11 +164,11 @@ class Largest(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found = 0
+        self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.found = max([self.found, *(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))])
+        self.elements = max([self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, Tensor))])
         return out
 
 
@@ -180,7 +180,7 @@ def test_a_window_is_linear_in_length(packed: bool) -> None:
         cu_seqlens = torch.tensor([0, length // 3, length]) if packed else None
         with Largest() as largest:
             mixer(x, cu_seqlens).sum().backward()
-        sizes.append(largest.found)
+        sizes.append(largest.elements)
     assert sizes[1] <= 4.1 * sizes[0]
 
 
@@ -258,11 +258,11 @@ def test_weights_of_transformers_give_its_outputs(family: str) -> None:
     model = MODEL_MAPPING[type(config)](config).double().eval()
     x = torch.randn(2, 13, 32, dtype=torch.float64)
     steps = torch.arange(13)[None]
-    given = {"config": config, "inputs_embeds": x, "attention_mask": None, "past_key_values": None}
+    arguments = {"config": config, "inputs_embeds": x, "attention_mask": None, "past_key_values": None}
     make_mask = create_sliding_window_causal_mask if window else create_causal_mask
     theirs = model.layers[0].self_attn
     with torch.no_grad():
-        mask = make_mask(**given, position_ids=steps)
+        mask = make_mask(**arguments, position_ids=steps)
         turn = model.rotary_emb(x, steps)
         expected = theirs(x, position_embeddings=turn, attention_mask=mask)[0]
     name = "sliding_window_attention" if window else "softmax_attention"

@@ -26,8 +26,8 @@ class RunsACommand:
         return (os.system, (f"touch {self.witness}",))
 
 
-def same(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
-    return state.keys() == wanted.keys() and all(torch.equal(state[name], wanted[name]) for name in wanted)
+def same(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -23,44 +23,44 @@ INF = float("inf")
 every_form = pytest.mark.parametrize("form", ["recurrent", "torch"])
 
 
-def both(found: dict[str, Any], bound: float = 1e-10, single: float = 1e-4) -> None:
+def both(inputs: dict[str, Any], bound: float = 1e-10, single: float = 1e-4) -> None:
     """The torch form equals the definition, gradients included, in double and in single precision."""
-    wanted = run_with_gradients(DELTA, "recurrent", found)
-    assert all(t.isfinite().all() for t in wanted.values())
-    assert_close(run_with_gradients(DELTA, "torch", found), wanted, bound)
-    assert_close(run_with_gradients(DELTA, "torch", cast(found, torch.float32)), wanted, single)
+    expected = run_with_gradients(DELTA, "recurrent", inputs)
+    assert all(t.isfinite().all() for t in expected.values())
+    assert_close(run_with_gradients(DELTA, "torch", inputs), expected, bound)
+    assert_close(run_with_gradients(DELTA, "torch", cast(inputs, torch.float32)), expected, single)
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
 def test_beta_at_its_limits(beta: float) -> None:
-    found = draw(DELTA, "full", 2, 130)
-    both({**found, "beta": torch.full_like(found["beta"], beta)})
+    inputs = draw(DELTA, "full", 2, 130)
+    both({**inputs, "beta": torch.full_like(inputs["beta"], beta)})
 
 
 def test_keys_of_zero_write_nothing() -> None:
-    found = draw(DELTA, "full", 2, 130)
-    found["k"][:, ::3] = 0
-    both(found)
+    inputs = draw(DELTA, "full", 2, 130)
+    inputs["k"][:, ::3] = 0
+    both(inputs)
 
 
 @pytest.mark.parametrize("decay", ["none", "half of them none", "strong", "resets"])
 def test_decays_of_every_strength(decay: str) -> None:
-    found = draw(DELTA, "full", 2, 130)
-    g = found["log_decay"]
-    found["log_decay"] = {
+    inputs = draw(DELTA, "full", 2, 130)
+    g = inputs["log_decay"]
+    inputs["log_decay"] = {
         "none": 0 * g,
         "half of them none": torch.where(torch.arange(130)[:, None] % 2 == 0, 0.0, g),
         "strong": 60 * g,
         "resets": torch.where(torch.arange(130)[:, None] % 29 == 7, -INF, g),
     }[decay]
-    both(found)
+    both(inputs)
 
 
 def test_a_reset_forgets_everything() -> None:
-    found = draw(DELTA, "full", 2, 90)
-    found["log_decay"][:, 37] = -INF
-    y, state = run(DELTA, "torch", found)
-    later = {k: v[:, 37:] if k in DELTA.time else v for k, v in found.items() if k != "initial_state"}
+    inputs = draw(DELTA, "full", 2, 90)
+    inputs["log_decay"][:, 37] = -INF
+    y, state = run(DELTA, "torch", inputs)
+    later = {k: v[:, 37:] if k in DELTA.time else v for k, v in inputs.items() if k != "initial_state"}
     fresh, fresh_state = run(DELTA, "torch", later)
     assert error(y[:, 37:], fresh) <= 1e-12
     assert error(state, fresh_state) <= 1e-12
@@ -68,30 +68,30 @@ def test_a_reset_forgets_everything() -> None:
 
 @every_form
 def test_no_decay_equals_a_decay_of_one(form: str) -> None:
-    found = draw(DELTA, "full", 2, 70)
-    without = {k: v for k, v in found.items() if k != "log_decay"}
+    inputs = draw(DELTA, "full", 2, 70)
+    without = {k: v for k, v in inputs.items() if k != "log_decay"}
     y, state = run(DELTA, form, without)
-    wanted = run(DELTA, form, {**found, "log_decay": 0 * found["log_decay"]})
-    assert error(y, wanted[0]) <= 1e-13
-    assert error(state, wanted[1]) <= 1e-13
+    expected = run(DELTA, form, {**inputs, "log_decay": 0 * inputs["log_decay"]})
+    assert error(y, expected[0]) <= 1e-13
+    assert error(state, expected[1]) <= 1e-13
 
 
 @every_form
 def test_orthogonal_keys_make_it_linear_attention(form: str) -> None:
-    found = draw(DELTA, "full", 1, 16)
+    inputs = draw(DELTA, "full", 1, 16)
     keys = torch.eye(16, dtype=torch.float64)[None, :, None].expand(1, 16, 2, 16)
-    y = delta_rule(found["q"], keys, found["v"], found["beta"], found["log_decay"], backend=form)
-    wanted = ssd(found["q"], keys, found["beta"][..., None] * found["v"], found["log_decay"])
-    assert error(y, wanted) <= 1e-12
+    y = delta_rule(inputs["q"], keys, inputs["v"], inputs["beta"], inputs["log_decay"], backend=form)
+    expected = ssd(inputs["q"], keys, inputs["beta"][..., None] * inputs["v"], inputs["log_decay"])
+    assert error(y, expected) <= 1e-12
 
 
 @every_form
 def test_one_factor_equals_none(form: str) -> None:
-    found = draw(DELTA, "full", 2, 70)
-    one = {**found, **{name: found[name].unsqueeze(2) for name in ("k", "v", "beta")}}
+    inputs = draw(DELTA, "full", 2, 70)
+    one = {**inputs, **{name: inputs[name].unsqueeze(2) for name in ("k", "v", "beta")}}
     assert_close(
         {"y": run(DELTA, form, one)[0], "state": run(DELTA, form, one)[1]},
-        {"y": run(DELTA, form, found)[0], "state": run(DELTA, form, found)[1]},
+        {"y": run(DELTA, form, inputs)[0], "state": run(DELTA, form, inputs)[1]},
         1e-13,
     )
 
@@ -99,21 +99,21 @@ def test_one_factor_equals_none(form: str) -> None:
 @every_form
 def test_factors_are_steps_of_a_longer_sequence(form: str) -> None:
     """DeltaProduct's own way of computing it: decay on the first of the steps, readout after the last."""
-    found = draw(DELTA, "product", 2, 45)
+    inputs = draw(DELTA, "product", 2, 45)
     n = 2
-    k, v, beta = (found[name].flatten(1, 2) for name in ("k", "v", "beta"))
-    decay = torch.stack([found["log_decay"], 0 * found["log_decay"]], 2).flatten(1, 2)
+    k, v, beta = (inputs[name].flatten(1, 2) for name in ("k", "v", "beta"))
+    decay = torch.stack([inputs["log_decay"], 0 * inputs["log_decay"]], 2).flatten(1, 2)
     y, state = delta_rule(
-        found["q"].repeat_interleave(n, 1),
+        inputs["q"].repeat_interleave(n, 1),
         k,
         v,
         beta,
         decay,
-        initial_state=found["initial_state"],
+        initial_state=inputs["initial_state"],
         return_state=True,
         backend=form,
     )
-    product = run(DELTA, form, found)
+    product = run(DELTA, form, inputs)
     assert error(product[0], y[:, n - 1 :: n]) <= 1e-12
     assert error(product[1], state) <= 1e-12
 
@@ -138,11 +138,11 @@ def test_two_reflections_turn_by_twice_the_angle_of_their_keys() -> None:
 @settings(max_examples=15)
 @given(cuts=st.lists(st.integers(0, 120), max_size=4), variant=st.sampled_from(["full", "product"]))
 def test_cut_anywhere_and_carried_on(cuts: list[int], variant: str) -> None:
-    found = draw(DELTA, variant, 2, 120)
-    whole, final = run(DELTA, "torch", found)
-    edges, state, parts = sorted({0, 120, *cuts}), found["initial_state"], []
+    inputs = draw(DELTA, variant, 2, 120)
+    whole, final = run(DELTA, "torch", inputs)
+    edges, state, parts = sorted({0, 120, *cuts}), inputs["initial_state"], []
     for a, b in itertools.pairwise(edges):
-        piece = {k: v[:, a:b] if k in DELTA.time else v for k, v in found.items()}
+        piece = {k: v[:, a:b] if k in DELTA.time else v for k, v in inputs.items()}
         y, state = run(DELTA, "torch", {**piece, "initial_state": state})
         parts.append(y)
     assert error(torch.cat(parts, 1), whole) <= 1e-11
@@ -158,8 +158,8 @@ def test_equals_transformers(module: str) -> None:
         peer = inspect.unwrap(importlib.import_module(path).torch_recurrent_gated_delta_rule)
     except (ImportError, AttributeError):
         pytest.skip(f"this transformers has no {path}.torch_recurrent_gated_delta_rule")
-    found = cast(draw(DELTA, "full", 2, 100), torch.float32)
-    inputs = {name: t.clone().requires_grad_() for name, t in found.items()}
+    drawn = cast(draw(DELTA, "full", 2, 100), torch.float32)
+    inputs = {name: t.clone().requires_grad_() for name, t in drawn.items()}
     y, state = peer(
         *(inputs[name] for name in ("q", "k", "v")),
         g=inputs["log_decay"],
@@ -167,12 +167,14 @@ def test_equals_transformers(module: str) -> None:
         initial_state=inputs["initial_state"],
         output_final_state=True,
     )
-    own = run_with_gradients(DELTA, "torch", found)
+    chunked = run_with_gradients(DELTA, "torch", drawn)
     generator = torch.Generator().manual_seed(1)
-    given = [torch.randn(t.shape, generator=generator, dtype=torch.float64).float() for t in (own["y"], own["state"])]
-    gradients = torch.autograd.grad((y, state), list(inputs.values()), given)
-    wanted: dict[str, Tensor] = {"y": y, "state": state, **dict(zip(inputs, gradients, strict=True))}
-    assert_close(own, wanted, 1e-4)
+    grads = [
+        torch.randn(t.shape, generator=generator, dtype=torch.float64).float() for t in (chunked["y"], chunked["state"])
+    ]
+    gradients = torch.autograd.grad((y, state), list(inputs.values()), grads)
+    expected: dict[str, Tensor] = {"y": y, "state": state, **dict(zip(inputs, gradients, strict=True))}
+    assert_close(chunked, expected, 1e-4)
 
 
 def test_long_unnormalised_keys_are_the_callers_own_choice() -> None:

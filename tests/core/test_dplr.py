@@ -38,8 +38,8 @@ def noise(*shape: int, seed: int = 5) -> Tensor:
 
 
 def arguments(gate: str, *, variant: str = "full", length: int = 150) -> dict[str, Any]:
-    found = draw(DPLR, variant, 2, length)
-    return {**found, "log_decay": GATES[gate](noise(*found["log_decay"].shape))}
+    inputs = draw(DPLR, variant, 2, length)
+    return {**inputs, "log_decay": GATES[gate](noise(*inputs["log_decay"].shape))}
 
 
 def delta(keys: int = 8) -> dict[str, Tensor]:
@@ -110,11 +110,11 @@ def test_a_reflection_swaps_two_rows() -> None:
 
 @every_form
 def test_a_change_of_basis_changes_nothing_without_decay(form: str) -> None:
-    found = arguments("none")
+    inputs = arguments("none")
     turn = torch.linalg.qr(noise(16, 16))[0]
-    turned = {name: t @ turn if name in ("q", "k", "a", "b") else t for name, t in found.items()}
-    turned["initial_state"] = turn.mT @ found["initial_state"]
-    y, state = run(DPLR, form, found)
+    turned = {name: t @ turn if name in ("q", "k", "a", "b") else t for name, t in inputs.items()}
+    turned["initial_state"] = turn.mT @ inputs["initial_state"]
+    y, state = run(DPLR, form, inputs)
     y_turned, state_turned = run(DPLR, form, turned)
     assert error(y_turned, y) <= 1e-12
     assert error(turn @ state_turned, state) <= 1e-12
@@ -125,57 +125,57 @@ def test_a_change_of_basis_changes_nothing_without_decay(form: str) -> None:
 
 @every_form
 def test_nothing_read_is_gla(form: str) -> None:
-    found = draw(DPLR, "full", 2, 100)
-    y, state = run(DPLR, form, {**found, "a": 0 * found["a"]})
-    wanted = gla(
-        *(found[name] for name in ("q", "k", "v", "log_decay")),
-        initial_state=found["initial_state"],
+    inputs = draw(DPLR, "full", 2, 100)
+    y, state = run(DPLR, form, {**inputs, "a": 0 * inputs["a"]})
+    expected = gla(
+        *(inputs[name] for name in ("q", "k", "v", "log_decay")),
+        initial_state=inputs["initial_state"],
         return_state=True,
     )
-    assert error(y, wanted[0]) <= 1e-12
-    assert error(state, wanted[1]) <= 1e-12
+    assert error(y, expected[0]) <= 1e-12
+    assert error(state, expected[1]) <= 1e-12
 
 
 @every_form
 def test_no_decay_is_the_delta_rule(form: str) -> None:
-    found = delta()
-    without = {**found, "log_decay": 0 * found["log_decay"]}
+    inputs = delta()
+    without = {**inputs, "log_decay": 0 * inputs["log_decay"]}
     y, state = kda(form, **without, return_state=True)
     without.pop("log_decay")
-    wanted = delta_rule(**without, return_state=True)
-    assert error(y, wanted[0]) <= 1e-12
-    assert error(state, wanted[1]) <= 1e-12
+    expected = delta_rule(**without, return_state=True)
+    assert error(y, expected[0]) <= 1e-12
+    assert error(state, expected[1]) <= 1e-12
 
 
 @every_form
 def test_equal_decays_of_all_channels_are_the_gated_delta_rule(form: str) -> None:
-    found = delta()
-    decay = found["log_decay"][..., 0]
-    y, state = kda(form, **{**found, "log_decay": decay[..., None].expand_as(found["q"])}, return_state=True)
-    wanted = delta_rule(**{**found, "log_decay": decay}, return_state=True)
-    assert error(y, wanted[0]) <= 1e-12
-    assert error(state, wanted[1]) <= 1e-12
+    inputs = delta()
+    decay = inputs["log_decay"][..., 0]
+    y, state = kda(form, **{**inputs, "log_decay": decay[..., None].expand_as(inputs["q"])}, return_state=True)
+    expected = delta_rule(**{**inputs, "log_decay": decay}, return_state=True)
+    assert error(y, expected[0]) <= 1e-12
+    assert error(state, expected[1]) <= 1e-12
 
 
 @every_form
 def test_kda_decays_before_it_reads(form: str) -> None:
-    found = delta()
-    q, k, v, beta, g, S = found.values()
+    actual = delta()
+    q, k, v, beta, g, S = actual.values()
     outputs = []
     for t in range(q.shape[1]):
         S = g[:, t].exp()[..., None] * S
         wrong = v[:, t] - torch.einsum("bhkv,bhk->bhv", S, k[:, t])
         S = S + torch.einsum("bh,bhk,bhv->bhkv", beta[:, t], k[:, t], wrong)
         outputs.append(torch.einsum("bhkv,bhk->bhv", S, q[:, t]))
-    y, state = kda(form, **found, scale=1.0, return_state=True)
+    y, state = kda(form, **actual, scale=1.0, return_state=True)
     assert error(y, torch.stack(outputs, 1)) <= 1e-12
     assert error(state, S) <= 1e-12
 
 
 @every_form
 def test_comba_reads_with_a_vector_of_its_own(form: str) -> None:
-    found = delta()
-    q, k, v, beta, g, S = found.values()
+    actual = delta()
+    q, k, v, beta, g, S = actual.values()
     decay, p = g[..., 0], 0.7 * k + 0.1 * q
     written = beta[..., None] * k
     y = dplr(
@@ -199,16 +199,16 @@ def test_rwkv7_is_a_product_of_transitions(form: str) -> None:
     v = noise(length, 3, seed=9)
     kappa, alpha, decay = F.normalize(kappa, dim=-1), torch.sigmoid(alpha), -0.6065 * torch.sigmoid(w)
     A = torch.diag_embed(decay.exp()) - (kappa * alpha)[:, :, None] * kappa[:, None]
-    wanted = []
+    expected = []
     for t in range(length):
         total, product = torch.zeros(3, dtype=torch.float64), torch.eye(keys, dtype=torch.float64)
         for i in range(t, -1, -1):
             total = total + (r[t] @ product @ k[i]) * v[i]
             product = product @ A[i]
-        wanted.append(total)
+        expected.append(total)
     inputs = (r, k, v, decay, -kappa, kappa * alpha)
     y = dplr(*(t[None, :, None] for t in inputs), scale=1.0, backend=form)
-    assert error(y[0, :, 0], torch.stack(wanted)) <= 1e-12
+    assert error(y[0, :, 0], torch.stack(expected)) <= 1e-12
 
 
 # Decays of every strength.
@@ -217,29 +217,29 @@ def test_rwkv7_is_a_product_of_transitions(form: str) -> None:
 @pytest.mark.parametrize("variant", ["full", "free"])
 @pytest.mark.parametrize("gate", GATES)
 def test_every_gate_is_as_exact_in_single_precision(gate: str, variant: str) -> None:
-    wanted = run_with_gradients(DPLR, "recurrent", arguments(gate, variant=variant))
-    assert all(t.isfinite().all() for t in wanted.values())
-    assert_close(run_with_gradients(DPLR, "torch", arguments(gate, variant=variant)), wanted, 1e-12)
-    found = run_with_gradients(DPLR, "torch", cast(arguments(gate, variant=variant), torch.float32))
-    assert_close(found, wanted, 1e-5)
+    expected = run_with_gradients(DPLR, "recurrent", arguments(gate, variant=variant))
+    assert all(t.isfinite().all() for t in expected.values())
+    assert_close(run_with_gradients(DPLR, "torch", arguments(gate, variant=variant)), expected, 1e-12)
+    actual = run_with_gradients(DPLR, "torch", cast(arguments(gate, variant=variant), torch.float32))
+    assert_close(actual, expected, 1e-5)
 
 
 def test_a_gradient_of_a_strong_decay_is_not_drowned() -> None:
     """Where every step decays by exp(-70), gradients of the decays are some 1e-30 of the others, and still right."""
-    found = draw(DPLR, "full", 1, 9)
-    found["log_decay"] = torch.full_like(found["log_decay"], -70.0)
-    wanted = run_with_gradients(DPLR, "recurrent", found)["log_decay"]
-    assert 0 < wanted.abs().max() < 1e-28
-    assert error(run_with_gradients(DPLR, "torch", found)["log_decay"], wanted) <= 1e-12
+    inputs = draw(DPLR, "full", 1, 9)
+    inputs["log_decay"] = torch.full_like(inputs["log_decay"], -70.0)
+    expected = run_with_gradients(DPLR, "recurrent", inputs)["log_decay"]
+    assert 0 < expected.abs().max() < 1e-28
+    assert error(run_with_gradients(DPLR, "torch", inputs)["log_decay"], expected) <= 1e-12
 
 
 @every_form
 def test_a_reset_of_all_channels_forgets_all_that_is_not_read(form: str) -> None:
-    found = draw(DPLR, "full", 2, 90)
-    found["log_decay"][:, 37] = -INF
-    found["a"][:, 37] = 0
-    y, state = run(DPLR, form, found)
-    later = {k: v[:, 37:] if k in DPLR.time else v for k, v in found.items() if k != "initial_state"}
+    inputs = draw(DPLR, "full", 2, 90)
+    inputs["log_decay"][:, 37] = -INF
+    inputs["a"][:, 37] = 0
+    y, state = run(DPLR, form, inputs)
+    later = {k: v[:, 37:] if k in DPLR.time else v for k, v in inputs.items() if k != "initial_state"}
     fresh, fresh_state = run(DPLR, form, later)
     assert error(y[:, 37:], fresh) <= 1e-12
     assert error(state, fresh_state) <= 1e-12
@@ -249,14 +249,14 @@ def test_a_reset_of_all_channels_forgets_all_that_is_not_read(form: str) -> None
 def test_gradient_identity_of_the_keys(form: str) -> None:
     """Whatever the decays: scaling a row of the state with k and b, and q and a against it, changes nothing, so that
     Σ_t (q dq + a da - k dk - b db) + rowsum(S_T ⊙ dS_T) = rowsum(S_0 ⊙ dS_0) per key channel."""
-    found = draw(DPLR, "free", 2, 100)
-    got = run_with_gradients(DPLR, form, found)
+    inputs = draw(DPLR, "free", 2, 100)
+    got = run_with_gradients(DPLR, form, inputs)
     generator = torch.Generator().manual_seed(1)
     torch.randn(got["y"].shape, generator=generator, dtype=torch.float64)
     dstate = torch.randn(got["state"].shape, generator=generator, dtype=torch.float64)
-    time = sum(sign * (found[name] * got[name]).sum(1) for name, sign in (("q", 1), ("a", 1), ("k", -1), ("b", -1)))
+    time = sum(sign * (inputs[name] * got[name]).sum(1) for name, sign in (("q", 1), ("a", 1), ("k", -1), ("b", -1)))
     left = time + (got["state"] * dstate).sum(-1)
-    assert error(left, (found["initial_state"] * got["initial_state"]).sum(-1)) <= 1e-11
+    assert error(left, (inputs["initial_state"] * got["initial_state"]).sum(-1)) <= 1e-11
 
 
 @settings(max_examples=15)
@@ -266,11 +266,11 @@ def test_gradient_identity_of_the_keys(form: str) -> None:
     variant=st.sampled_from(["full", "free"]),
 )
 def test_cut_anywhere_and_carried_on(cuts: list[int], gate: str, variant: str) -> None:
-    found = arguments(gate, variant=variant, length=120)
-    whole, final = run(DPLR, "torch", found)
-    edges, state, parts = sorted({0, 120, *cuts}), found["initial_state"], []
+    inputs = arguments(gate, variant=variant, length=120)
+    whole, final = run(DPLR, "torch", inputs)
+    edges, state, parts = sorted({0, 120, *cuts}), inputs["initial_state"], []
     for a, b in itertools.pairwise(edges):
-        piece = {k: v[:, a:b] if k in DPLR.time else v for k, v in found.items()}
+        piece = {k: v[:, a:b] if k in DPLR.time else v for k, v in inputs.items()}
         y, state = run(DPLR, "torch", {**piece, "initial_state": state})
         parts.append(y)
     assert error(torch.cat(parts, 1), whole) <= 1e-11
@@ -286,21 +286,21 @@ def test_equals_kimi_delta_attention_of_transformers(name: str) -> None:
         peer = inspect.unwrap(getattr(importlib.import_module(path), name))
     except (ImportError, AttributeError):
         pytest.skip(f"this transformers has no {path}.{name}")
-    found = cast(delta(), torch.float32)
+    actual = cast(delta(), torch.float32)
 
     def gradients(call: Any) -> dict[str, Tensor]:
-        inputs = {key: t.clone().requires_grad_() for key, t in found.items()}
+        inputs = {key: t.clone().requires_grad_() for key, t in actual.items()}
         y, state = call(inputs)
-        given = [noise(*t.shape, seed=7).float() for t in (y, state)]
+        grads = [noise(*t.shape, seed=7).float() for t in (y, state)]
         return {
             "y": y,
             "state": state,
-            **dict(zip(inputs, torch.autograd.grad((y, state), list(inputs.values()), given), strict=True)),
+            **dict(zip(inputs, torch.autograd.grad((y, state), list(inputs.values()), grads), strict=True)),
         }
 
-    wanted = gradients(
+    expected = gradients(
         lambda t: peer(
             t["q"], t["k"], t["v"], t["log_decay"], t["beta"], initial_state=t["initial_state"], output_final_state=True
         )
     )
-    assert_close(gradients(lambda t: kda("torch", **t, return_state=True)), wanted, 1e-4)
+    assert_close(gradients(lambda t: kda("torch", **t, return_state=True)), expected, 1e-4)

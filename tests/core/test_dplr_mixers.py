@@ -76,15 +76,15 @@ def rwkv7(m: Any, x: Tensor, v_first: Tensor | None = None) -> Tensor:
         t.unflatten(-1, (heads, -1)) for t in (r, w, alpha, k * m.k_k, k * (1 + (alpha - 1) * m.k_a), v)
     )
     kappa = kappa / kappa.norm(dim=-1, keepdim=True)
-    S, found = torch.zeros(batch, heads, k.shape[-1], v.shape[-1], dtype=x.dtype), []
+    S, outputs = torch.zeros(batch, heads, k.shape[-1], v.shape[-1], dtype=x.dtype), []
     for t in range(length):
         A = torch.diag_embed(w[:, t]) - (kappa * alpha)[:, t, :, :, None] * kappa[:, t, :, None]
         S = A @ S + k[:, t, :, :, None] * v[:, t, :, None]
         o = (r[:, t, :, None] @ S).squeeze(-2)
         o = (o - o.mean(-1, keepdim=True)) / torch.sqrt(o.var(-1, keepdim=True, unbiased=False) + m.g_norm.eps)
-        own = (r[:, t] * m.r_k * k[:, t]).sum(-1, keepdim=True) * v[:, t]
-        found.append(o.flatten(1) * m.g_norm.weight + m.g_norm.bias + own.flatten(1))
-    return m.o_proj(torch.stack(found, 1) * gate)
+        bonus = (r[:, t] * m.r_k * k[:, t]).sum(-1, keepdim=True) * v[:, t]
+        outputs.append(o.flatten(1) * m.g_norm.weight + m.g_norm.bias + bonus.flatten(1))
+    return m.o_proj(torch.stack(outputs, 1) * gate)
 
 
 def kda(m: Any, x: Tensor) -> Tensor:
@@ -106,14 +106,14 @@ def kda(m: Any, x: Tensor) -> Tensor:
     A = m.A_log.exp()[:, None]
     g = -A * F.softplus(z) if m.lower_bound is None else m.lower_bound * torch.sigmoid(A * z)
     beta = torch.sigmoid(m.b_proj(x)) * m.greatest_beta
-    S, found = torch.zeros(batch, heads, keys, values, dtype=x.dtype), []
+    S, outputs = torch.zeros(batch, heads, keys, values, dtype=x.dtype), []
     for t in range(x.shape[1]):
         kkT = k[:, t, :, :, None] * k[:, t, :, None]
         turn = torch.eye(keys, dtype=x.dtype) - beta[:, t, :, None, None] * kkT
         S = turn @ torch.diag_embed(g[:, t].exp()) @ S
         S = S + beta[:, t, :, None, None] * k[:, t, :, :, None] * v[:, t, :, None]
-        found.append((q[:, t, :, None] @ S).squeeze(-2) * keys**-0.5)
-    o = torch.stack(found, 1)
+        outputs.append((q[:, t, :, None] @ S).squeeze(-2) * keys**-0.5)
+    o = torch.stack(outputs, 1)
     o = o / torch.sqrt(o.square().mean(-1, keepdim=True) + m.o_norm.eps) * m.o_norm.weight
     gate = torch.sigmoid(m.g_proj[1](m.g_proj[0](x)))
     return m.o_proj(o.flatten(-2) * gate)
@@ -125,44 +125,44 @@ EQUATIONS = {"rwkv7": rwkv7, "kda": kda}
 @EVERY_VARIANT
 def test_a_mixer_is_its_equation(name: str, options: dict[str, Any]) -> None:
     mixer, x = build(name, options), sequence()
-    given = extra(mixer, 2, LENGTH)
-    torch.testing.assert_close(mixer(x, **given), EQUATIONS[name](mixer, x, **given), atol=1e-9, rtol=1e-9)
+    extras = extra(mixer, 2, LENGTH)
+    torch.testing.assert_close(mixer(x, **extras), EQUATIONS[name](mixer, x, **extras), atol=1e-9, rtol=1e-9)
 
 
 @EVERY_VARIANT
 def test_options_keep_the_contract(name: str, options: dict[str, Any]) -> None:
     mixer, x = build(name, options), sequence(length=9)
-    given = extra(mixer, 2, 9)
+    extras = extra(mixer, 2, 9)
 
     def part(piece: slice) -> dict[str, Tensor]:
-        return {key: t[:, piece] for key, t in given.items()}
+        return {key: t[:, piece] for key, t in extras.items()}
 
-    whole = mixer(x, **given)
+    whole = mixer(x, **extras)
     y, state = mixer.prefill(x[:, :4], **part(slice(0, 4)))
     assert [t.shape for t in state] == [t.shape for t in mixer.initial_state(2)]
     steps = [y]
     for t in range(4, 9):
-        y_t, state = mixer.step(x[:, t], state, **{key: value[:, t] for key, value in given.items()})
+        y_t, state = mixer.step(x[:, t], state, **{key: value[:, t] for key, value in extras.items()})
         steps.append(y_t[:, None])
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-10, rtol=0)
     edges = [0, 3, 3, 9]
-    first = {key: t[:1] for key, t in given.items()}
+    first = {key: t[:1] for key, t in extras.items()}
     packed = mixer(x[:1], cu_seqlens=torch.tensor(edges), **first)
     separate = [mixer(x[:1, a:b], **{key: t[:, a:b] for key, t in first.items()}) for a, b in itertools.pairwise(edges)]
     torch.testing.assert_close(packed, torch.cat(separate, 1), atol=1e-10, rtol=0)
     mixer.init_weights()
-    assert mixer(x, **given).isfinite().all()
+    assert mixer(x, **extras).isfinite().all()
 
 
 @EVERY_VARIANT
 @pytest.mark.filterwarnings("ignore:.torch.jit.script.:FutureWarning")
 def test_options_script_and_trace(name: str, options: dict[str, Any]) -> None:
     mixer, x = build(name, options), sequence(length=5)
-    given = extra(mixer, 2, 5)
-    wanted = mixer(x, **given)
+    extras = extra(mixer, 2, 5)
+    expected = mixer(x, **extras)
     traced = torch.fx.symbolic_trace(mixer, concrete_args={"cu_seqlens": None, "grid": None})
-    torch.testing.assert_close(traced(x, **given), wanted)
-    torch.testing.assert_close(torch.jit.script(mixer)(x, **given), wanted)
+    torch.testing.assert_close(traced(x, **extras), expected)
+    torch.testing.assert_close(torch.jit.script(mixer)(x, **extras), expected)
 
 
 # The value residual, and how a model hands the first layer's values on.
@@ -179,10 +179,10 @@ def test_layers_share_the_values_of_the_first() -> None:
     torch.testing.assert_close(shared[0], first.v_proj(torch.lerp(x, before, first.x_v)))
     torch.testing.assert_close((y, *state), (first(x), *first.prefill(x)[1]), atol=0, rtol=0)
     hidden = x + y
-    found, _, handed_on = later.mix_sharing(hidden, shared)
+    actual, _, handed_on = later.mix_sharing(hidden, shared)
     assert handed_on is shared
-    torch.testing.assert_close(found, later(hidden, v_first=shared[0]), atol=0, rtol=0)
-    torch.testing.assert_close(found, rwkv7(later, hidden, shared[0]), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(actual, later(hidden, v_first=shared[0]), atol=0, rtol=0)
+    torch.testing.assert_close(actual, rwkv7(later, hidden, shared[0]), atol=1e-9, rtol=1e-9)
 
 
 def test_a_value_residual_without_values_is_refused() -> None:
@@ -312,9 +312,9 @@ def test_a_model_that_shares_compiles_whole_and_its_step_exports() -> None:
         torch.testing.assert_close(torch.export.export(model, (ids,)).module()(ids), expected)
         torch.export.save(torch.export.export(Step(model), (ids[:, 0], state)), file)
         file.seek(0)
-        found = torch.export.load(file).module()(ids[:, 0], state)
-    torch.testing.assert_close(found[0], step[0])
-    assert [type(one) for one in found[1]] == [type(one) for one in step[1]]
+        actual = torch.export.load(file).module()(ids[:, 0], state)
+    torch.testing.assert_close(actual[0], step[0])
+    assert [type(one) for one in actual[1]] == [type(one) for one in step[1]]
 
 
 # What is published.
@@ -341,8 +341,8 @@ PUBLISHED: list[tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = [
 def test_names_and_shapes_are_the_published_ones(
     name: str, options: dict[str, Any], shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    found = mixers.build_mixer(name, 16, **options).state_dict()
-    assert {key: tuple(t.shape) for key, t in found.items()} == shapes
+    actual = mixers.build_mixer(name, 16, **options).state_dict()
+    assert {key: tuple(t.shape) for key, t in actual.items()} == shapes
 
 
 @pytest.mark.parametrize(

@@ -190,10 +190,10 @@ each_variant = pytest.mark.parametrize(("name", "options"), VARIANTS, ids=str)
 @each_variant
 def test_a_mixer_is_the_equation_of_its_paper(name: str, options: dict[str, Any]) -> None:
     mixer, x = build(name, **options), sequence()
-    found, expected = mixer(x), PAPERS[name](mixer, x)
-    torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-11)
+    actual, expected = mixer(x), PAPERS[name](mixer, x)
+    torch.testing.assert_close(actual, expected, atol=1e-11, rtol=1e-11)
     weights, dy = list(mixer.parameters()), torch.randn_like(x)
-    grads = [torch.autograd.grad(y, weights, dy) for y in (found, expected)]
+    grads = [torch.autograd.grad(y, weights, dy) for y in (actual, expected)]
     for (key, _), a, b in zip(mixer.named_parameters(), *grads, strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-9, msg=lambda m, key=key: f"{key}: {m}")
 

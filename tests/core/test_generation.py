@@ -21,7 +21,7 @@ PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11], [12, 1, 5], [3, 3, 3, 3, 3, 
 def build(pattern: Any = "mamba", depth: int = 2, **options: Any) -> SequenceModel:
     """In float64 and with large weights, so that its choices are not all alike."""
     sizes = {"sliding_window_attention": {"window_size": 4}, "mamba2": {"d_state": 8}}
-    sizes = {name: given for name, given in sizes.items() if name in pattern}
+    sizes = {name: size for name, size in sizes.items() if name in pattern}
     model = SequenceModel(VOCAB, 24, depth, pattern, sizes, dtype=torch.float64, **options).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -94,9 +94,11 @@ def test_prompts_come_in_several_forms(form: str) -> None:
     padded = torch.full((5, 10), 0)
     for row, prompt in zip(padded, PROMPTS, strict=True):
         row[10 - len(prompt) :] = torch.tensor(prompt)
-    given = {"lists": PROMPTS, "tensors": [torch.tensor(p) for p in PROMPTS], "bytes": [bytes(p) for p in PROMPTS]}
-    found = generate(model, given.get(form, padded), Sampling(max_new_tokens=4), pad_id=0 if form == "padded" else None)
-    assert all(torch.equal(a, b) for a, b in zip(found.tokens, expected, strict=True))
+    prompts = {"lists": PROMPTS, "tensors": [torch.tensor(p) for p in PROMPTS], "bytes": [bytes(p) for p in PROMPTS]}
+    actual = generate(
+        model, prompts.get(form, padded), Sampling(max_new_tokens=4), pad_id=0 if form == "padded" else None
+    )
+    assert all(torch.equal(a, b) for a, b in zip(actual.tokens, expected, strict=True))
     for single in (PROMPTS[0], torch.tensor(PROMPTS[0]), bytes(PROMPTS[0])):
         assert torch.equal(generate(model, single, Sampling(max_new_tokens=4)).tokens[0], expected[0])
 
@@ -104,9 +106,9 @@ def test_prompts_come_in_several_forms(form: str) -> None:
 def test_only_padding_in_front_is_left_out() -> None:
     model = build()
     rows = torch.tensor([[0, 0, 5, 0, 6], [1, 2, 0, 3, 0]])
-    found = generate(model, rows, Sampling(max_new_tokens=6), pad_id=0).tokens
+    actual = generate(model, rows, Sampling(max_new_tokens=6), pad_id=0).tokens
     expected = generate(model, [[5, 0, 6], [1, 2, 0, 3, 0]], Sampling(max_new_tokens=6)).tokens
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_stop_tokens_and_sequences_end_a_row_and_are_left_out() -> None:
@@ -217,15 +219,15 @@ P = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04, 0.0])
     ],
 )
 def test_choices_have_their_probabilities(options: dict[str, Any], expected: Tensor) -> None:
-    found = frequencies(Sampling(**{"temperature": 1.0, **options}), P.double().log())
-    torch.testing.assert_close(found, expected / expected.sum(), atol=2e-4, rtol=0)
+    actual = frequencies(Sampling(**{"temperature": 1.0, **options}), P.double().log())
+    torch.testing.assert_close(actual, expected / expected.sum(), atol=2e-4, rtol=0)
 
 
 def test_the_repetition_penalty_weakens_what_was_seen() -> None:
     logits, seen = torch.tensor([2.0, -1.0, 0.5, 2.0]), torch.tensor([True, True, False, False])
     expected = torch.tensor([2.0 / 1.5, -1.5, 0.5, 2.0]).softmax(-1)
-    found = frequencies(Sampling(temperature=1.0, repetition_penalty=1.5), logits, seen)
-    torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
+    actual = frequencies(Sampling(temperature=1.0, repetition_penalty=1.5), logits, seen)
+    torch.testing.assert_close(actual, expected, atol=2e-4, rtol=0)
     model, ids = build(), [1, 2]
     for _ in range(12):
         logits = model(torch.tensor([ids]))[0, -1]

@@ -102,9 +102,9 @@ def three_lines(a: Arguments) -> Tensor:
 @pytest.mark.parametrize("mode", ["P", "D"])
 def test_equals_the_published_loop(form: str, mode: str, sides: tuple[int, int]) -> None:
     arguments = sample(*sides, mode=mode, states=False)
-    wanted = {"y": three_lines(arguments)}
-    assert_close({"y": grid_scan(**arguments, backend=form)}, wanted, 1e-12)
-    assert_close({"y": run(GRID, form, arguments)[0]}, wanted, 1e-12)
+    expected = {"y": three_lines(arguments)}
+    assert_close({"y": grid_scan(**arguments, backend=form)}, expected, 1e-12)
+    assert_close({"y": run(GRID, form, arguments)[0]}, expected, 1e-12)
 
 
 @pytest.mark.parametrize("sides", [(0, 3), (3, 0), *SIDES[:-1]])
@@ -112,18 +112,18 @@ def test_equals_the_published_loop(form: str, mode: str, sides: tuple[int, int])
 @computed
 def test_gradients_agree_on_every_grid(form: str, states: bool, sides: tuple[int, int]) -> None:
     arguments = sample(*sides, orientations=4, mode="P", states=states)
-    wanted = run_with_gradients(GRID, "recurrent", arguments)
-    assert_close(run_with_gradients(GRID, form, arguments), wanted, 1e-10)
+    expected = run_with_gradients(GRID, "recurrent", arguments)
+    assert_close(run_with_gradients(GRID, form, arguments), expected, 1e-10)
 
 
 @pytest.mark.parametrize("sides", [(1, 6), (6, 1), (4, 8), (7, 5), (14, 13)])
 @computed
 def test_a_single_block_agrees_too(form: str, sides: tuple[int, int]) -> None:
     inputs, leaves = with_leaves(sample(*sides, orientations=4, mode="P", states=False))
-    found, wanted = ({"y": grid_scan(**inputs, backend=name)} for name in (form, "recurrent"))
-    given = cotangents(wanted, seed=1)
-    assert_close(found, wanted, 1e-12)
-    assert_close(gradients(found, leaves, given), gradients(wanted, leaves, given), 1e-10)
+    actual, expected = ({"y": grid_scan(**inputs, backend=name)} for name in (form, "recurrent"))
+    grads = cotangents(expected, seed=1)
+    assert_close(actual, expected, 1e-12)
+    assert_close(gradients(actual, leaves, grads), gradients(expected, leaves, grads), 1e-10)
 
 
 @pytest.mark.parametrize("sides", [(30, 40), (40, 31), (1, 1100), (1100, 1)])
@@ -136,31 +136,31 @@ def test_large_grids_and_ragged_states_pass_in_several_pieces(form: str, sides: 
     for name in ("left", "up"):
         arguments[name] = torch.randn(*arguments[name].shape[:-2], 37, 19, generator=generator).double()
     arguments = {k: v[:1] if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    found, wanted = (run_with_gradients(GRID, name, arguments) for name in (form, "torch"))
-    assert_close(found, wanted, 1e-10)
+    actual, expected = (run_with_gradients(GRID, name, arguments) for name in (form, "torch"))
+    assert_close(actual, expected, 1e-10)
 
 
 @pytest.mark.parametrize("form", ["cpu"], indirect=True)
 def test_same_bits_with_any_number_of_threads(form: str) -> None:
     arguments = cast(draw_from(GRID.wide, 2, 9), torch.float32)
     threads = torch.get_num_threads()
-    found = []
+    results = []
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            found.append(run_with_gradients(GRID, form, arguments))
+            results.append(run_with_gradients(GRID, form, arguments))
     finally:
         torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(torch.equal(found[0][k], other[k]) for k in other)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][k], other[k]) for k in other)
 
 
 def part(arguments: Arguments, axis: int, piece: slice) -> Arguments:
     """The arguments of a part of the grid, but for the states on the edge between the parts."""
     along = "up" if axis == 1 else "left"
     place = (slice(None),) * axis + (piece,)
-    found = {k: v[place] if isinstance(v, Tensor) and k not in ("left", "up") else v for k, v in arguments.items()}
-    return {**found, along: arguments[along][:, piece]}
+    actual = {k: v[place] if isinstance(v, Tensor) and k not in ("left", "up") else v for k, v in arguments.items()}
+    return {**actual, along: arguments[along][:, piece]}
 
 
 @pytest.mark.parametrize("axis", [1, 2])
@@ -172,10 +172,10 @@ def test_split_along_either_side_equals_whole(form: str, cut: int, axis: int) ->
     second = part(inputs, axis, slice(cut, None)) | ({"left": right} if axis == 1 else {"up": down})
     y_second, (right_2, down_2) = run(GRID, form, second)
     ends = (right_2, torch.cat([down, down_2], 1)) if axis == 1 else (torch.cat([right, right_2], 1), down_2)
-    found = named((torch.cat([y_first, y_second], axis), ends))
-    assert_close(found, whole, 1e-12)
-    given = cotangents(whole, seed=3)
-    assert_close(gradients(found, leaves, given), gradients(whole, leaves, given), 1e-12)
+    actual = named((torch.cat([y_first, y_second], axis), ends))
+    assert_close(actual, whole, 1e-12)
+    grads = cotangents(whole, seed=3)
+    assert_close(gradients(actual, leaves, grads), gradients(whole, leaves, grads), 1e-12)
 
 
 def test_cell_by_cell_equals_whole(form: str) -> None:
@@ -202,8 +202,8 @@ def test_an_orientation_is_the_grid_turned(form: str, orientation: int) -> None:
     turned = {k: flip(v, axes) if isinstance(v, Tensor) else v for k, v in arguments.items()}
     turned |= {"left": flip(arguments["left"], along_y), "up": flip(arguments["up"], along_x)}
     y, (right, down) = run(GRID, form, turned)
-    found = named(run(GRID, form, {**arguments, "orientations": [orientation]}))
-    assert_close(found, named((flip(y, axes), (flip(right, along_y), flip(down, along_x)))), 1e-12)
+    actual = named(run(GRID, form, {**arguments, "orientations": [orientation]}))
+    assert_close(actual, named((flip(y, axes), (flip(right, along_y), flip(down, along_x)))), 1e-12)
 
 
 def test_orientations_are_summed_and_the_direct_term_counts_once(form: str) -> None:
@@ -211,9 +211,9 @@ def test_orientations_are_summed_and_the_direct_term_counts_once(form: str) -> N
     whole = grid_scan(**arguments, backend=form)
     total = torch.zeros_like(whole)
     for o in range(4):
-        own = {k: arguments[k][:, :, :, :, o : o + 1] for k in ("source", "transition", "mark")}
-        own["direct"] = arguments["direct"] if o == 0 else None
-        total += grid_scan(**{**arguments, **own}, orientations=(o,), backend=form)
+        part = {k: arguments[k][:, :, :, :, o : o + 1] for k in ("source", "transition", "mark")}
+        part["direct"] = arguments["direct"] if o == 0 else None
+        total += grid_scan(**{**arguments, **part}, orientations=(o,), backend=form)
     torch.testing.assert_close(whole, total, atol=1e-12, rtol=0)
 
 
@@ -236,16 +236,16 @@ def reach(
 
 
 def test_free_transitions_of_one_count_paths() -> None:
-    found = reach(9, 9, [[1, 1], [1, 1]], [1, 1])
-    wanted = torch.tensor([[math.comb(x + y, x) for y in range(9)] for x in range(9)], dtype=torch.float64)
-    wanted[0, 0] = 0  # a cell sees its own pair through the direct gate only
-    torch.testing.assert_close(found, wanted)
+    actual = reach(9, 9, [[1, 1], [1, 1]], [1, 1])
+    expected = torch.tensor([[math.comb(x + y, x) for y in range(9)] for x in range(9)], dtype=torch.float64)
+    expected[0, 0] = 0  # a cell sees its own pair through the direct gate only
+    torch.testing.assert_close(actual, expected)
 
 
 def test_diffusion_reaches_every_cell_along_one_path() -> None:
-    wanted = torch.ones(9, 12, dtype=torch.float64)
-    wanted[0, 0] = 0
-    torch.testing.assert_close(reach(9, 12, [[1, 1], [1, 1]], [1, 1], mode="D"), wanted)
+    expected = torch.ones(9, 12, dtype=torch.float64)
+    expected[0, 0] = 0
+    torch.testing.assert_close(reach(9, 12, [[1, 1], [1, 1]], [1, 1], mode="D"), expected)
     row = reach(9, 12, [[1, 1], [1, 1]], [1, 0], mode="D")
     assert row[1:, 0].eq(1).all()
     assert not row[:, 1:].any()
@@ -253,11 +253,11 @@ def test_diffusion_reaches_every_cell_along_one_path() -> None:
 
 def test_propagation_keeps_the_mass_of_anti_diagonals() -> None:
     split = 0.3
-    found = reach(9, 9, [[split, split], [1 - split, 1 - split]], [split, 1 - split], mode="P")
+    actual = reach(9, 9, [[split, split], [1 - split, 1 - split]], [split, 1 - split], mode="P")
     for x in range(9):
         for y in range(9):
             if 0 < x + y < 9:
-                assert found[x, y].item() == pytest.approx(math.comb(x + y, x) * split**x * (1 - split) ** y)
+                assert actual[x, y].item() == pytest.approx(math.comb(x + y, x) * split**x * (1 - split) ** y)
 
 
 def test_the_rules_hold_for_every_transition_and_keep_those_that_obey() -> None:
@@ -281,8 +281,8 @@ def mass(transition: list[list[float]], source: list[float], mode: str) -> list[
 def test_a_negative_decay_stays_bounded_under_propagation_and_explodes_without() -> None:
     split, decay = 0.3, -0.9
     source, T = [split, 1 - split], [[split * decay] * 2, [1 - split * decay] * 2]
-    kept = mass(T, source, "P")
-    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(kept))
+    masses = mass(T, source, "P")
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(masses))
     assert mass(T, source, "free")[-1] > 10
     sizes = [[abs(t) for t in row] for row in T]
     assert mass(sizes, source, "free")[:7] == pytest.approx([1.54**d for d in range(7)])
@@ -295,8 +295,8 @@ def test_a_row_is_a_linear_attention_read_one_step_late(form: str) -> None:
     late = {name: t.squeeze(2).roll(1, 1).clone() for name, t in late.items()}
     late["k"][:, 0] = 0
     late["log_decay"] = torch.cat([torch.zeros_like(late["log_decay"][:, :1]), decay.log().squeeze(2)[:, :-1]], 1)
-    wanted = ssd((a["q"] * mark[..., None]).squeeze(2), **late).unsqueeze(2)
-    assert_close({"y": grid_scan(**{**a, "direct": None}, backend=form)}, {"y": wanted}, 1e-12)
+    expected = ssd((a["q"] * mark[..., None]).squeeze(2), **late).unsqueeze(2)
+    assert_close({"y": grid_scan(**{**a, "direct": None}, backend=form)}, {"y": expected}, 1e-12)
 
 
 def test_without_turns_rows_and_columns_are_recurrences_by_themselves(form: str) -> None:

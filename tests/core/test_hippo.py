@@ -26,8 +26,8 @@ def dense(A: Tensor, P: Tensor) -> Tensor:
 
 def test_legs_by_hand() -> None:
     A, B = hippo.transition("legs", 3)
-    wanted = -torch.tensor([[1, 0, 0], [3**0.5, 2, 0], [5**0.5, 15**0.5, 3]], dtype=torch.float64)
-    torch.testing.assert_close(A, wanted)
+    expected = -torch.tensor([[1, 0, 0], [3**0.5, 2, 0], [5**0.5, 15**0.5, 3]], dtype=torch.float64)
+    torch.testing.assert_close(A, expected)
     torch.testing.assert_close(B, torch.tensor([1, 3, 5], dtype=torch.float64).sqrt())
 
 
@@ -41,8 +41,8 @@ def test_legt_by_hand() -> None:
 def test_fout_by_hand() -> None:
     A, B = hippo.transition("fout", 4)
     r = 2**0.5
-    wanted = [[-1, 0, -r, 0], [0, 0, 0, 0], [-r, 0, -2, -math.pi], [0, 0, math.pi, 0]]
-    torch.testing.assert_close(A, torch.tensor(wanted, dtype=torch.float64))
+    expected = [[-1, 0, -r, 0], [0, 0, 0, 0], [-r, 0, -2, -math.pi], [0, 0, math.pi, 0]]
+    torch.testing.assert_close(A, torch.tensor(expected, dtype=torch.float64))
     torch.testing.assert_close(B, torch.tensor([1, 0, r, 0], dtype=torch.float64))
 
 
@@ -137,11 +137,11 @@ def pairs(t: Tensor) -> Tensor:
 
 def responses(A: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
     """`C A^l B` step by step."""
-    found, x = [], B
+    outputs, x = [], B
     for _ in range(length):
-        found.append(C @ x)
+        outputs.append(C @ x)
         x = A @ x
-    return torch.stack(found).real if found else torch.zeros(0, dtype=torch.float64)
+    return torch.stack(outputs).real if outputs else torch.zeros(0, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 64, 255, 256])
@@ -153,14 +153,16 @@ def test_the_low_rank_response_is_that_of_the_dense_hippo_matrix(measure: str, l
     start, V = hippo.nplr(measure, 16, clip=None)
     dt, C = torch.tensor([0.003, 0.1], dtype=torch.float64), doubles(0, 2, 16)
     eye = torch.eye(16, dtype=torch.float64)
-    wanted = []
+    expected = []
     for d, c in zip(dt, C, strict=True):
         left = eye - d / 2 * A
-        wanted.append(responses(torch.linalg.solve(left, eye + d / 2 * A), torch.linalg.solve(left, d * B), c, length))
-    found = hippo.low_rank_response(
+        expected.append(
+            responses(torch.linalg.solve(left, eye + d / 2 * A), torch.linalg.solve(left, d * B), c, length)
+        )
+    actual = hippo.low_rank_response(
         dt, pairs(start.A - 0.01), pairs(start.B), pairs((C + 0j) @ V), pairs(start.P), length
     )
-    torch.testing.assert_close(found, torch.stack(wanted), atol=1e-10, rtol=0)
+    torch.testing.assert_close(actual, torch.stack(expected), atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("name", hippo.DIAGONALS)
@@ -170,24 +172,24 @@ def test_the_diagonal_response_is_that_of_a_matrix_exponential(name: str, length
     dt, C = torch.tensor([0.003, 0.1], dtype=torch.float64), torch.view_as_complex(doubles(1, 2, 8, 2))
     A = torch.diag(torch.cat([start.A, start.A.conj()]))
     B = torch.cat([start.B, start.B.conj()])
-    wanted = []
+    expected = []
     for d, c in zip(dt, C, strict=True):
         step = torch.linalg.matrix_exp(d * A)
         held = torch.linalg.solve(A, (step - torch.eye(16)) @ B)
-        wanted.append(responses(step, held, torch.cat([c, c.conj()]), length))
-    found = hippo.diagonal_response(
+        expected.append(responses(step, held, torch.cat([c, c.conj()]), length))
+    actual = hippo.diagonal_response(
         dt, pairs(start.A).expand(2, 8, 2), pairs(start.B).expand(2, 8, 2), pairs(C), length
     )
-    torch.testing.assert_close(found, torch.stack(wanted), atol=1e-10, rtol=0)
+    torch.testing.assert_close(actual, torch.stack(expected), atol=1e-10, rtol=0)
 
 
 def test_without_a_low_rank_both_responses_are_one() -> None:
     A, B, C = doubles(2, 3, 4, 2), doubles(3, 3, 4, 2), doubles(4, 3, 4, 2)
     A[..., 0] = -A[..., 0].abs()
     dt = torch.tensor([0.01, 0.05, 0.1], dtype=torch.float64)
-    wanted = hippo.diagonal_response(dt, A, B, C, 50, "bilinear")
-    found = hippo.low_rank_response(dt, A, B, C, torch.zeros(1, 4, 2, dtype=torch.float64), 50)
-    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+    expected = hippo.diagonal_response(dt, A, B, C, 50, "bilinear")
+    actual = hippo.low_rank_response(dt, A, B, C, torch.zeros(1, 4, 2, dtype=torch.float64), 50)
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
 
 
 def test_the_rules_agree_to_second_order_in_the_step() -> None:

@@ -53,8 +53,8 @@ def by_the_matrix(mixer: Hydra, x: Tensor) -> Tensor:
             last = read - step  # what is read at a step was written up to the step before
             if (last - write) * step >= 0:
                 between = [decay[:, t] for t in range(write + step, last + step, step)]
-                kept = torch.stack(between).prod(0) if between else torch.ones_like(decay[:, 0])
-                matrix[:, read, write] = (C[:, last] * B[:, write]).sum(-1) * kept * dt[:, write]
+                decays = torch.stack(between).prod(0) if between else torch.ones_like(decay[:, 0])
+                matrix[:, read, write] = (C[:, last] * B[:, write]).sum(-1) * decays * dt[:, write]
     diagonal = xBC[..., :inner] @ mixer.fc_D.weight.T + mixer.D
     matrix = matrix + torch.diag_embed(diagonal.mT).permute(0, 2, 3, 1)
     y = torch.einsum("bijh,bjhp->bihp", matrix, u).flatten(2)
@@ -65,10 +65,10 @@ def by_the_matrix(mixer: Hydra, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("options", [{}, {"dt_limit": (0.4, 0.9)}, {"ngroups": 1, "bias": True, "conv_bias": False}])
 def test_equals_the_quasiseparable_matrix(options: dict[str, object]) -> None:
     mixer, x = build(**options), sequence().requires_grad_()
-    found, expected = mixer(x), by_the_matrix(mixer, x)
-    torch.testing.assert_close(found, expected, atol=1e-11, rtol=0)
+    actual, expected = mixer(x), by_the_matrix(mixer, x)
+    torch.testing.assert_close(actual, expected, atol=1e-11, rtol=0)
     inputs, weight = (x, *mixer.parameters()), torch.randn_like(x)
-    gradients = [torch.autograd.grad((y * weight).sum(), inputs) for y in (found, expected)]
+    gradients = [torch.autograd.grad((y * weight).sum(), inputs) for y in (actual, expected)]
     torch.testing.assert_close(*gradients, atol=1e-10, rtol=0)
 
 
@@ -136,10 +136,10 @@ def test_one_step_late_is_a_shift(shape: tuple[int, ...], reverse: bool) -> None
 def test_one_step_late_keeps_even_a_nan_of_a_packed_neighbour_away(reverse: bool) -> None:
     edges, y = [0, 0, 2, 3, 3, 6], torch.randn(1, 6, 2, 3)
     y[:, 2] = math.nan
-    found = one_step_late(y, torch.tensor(edges), reverse)
+    actual = one_step_late(y, torch.tensor(edges), reverse)
     for a, b in itertools.pairwise(edges):
         expected = one_step_late(y[:, a:b], None, reverse)
-        torch.testing.assert_close(found[:, a:b], expected, atol=0, rtol=0, equal_nan=True)
+        torch.testing.assert_close(actual[:, a:b], expected, atol=0, rtol=0, equal_nan=True)
 
 
 def test_has_the_published_names_and_shapes() -> None:

@@ -55,26 +55,26 @@ def test_gradients_reach_everything_through_each_output(form: str, through: str,
         dict(zip(("y", "state"), pair, strict=True))
         for pair in (loop(*leaves.values()), linear_scan(**leaves, return_state=True, backend=form))
     ]
-    given = {k: torch.randn_like(v) for k, v in outputs[0].items() if through in (k, "both")}
-    wanted, found = (gradients({k: o[k] for k in given}, leaves, given) for o in outputs)
-    assert all(v.any() for v in wanted.values())
-    assert_close(found, wanted, 1e-12)
+    grads = {k: torch.randn_like(v) for k, v in outputs[0].items() if through in (k, "both")}
+    expected, actual = (gradients({k: o[k] for k in grads}, leaves, grads) for o in outputs)
+    assert all(v.any() for v in expected.values())
+    assert_close(actual, expected, 1e-12)
 
 
 @pytest.mark.parametrize("variant", ["complex", "complex_constant"])
 def test_single_precision_complex(form: str, variant: str) -> None:
     arguments = draw(SCAN, variant, 2, 131)
-    wanted = run_with_gradients(SCAN, "recurrent", arguments)
-    found = run_with_gradients(SCAN, form, cast(arguments, torch.float32))
-    assert found["state"].dtype == torch.complex64
-    assert_close(found, wanted, 1e-5)
+    expected = run_with_gradients(SCAN, "recurrent", arguments)
+    actual = run_with_gradients(SCAN, form, cast(arguments, torch.float32))
+    assert actual["state"].dtype == torch.complex64
+    assert_close(actual, expected, 1e-5)
 
 
 def test_lazily_conjugated_and_negated_inputs(form: str) -> None:
     x, a = doubles(2, 2, 9, 4, complex_=True)
     assert x.conj().is_conj()
-    found = linear_scan(x.conj(), a.conj(), backend=form)
-    torch.testing.assert_close(found, linear_scan(x, a, backend=form).conj().resolve_conj())
+    actual = linear_scan(x.conj(), a.conj(), backend=form)
+    torch.testing.assert_close(actual, linear_scan(x, a, backend=form).conj().resolve_conj())
     imaginary = x.conj().imag
     assert imaginary.is_neg()
     torch.testing.assert_close(linear_scan(imaginary, a.real, backend=form), -linear_scan(x.imag, a.real, backend=form))
@@ -89,11 +89,11 @@ def test_factors_of_exactly_zero_one_and_minus_one(form: str) -> None:
     signs = (-1.0) ** torch.arange(131, dtype=x.dtype)[:, None]
     torch.testing.assert_close(linear_scan(x, -one, backend=form), (x * signs).cumsum(1) * signs)
     half = {"x": x, "a": arguments["a"] * (torch.rand_like(x) > 0.5)}
-    found = run_with_gradients(SCAN, form, half)
-    assert all(v.isfinite().all() for v in found.values())
-    assert_close(found, run_with_gradients(SCAN, "recurrent", half), 1e-12)
+    actual = run_with_gradients(SCAN, form, half)
+    assert all(v.isfinite().all() for v in actual.values())
+    assert_close(actual, run_with_gradients(SCAN, "recurrent", half), 1e-12)
     zero = half["a"] == 0
-    assert found["a"][:, 1:][zero[:, 1:]].all(), "a factor of 0 has a gradient as any other"
+    assert actual["a"][:, 1:][zero[:, 1:]].all(), "a factor of 0 has a gradient as any other"
 
 
 def test_a_reset_lets_nothing_through(form: str) -> None:
@@ -140,22 +140,22 @@ def test_reversed_packed_sequences_with_resets(form: str, variant: str) -> None:
     bounds = [0, 0, 15, 79, 80, 131]
     arguments = draw(SCAN, variant, 1, 131, sequences=len(bounds) - 1)
     arguments |= {"cu_seqlens": torch.tensor(bounds), "reverse": True}
-    found = named(run(SCAN, form, arguments))
+    actual = named(run(SCAN, form, arguments))
     for n, (start, stop) in enumerate(itertools.pairwise(bounds)):
         h = arguments["initial_state"][n]
         for t in reversed(range(start, stop)):
             factor = arguments["a"] if arguments["a"].ndim == 1 else arguments["a"][0, t]
             h = arguments["x"][0, t] + (0 if arguments["reset"][0, t] else factor * h)
-            torch.testing.assert_close(found["y"][0, t], h)
-        torch.testing.assert_close(found["state"][n], h)
+            torch.testing.assert_close(actual["y"][0, t], h)
+        torch.testing.assert_close(actual["state"][n], h)
 
 
 @pytest.mark.parametrize("complex_", [False, True])
 def test_a_constant_equals_the_same_factor_at_each_step(form: str, complex_: bool) -> None:
     arguments = draw(SCAN, "complex_constant" if complex_ else "constant", 2, 131)
     spread = {**arguments, "a": arguments["a"].expand(arguments["x"].shape)}
-    found, wanted = (run_with_gradients(SCAN, form, a) for a in (arguments, spread))
-    assert_close(found, {**wanted, "a": wanted["a"].sum((0, 1))}, 1e-12)
+    actual, expected = (run_with_gradients(SCAN, form, a) for a in (arguments, spread))
+    assert_close(actual, {**expected, "a": expected["a"].sum((0, 1))}, 1e-12)
 
 
 def test_rotation_in_closed_form(form: str) -> None:
@@ -171,9 +171,9 @@ def test_min_gru_equals_its_form_in_logarithms(form: str) -> None:
     k, candidate = doubles(2, 2, 100, 4)
     log_z, log_keep, log_candidate = -F.softplus(-k), -F.softplus(k), F.logsigmoid(candidate)
     sums = log_keep.cumsum(1)
-    wanted = (sums + (log_z + log_candidate - sums).logcumsumexp(1)).exp()
+    expected = (sums + (log_z + log_candidate - sums).logcumsumexp(1)).exp()
     z = torch.sigmoid(k)
-    torch.testing.assert_close(linear_scan(z * torch.sigmoid(candidate), 1 - z, backend=form), wanted)
+    torch.testing.assert_close(linear_scan(z * torch.sigmoid(candidate), 1 - z, backend=form), expected)
 
 
 def test_long_sequences_in_single_precision(form: str) -> None:
@@ -181,8 +181,8 @@ def test_long_sequences_in_single_precision(form: str) -> None:
     length = 2**10 if form == "recurrent" else 2**14
     x, a = torch.rand(1, length, 3), 1 - 1e-4 * torch.rand(1, length, 3)
     arguments = {"x": x, "a": a, "initial_state": torch.rand(1, 3)}
-    wanted = run_with_gradients(SCAN, "torch", cast(arguments, torch.float64))
-    assert_close(run_with_gradients(SCAN, form, arguments), wanted, 1e-5)
+    expected = run_with_gradients(SCAN, "torch", cast(arguments, torch.float64))
+    assert_close(run_with_gradients(SCAN, form, arguments), expected, 1e-5)
 
 
 @pytest.mark.parametrize("variant", ["full", "constant", "complex", "complex_constant"])
@@ -191,15 +191,15 @@ def test_same_bits_with_any_number_of_threads(form: str, variant: str) -> None:
     arguments = cast(draw(SCAN, variant, 3, 131), torch.float32)
     arguments = {k: v.repeat(*(1,) * (v.ndim - 1), 20) if v.shape[-1] != 131 else v for k, v in arguments.items()}
     threads = torch.get_num_threads()
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            found.append(run_with_gradients(SCAN, form, arguments))
+            results.append(run_with_gradients(SCAN, form, arguments))
     finally:
         torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(torch.equal(found[0][k], other[k]) for k in other)
+    for other in results[1:]:
+        assert all(torch.equal(results[0][k], other[k]) for k in other)
 
 
 @pytest.mark.parametrize("width", [1, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200])
@@ -231,11 +231,11 @@ def test_cut_anywhere(form: str, variant: str, cuts: list[int], seed: int, rever
 @given(seed=st.integers(0, 99), factor=st.floats(-3, 3))
 def test_linear_in_the_input_and_the_initial_state(form: str, seed: int, factor: float) -> None:
     first, second = (draw(SCAN, "full", 2, 20, seed=s) for s in (seed, seed + 1))
-    kept = {k: first[k] for k in ("a", "reset")}
+    shared = {k: first[k] for k in ("a", "reset")}
     both = {k: first[k] + factor * second[k] for k in ("x", "initial_state")}
-    parts = [named(run(SCAN, form, {**a, **kept})) for a in (first, second)]
-    found = named(run(SCAN, form, {**both, **kept}))
-    assert_close(found, {k: parts[0][k] + factor * parts[1][k] for k in found}, 1e-12)
+    parts = [named(run(SCAN, form, {**a, **shared})) for a in (first, second)]
+    actual = named(run(SCAN, form, {**both, **shared}))
+    assert_close(actual, {k: parts[0][k] + factor * parts[1][k] for k in actual}, 1e-12)
 
 
 @given(seed=st.integers(0, 99))
@@ -248,9 +248,9 @@ def test_real_equals_complex_without_imaginary_parts(form: str, variant: str, se
     outputs = named(run(SCAN, form, lifted))
     generator = torch.Generator().manual_seed(1)
     weights = {k: torch.randn(o.shape, generator=generator, dtype=torch.float64) + 0j for k, o in outputs.items()}
-    found = {**{k: o.detach() for k, o in outputs.items()}, **gradients(outputs, leaves, weights)}
-    assert all(not v.imag.any() for v in found.values())
-    assert_close({k: v.real for k, v in found.items()}, real, 1e-12)
+    actual = {**{k: o.detach() for k, o in outputs.items()}, **gradients(outputs, leaves, weights)}
+    assert all(not v.imag.any() for v in actual.values())
+    assert_close({k: v.real for k, v in actual.items()}, real, 1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf")

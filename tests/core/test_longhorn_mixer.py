@@ -37,8 +37,8 @@ def step_by_step(m: Longhorn, u: Tensor) -> Tensor:
         rows = []
         for d in range(len(v)):
             # I - β k kᵀ / (1 + β |k|²) is the inverse of I + β k kᵀ
-            kept = torch.linalg.inv(torch.eye(N, dtype=u.dtype) + beta[d] * torch.outer(k, k)).diagonal()
-            rows.append(kept * S[d] + beta[d] * v[d] * k / (1 + beta[d] * (k @ k)))
+            factor = torch.linalg.inv(torch.eye(N, dtype=u.dtype) + beta[d] * torch.outer(k, k)).diagonal()
+            rows.append(factor * S[d] + beta[d] * v[d] * k / (1 + beta[d] * (k @ k)))
         S = torch.stack(rows)
         y = S @ q + weights["D"] * v
         outputs.append(weights["out_proj.weight"] @ (y * z[t] / (1 + torch.exp(-z[t]))))

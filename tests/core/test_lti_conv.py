@@ -93,11 +93,11 @@ def test_equals_a_dense_system(form: str, variant: str) -> None:
 @pytest.mark.parametrize(("init", "discretization"), STARTS)
 def test_the_forms_agree_on_published_systems(init: str, discretization: str) -> None:
     arguments = published(init, discretization, width=8, length=256)
-    wanted = lti_conv(**arguments, backend="recurrent")
-    torch.testing.assert_close(lti_conv(**arguments, backend="torch"), wanted, atol=1e-9, rtol=0)
+    expected = lti_conv(**arguments, backend="recurrent")
+    torch.testing.assert_close(lti_conv(**arguments, backend="torch"), expected, atol=1e-9, rtol=0)
     single = cast(arguments, torch.float32)
     for form in ("recurrent", "torch"):
-        torch.testing.assert_close(lti_conv(**single, backend=form).double(), wanted, atol=3e-4, rtol=0)
+        torch.testing.assert_close(lti_conv(**single, backend=form).double(), expected, atol=3e-4, rtol=0)
     impulse = {**single, "u": torch.nn.functional.one_hot(torch.zeros(1, 8).long(), 256).mT.float()}
     torch.testing.assert_close(
         lti_conv(**impulse, backend="torch"), lti_conv(**impulse, backend="recurrent"), atol=5e-6, rtol=0
@@ -113,8 +113,8 @@ def test_outputs_states_and_gradients_of_the_definition(
 ) -> None:
     packed = {"cu_seqlens": torch.tensor([0, *itertools.accumulate(lengths)])} if len(lengths) > 1 else {}
     arguments = {**draw(LAW, variant, 1, 90, sequences=len(lengths)), "reverse": reverse, **packed}
-    wanted = run_with_gradients(LAW, "recurrent", arguments)
-    assert_close(run_with_gradients(LAW, form, arguments), wanted, 1e-10)
+    expected = run_with_gradients(LAW, "recurrent", arguments)
+    assert_close(run_with_gradients(LAW, form, arguments), expected, 1e-10)
 
 
 @pytest.mark.parametrize("form", ["torch", "transforms"], indirect=True)
@@ -122,15 +122,15 @@ def test_outputs_states_and_gradients_of_the_definition(
 def test_is_the_convolution_with_the_response(form: str, init: str, discretization: str) -> None:
     arguments = published(init, discretization, width=3, length=300)
     arguments["A"] = arguments["A"] - torch.tensor([1e-4, 0.0])  # so that no mode stands still
-    own = {n: arguments[n].expand(3, -1, -1) for n in "ABC"}
+    system = {n: arguments[n].expand(3, -1, -1) for n in "ABC"}
     if discretization == "bilinear":
-        K = hippo.low_rank_response(arguments["dt"], **own, P=arguments["P"], length=300)
+        K = hippo.low_rank_response(arguments["dt"], **system, P=arguments["P"], length=300)
     else:
-        K = hippo.diagonal_response(arguments["dt"], **own, length=300)
+        K = hippo.diagonal_response(arguments["dt"], **system, length=300)
     u = arguments["u"].mT
-    wanted = torch.fft.irfft(torch.fft.rfft(u, n=600) * torch.fft.rfft(K, n=600), n=600)[..., :300].mT
-    found = lti_conv(**arguments, backend=form)
-    torch.testing.assert_close(found, wanted + arguments["D"] * arguments["u"], atol=1e-9, rtol=0)
+    expected = torch.fft.irfft(torch.fft.rfft(u, n=600) * torch.fft.rfft(K, n=600), n=600)[..., :300].mT
+    actual = lti_conv(**arguments, backend=form)
+    torch.testing.assert_close(actual, expected + arguments["D"] * arguments["u"], atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
@@ -152,9 +152,9 @@ def test_another_rate_samples_the_same_signal(form: str, factor: int, seed: int)
     """Zero-order hold is exact for an input that is held: a step `factor` times as long is as many short ones."""
     arguments = draw(LAW, "diagonal", 2, 30, seed=seed)
     held = {**arguments, "u": arguments["u"].repeat_interleave(factor, 1), "dt": arguments["dt"] / factor}
-    found = named(run(LAW, form, held))
-    wanted = named(run(LAW, form, arguments))
-    assert_close({"y": found["y"][:, factor - 1 :: factor], "state": found["state"]}, wanted, 1e-10)
+    actual = named(run(LAW, form, held))
+    expected = named(run(LAW, form, arguments))
+    assert_close({"y": actual["y"][:, factor - 1 :: factor], "state": actual["state"]}, expected, 1e-10)
 
 
 @pytest.mark.parametrize(("init", "discretization"), STARTS)
@@ -181,9 +181,9 @@ def test_an_integrator(form: str) -> None:
 @given(re=st.floats(-3, 3), im=st.floats(-30, 30), scale=st.sampled_from([1e-12, 1e-6, 1e-3, 0.1, 0.17, 1.0]))
 def test_the_held_input_keeps_its_digits(re: float, im: float, scale: float) -> None:
     z = scale * complex(re, im)
-    wanted = sum(z**n / torch.arange(1, n + 2).double().prod().item() for n in range(120))
-    found = torch.view_as_complex(relative_expm1(torch.tensor([z.real, z.imag], dtype=torch.float64))).item()
-    assert abs(found - wanted) <= 1e-12 * max(1.0, abs(wanted)) * (1e4 if abs(z) > 15 else 1)
+    expected = sum(z**n / torch.arange(1, n + 2).double().prod().item() for n in range(120))
+    actual = torch.view_as_complex(relative_expm1(torch.tensor([z.real, z.imag], dtype=torch.float64))).item()
+    assert abs(actual - expected) <= 1e-12 * max(1.0, abs(expected)) * (1e4 if abs(z) > 15 else 1)
 
 
 @pytest.mark.parametrize("z", [0j, 1e-9 + 1e-9j, 0.4 + 0.2j, 0.5 + 0j, -2 + 7j])
@@ -195,10 +195,10 @@ def test_the_held_input_has_its_derivative(z: complex) -> None:
 def test_shared_systems_equal_their_copies(form: str) -> None:
     arguments = draw(LAW, "shared", 2, 80)
     copies = {n: arguments[n].unsqueeze(-3).repeat_interleave(6, -3) for n in ("A", "B", "P")}
-    found = run_with_gradients(LAW, form, arguments)
-    wanted = run_with_gradients(LAW, form, {**arguments, **copies})
-    summed = {n: wanted[n].sum(-3) if n in copies else t for n, t in wanted.items()}
-    assert_close(found, summed, 1e-11)
+    actual = run_with_gradients(LAW, form, arguments)
+    expected = run_with_gradients(LAW, form, {**arguments, **copies})
+    summed = {n: expected[n].sum(-3) if n in copies else t for n, t in expected.items()}
+    assert_close(actual, summed, 1e-11)
 
 
 @given(cuts=st.lists(st.integers(0, 90), max_size=4), seed=st.integers(0, 99), reverse=st.booleans())
@@ -220,11 +220,11 @@ def test_cut_anywhere(form: str, variant: str, cuts: list[int], seed: int, rever
 def test_linear_in_the_input_and_the_initial_state(form: str, seed: int, factor: float) -> None:
     first, second = (draw(LAW, "full", 2, 20, seed=s) for s in (seed, seed + 1))
     moved = ("u", "initial_state")
-    kept = {k: v for k, v in first.items() if k not in moved}
+    shared = {k: v for k, v in first.items() if k not in moved}
     both = {k: first[k] + factor * second[k] for k in moved}
-    parts = [named(run(LAW, form, {**kept, **{k: a[k] for k in moved}})) for a in (first, second)]
-    found = named(run(LAW, form, {**kept, **both}))
-    assert_close(found, {k: parts[0][k] + factor * parts[1][k] for k in found}, 1e-11)
+    parts = [named(run(LAW, form, {**shared, **{k: a[k] for k in moved}})) for a in (first, second)]
+    actual = named(run(LAW, form, {**shared, **both}))
+    assert_close(actual, {k: parts[0][k] + factor * parts[1][k] for k in actual}, 1e-11)
 
 
 @pytest.mark.parametrize("form", ["torch", "transforms"], indirect=True)
@@ -232,20 +232,20 @@ def test_slow_modes_in_single_precision(form: str) -> None:
     """A factor that decays by 5e-5 a step, which fp32 cannot hold to more than three digits, over 20000 steps."""
     arguments = published("diag-lin", "zoh", width=4, length=20000)
     arguments["dt"] = torch.full((4,), 1e-4, dtype=torch.float64)
-    wanted = run_with_gradients(LAW, form, arguments)
-    assert_close(run_with_gradients(LAW, form, cast(arguments, torch.float32)), wanted, 2e-5)
+    expected = run_with_gradients(LAW, form, arguments)
+    assert_close(run_with_gradients(LAW, form, cast(arguments, torch.float32)), expected, 2e-5)
 
 
 @pytest.mark.parametrize("variant", ["full", "diagonal"])
 def test_compiled_gradients_are_those_of_eager(form: str, variant: str) -> None:
     arguments, leaves = with_leaves(draw(LAW, variant, 2, 70))
 
-    def loss(**given: Any) -> Tensor:
-        y = lti_conv(**given, backend=form)
+    def loss(**inputs: Any) -> Tensor:
+        y = lti_conv(**inputs, backend=form)
         assert isinstance(y, Tensor)
         return y.square().sum()
 
     torch.compiler.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    found = torch.autograd.grad(compiled(**arguments), list(leaves.values()))
-    torch.testing.assert_close(found, torch.autograd.grad(loss(**arguments), list(leaves.values())))
+    actual = torch.autograd.grad(compiled(**arguments), list(leaves.values()))
+    torch.testing.assert_close(actual, torch.autograd.grad(loss(**arguments), list(leaves.values())))

@@ -155,8 +155,8 @@ PUBLISHED: list[tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = [
 def test_names_and_shapes_are_the_published_ones(
     name: str, options: dict[str, Any], shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    found = mixers.build_mixer(name, 16, **options).state_dict()
-    assert {key: tuple(t.shape) for key, t in found.items()} == shapes
+    actual = mixers.build_mixer(name, 16, **options).state_dict()
+    assert {key: tuple(t.shape) for key, t in actual.items()} == shapes
 
 
 def count(name: str, dim: int, **options: Any) -> int:

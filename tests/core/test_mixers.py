@@ -130,9 +130,9 @@ def test_an_exported_step_can_be_saved_with_its_state(name: str) -> None:
 @pytest.mark.parametrize("name", CAUSAL)
 def test_initial_state_follows_the_parameters_unless_told(name: str, dtype: torch.dtype) -> None:
     mixer = mixers.build_mixer(name, DIM, dtype=dtype)
-    wanted = [t.dtype for t in mixer.prefill(sequence(2).to(dtype))[1]]
-    assert [t.dtype for t in mixer.initial_state(2)] == wanted
-    assert [t.dtype for t in mixers.build_mixer(name, DIM).initial_state(2, dtype=dtype)] == wanted
+    expected = [t.dtype for t in mixer.prefill(sequence(2).to(dtype))[1]]
+    assert [t.dtype for t in mixer.initial_state(2)] == expected
+    assert [t.dtype for t in mixers.build_mixer(name, DIM).initial_state(2, dtype=dtype)] == expected
     assert {t.device.type for t in mixer.initial_state(2, device=torch.device("meta"))} == {"meta"}
 
 
@@ -181,9 +181,9 @@ def test_autocast_stays_near_fp32(name: str) -> None:
     mixer, x = build(name).float(), sequence().float()
     expected = mixer(x)
     with torch.autocast("cpu", torch.bfloat16):
-        found = mixer(x)
-    assert found.dtype == torch.bfloat16
-    assert (found - expected).square().mean().sqrt() < 0.02 * expected.square().mean().sqrt()
+        actual = mixer(x)
+    assert actual.dtype == torch.bfloat16
+    assert (actual - expected).square().mean().sqrt() < 0.02 * expected.square().mean().sqrt()
 
 
 @pytest.mark.parametrize("name", [*mixers.list_mixers(), "two mamba"])

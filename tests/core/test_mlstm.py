@@ -53,9 +53,9 @@ def test_equals_the_quadratic_form(form: str, eps: float, floor: bool) -> None:
 @every_form
 def test_without_eps_the_gradient_is_that_of_the_quadratic_form(form: str) -> None:
     arguments, leaves = with_leaves(sample(150))
-    found, wanted = mlstm(**arguments, eps=0, backend=form), quadratic(**arguments, eps=0, floor=False)
-    given = cotangents({"y": wanted}, seed=3)
-    assert_close(gradients({"y": found}, leaves, given), gradients({"y": wanted}, leaves, given), 1e-10)
+    actual, expected = mlstm(**arguments, eps=0, backend=form), quadratic(**arguments, eps=0, floor=False)
+    grads = cotangents({"y": expected}, seed=3)
+    assert_close(gradients({"y": actual}, leaves, grads), gradients({"y": expected}, leaves, grads), 1e-10)
 
 
 @pytest.mark.parametrize("variant", ["full", "sigmoid", "unnormalised"])
@@ -63,16 +63,16 @@ def test_without_eps_the_gradient_is_that_of_the_quadratic_form(form: str) -> No
 def test_a_sequence_cut_in_two_has_the_gradients_of_the_whole(form: str, variant: str) -> None:
     arguments, leaves = with_leaves(sample(150, variant=variant))
     whole = named(run(MLSTM, form, arguments))
-    given = cotangents(whole, seed=2)
-    wanted = gradients(whole, leaves, given)
+    grads = cotangents(whole, seed=2)
+    expected = gradients(whole, leaves, grads)
     for cut in (1, 64, 100):
         first = {k: v[:, :cut] if k in MLSTM.time else v for k, v in arguments.items()}
         second = {k: v[:, cut:] if k in MLSTM.time else v for k, v in arguments.items()}
         y, state = run(MLSTM, form, first)
         rest, state = run(MLSTM, form, {**second, "initial_state": state})
-        found = named((torch.cat([y, rest], 1), state))
-        assert_close(found, whole, 1e-12)
-        assert_close(gradients(found, leaves, given), wanted, 1e-10)
+        actual = named((torch.cat([y, rest], 1), state))
+        assert_close(actual, whole, 1e-12)
+        assert_close(gradients(actual, leaves, grads), expected, 1e-10)
 
 
 @given(seed=SEEDS, shift=st.floats(-2, 60))
@@ -83,9 +83,9 @@ def test_a_constant_on_all_input_gates_cancels_where_the_normaliser_dominates(
     arguments = sample(70, seed)
     arguments |= {"q": arguments["q"].abs() + 1, "k": arguments["k"].abs() + 1}
     arguments["input_gate"] = arguments["input_gate"].abs() + 2
-    wanted = mlstm(**arguments, eps=0, backend=form)
+    expected = mlstm(**arguments, eps=0, backend=form)
     shifted = {**arguments, "input_gate": arguments["input_gate"] + shift}
-    assert error(mlstm(**shifted, eps=0, backend=form), wanted) <= 1e-10
+    assert error(mlstm(**shifted, eps=0, backend=form), expected) <= 1e-10
 
 
 @given(seed=SEEDS, shift=st.floats(-20, 20))
@@ -94,22 +94,22 @@ def test_the_state_is_in_units_of_its_stabiliser(form: str, seed: int, shift: fl
     arguments = sample(70, seed, "full") | {"eps": 0.0}
     C, n, m = arguments["initial_state"]
     same = (math.exp(-shift) * C, math.exp(-shift) * n, m + shift)
-    (wanted, (C, n, m)), (y, found) = (run(MLSTM, form, arguments | {"initial_state": s}) for s in ((C, n, m), same))
-    assert error(y, wanted) <= 1e-10
-    scale = (found[2] - m).exp()
-    assert error(scale[..., None, None] * found[0], C) <= 1e-10
-    assert error(scale[..., None] * found[1], n) <= 1e-10
+    (expected, (C, n, m)), (y, actual) = (run(MLSTM, form, arguments | {"initial_state": s}) for s in ((C, n, m), same))
+    assert error(y, expected) <= 1e-10
+    scale = (actual[2] - m).exp()
+    assert error(scale[..., None, None] * actual[0], C) <= 1e-10
+    assert error(scale[..., None] * actual[1], n) <= 1e-10
 
 
 @every_form
 def test_the_gradient_of_the_stabiliser_is_what_it_does_to_the_state(form: str) -> None:
     arguments, leaves = with_leaves(sample(70, variant="full"))
     y = run(MLSTM, form, arguments)[0]
-    found = gradients({"y": y}, leaves, cotangents({"y": y}, seed=4))
-    wanted = torch.zeros_like(found["initial_state.2"])
+    actual = gradients({"y": y}, leaves, cotangents({"y": y}, seed=4))
+    expected = torch.zeros_like(actual["initial_state.2"])
     for part in ("initial_state.0", "initial_state.1"):
-        wanted += (leaves[part] * found[part]).flatten(2).sum(-1)
-    assert error(found["initial_state.2"], wanted) <= 1e-10
+        expected += (leaves[part] * actual[part]).flatten(2).sum(-1)
+    assert error(actual["initial_state.2"], expected) <= 1e-10
 
 
 @every_form
@@ -127,17 +127,17 @@ def test_the_scale_belongs_to_the_queries_and_not_to_the_state(form: str) -> Non
 def test_sigmoid_without_normaliser_is_ssd_with_gated_keys(form: str, seed: int) -> None:
     arguments, leaves = with_leaves(sample(70, seed, "unnormalised"))
     C, _, m = arguments["initial_state"]
-    found = named(run(MLSTM, form, arguments))
+    actual = named(run(MLSTM, form, arguments))
     keys = arguments["input_gate"].sigmoid()[..., None] * arguments["k"]
     log_decay = F.logsigmoid(arguments["forget_gate"])
     y, S = ssd(arguments["q"], keys, arguments["v"], log_decay, initial_state=C, return_state=True, backend=form)
     assert isinstance(S, Tensor)
-    pair, wanted = {"y": found["y"], "state": found["state.0"]}, {"y": y, "state": S}
-    given = cotangents(wanted, seed=1)
+    pair, expected = {"y": actual["y"], "state": actual["state.0"]}, {"y": y, "state": S}
+    grads = cotangents(expected, seed=1)
     used = {k: leaf for k, leaf in leaves.items() if k not in ("initial_state.1", "initial_state.2")}
-    assert_close(pair, wanted, 1e-12)
-    assert_close(gradients(pair, used, given), gradients(wanted, used, given), 1e-10)
-    assert torch.equal(found["state.2"], m)
+    assert_close(pair, expected, 1e-12)
+    assert_close(gradients(pair, used, grads), gradients(expected, used, grads), 1e-10)
+    assert torch.equal(actual["state.2"], m)
 
 
 @every_form
@@ -160,8 +160,8 @@ def test_one_step_by_hand(form: str) -> None:
 def test_extreme_gates_stay_finite(form: str, gate: str, value: float) -> None:
     arguments = cast(sample(70, variant="full"), torch.float32)
     arguments[gate] = arguments[gate] + value * (arguments[gate] > arguments[gate].mean())
-    found = run_with_gradients(MLSTM, form, arguments)
-    for name, t in found.items():
+    actual = run_with_gradients(MLSTM, form, arguments)
+    for name, t in actual.items():
         assert t.isfinite().all(), name
 
 
@@ -190,22 +190,22 @@ def test_a_forget_gate_of_minus_infinity_starts_anew(form: str, at: int) -> None
     rest, after = run(MLSTM, form, fresh)
     assert error(y[:1, at:], rest) <= 1e-12
     assert error(state[2][:1].exp() * state[1][0, :, 0], after[2].exp() * after[1][0, :, 0]) <= 1e-12
-    found, wanted = (run_with_gradients(MLSTM, name, arguments) for name in (form, "recurrent"))
-    assert_close(found, wanted, 1e-10)
-    assert all(t.isfinite().all() for t in found.values())
+    actual, expected = (run_with_gradients(MLSTM, name, arguments) for name in (form, "recurrent"))
+    assert_close(actual, expected, 1e-10)
+    assert all(t.isfinite().all() for t in actual.values())
 
 
 @every_form
 def test_nothing_kept_and_nothing_written_is_zero(form: str) -> None:
     arguments = sample(70, variant="full")
     arguments["forget_gate"][:, 20] = arguments["input_gate"][:, 20] = -torch.inf
-    found = run_with_gradients(MLSTM, form, arguments)
-    assert (found["y"][:, 20] == 0).all()
-    assert all(t.isfinite().all() for t in found.values())
+    actual = run_with_gradients(MLSTM, form, arguments)
+    assert (actual["y"][:, 20] == 0).all()
+    assert all(t.isfinite().all() for t in actual.values())
 
 
 def test_single_precision_over_a_long_sequence() -> None:
     arguments = draw(MLSTM, "plain", 1, 4096)
     arguments["forget_gate"] -= 4
-    found = run_with_gradients(MLSTM, "torch", cast(arguments, torch.float32))
-    assert_close(found, run_with_gradients(MLSTM, "torch", arguments), 1e-4)
+    actual = run_with_gradients(MLSTM, "torch", cast(arguments, torch.float32))
+    assert_close(actual, run_with_gradients(MLSTM, "torch", arguments), 1e-4)

@@ -39,8 +39,8 @@ def build(mixer: str = "mamba", input_size: int = 7, hidden_size: int = 24, **op
     return layer
 
 
-def close(found: Any, expected: Any) -> None:
-    for a, b in zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True):
+def close(actual: Any, expected: Any) -> None:
+    for a, b in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
 
 
@@ -51,9 +51,9 @@ def test_outputs_have_the_shape_of_an_lstm(form: dict[str, Any]) -> None:
         x = torch.randn(shape, dtype=torch.float64)
         assert ours(x)[0].shape == theirs(x)[0].shape
     packed = pack_sequence([torch.randn(n, 7, dtype=torch.float64) for n in (5, 4, 4, 1)])
-    found, expected = ours(packed)[0], theirs(packed)[0]
-    assert found.data.shape == expected.data.shape
-    assert torch.equal(found.batch_sizes, expected.batch_sizes)
+    actual, expected = ours(packed)[0], theirs(packed)[0]
+    assert actual.data.shape == expected.data.shape
+    assert torch.equal(actual.batch_sizes, expected.batch_sizes)
     for name in ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"):
         assert getattr(ours, name) == getattr(theirs, name)
     ours.flatten_parameters()
@@ -117,8 +117,8 @@ def test_packed_sequences_equal_separate_ones(name: str, form: dict[str, Any], s
         x[length:, row] = math.nan
     separate = [layer(x[:length, row]) for row, length in enumerate(lengths)]
     packed, state = layer(pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=sorted_already))
-    outputs, found = pad_packed_sequence(packed)
-    assert found.tolist() == lengths
+    outputs, actual = pad_packed_sequence(packed)
+    assert actual.tolist() == lengths
     for row, length in enumerate(lengths):
         close(outputs[:length, row], separate[row][0])
         close(pytree.tree_map(lambda t, row=row: t[row], state), separate[row][1])

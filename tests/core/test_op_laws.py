@@ -42,10 +42,10 @@ every_form = pytest.mark.parametrize(("name", "form"), FORMS)
 every_variant = pytest.mark.parametrize(("name", "form", "variant"), VARIANTS)
 
 
-def law(name: str, form: str, wanted: str | None = None, variant: str = "full") -> Laws:
+def law(name: str, form: str, law_name: str | None = None, variant: str = "full") -> Laws:
     laws = LAWS[name]
-    if wanted is not None and wanted not in laws.holds - laws.fails.get(variant, frozenset()):
-        pytest.skip(f"{name} declares no {wanted} law for {variant}")
+    if law_name is not None and law_name not in laws.holds - laws.fails.get(variant, frozenset()):
+        pytest.skip(f"{name} declares no {law_name} law for {variant}")
     reason = dispatch.unavailable(name, laws.family.forms, form, CPU, torch.float32)
     if reason is not None:
         pytest.skip(f"{form}: {reason}")
@@ -90,9 +90,9 @@ def test_forms_agree_in_float64(name: str, form: str, variant: str, length: int,
 def test_forms_agree_at_every_size(name: str, form: str, length: int) -> None:
     laws = law(name, form)
     arguments = draw(laws, "full", 2, length)
-    wanted = run_with_gradients(laws, "recurrent", arguments)
-    assert_close(run_with_gradients(laws, form, arguments), wanted, 1e-10)
-    assert_close(run_with_gradients(laws, form, cast(arguments, torch.float32)), wanted, 1e-4)
+    expected = run_with_gradients(laws, "recurrent", arguments)
+    assert_close(run_with_gradients(laws, form, arguments), expected, 1e-10)
+    assert_close(run_with_gradients(laws, form, cast(arguments, torch.float32)), expected, 1e-4)
 
 
 @every_form
@@ -100,11 +100,11 @@ def test_bf16_stays_within_its_measured_bounds(name: str, form: str) -> None:
     laws = law(name, form)
     arguments = cast(draw(laws, "full", 2, 131), torch.float32)
     half = arguments | cast({k: v for k, v in arguments.items() if k in laws.time}, torch.bfloat16)
-    wanted = run_with_gradients(laws, "recurrent", cast(half, torch.float64))
-    found = run_with_gradients(laws, form, half)
-    assert found["y"].dtype == torch.bfloat16
-    assert_close(found, {k: v for k, v in wanted.items() if k.startswith(("y", "state"))}, laws.bf16[0])
-    assert_close(found, wanted, laws.bf16[1])
+    expected = run_with_gradients(laws, "recurrent", cast(half, torch.float64))
+    actual = run_with_gradients(laws, form, half)
+    assert actual["y"].dtype == torch.bfloat16
+    assert_close(actual, {k: v for k, v in expected.items() if k.startswith(("y", "state"))}, laws.bf16[0])
+    assert_close(actual, expected, laws.bf16[1])
 
 
 @every_variant
@@ -135,12 +135,12 @@ def test_reverse_equals_flip_call_flip(name: str, form: str, variant: str) -> No
     laws = law(name, form, "reverse", variant)
     arguments = draw(laws, variant, 2, 131)
     flipped = {k: v.flip(1) if has_time(laws, k, v) else v for k, v in arguments.items()}
-    wanted = run_with_gradients(laws, form, flipped, seed=2)
+    expected = run_with_gradients(laws, form, flipped, seed=2)
     inputs, leaves = with_leaves(arguments)
     outputs = named(run(laws, form, {**inputs, "reverse": True}))
-    given = cotangents(outputs, seed=2)
-    found = {**outputs, **gradients(outputs, leaves, given | {"y": given["y"].flip(1)})}
-    assert_close({k: v.flip(1) if k == "y" or has_time(laws, k, v) else v for k, v in found.items()}, wanted, 1e-12)
+    grads = cotangents(outputs, seed=2)
+    actual = {**outputs, **gradients(outputs, leaves, grads | {"y": grads["y"].flip(1)})}
+    assert_close({k: v.flip(1) if k == "y" or has_time(laws, k, v) else v for k, v in actual.items()}, expected, 1e-12)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -159,9 +159,9 @@ def test_packed_equals_separate(name: str, form: str, reverse: bool) -> None:
         piece = {**slice_time(laws, inputs, slice(a, b)), "initial_state": initial}
         parts.append(named(run(laws, "recurrent", piece)))
     separate = {k: torch.cat([part[k] for part in parts], 1 if k == "y" else 0) for k in packed}
-    given = cotangents(packed, seed=1)
+    grads = cotangents(packed, seed=1)
     assert_close(packed, separate, 1e-10)
-    assert_close(gradients(packed, leaves, given), gradients(separate, leaves, given), 1e-10)
+    assert_close(gradients(packed, leaves, grads), gradients(separate, leaves, grads), 1e-10)
 
 
 @given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=5), seed=st.integers(0, 99), reverse=st.booleans())
@@ -171,12 +171,12 @@ def test_packing_of_any_lengths(name: str, form: str, lengths: list[int], seed: 
     bounds = list(itertools.accumulate(lengths, initial=0))
     arguments = draw(laws, "full", 1, bounds[-1], sequences=len(lengths), seed=seed)
     arguments["reverse"] = reverse
-    found = named(run(laws, form, {**arguments, "cu_seqlens": torch.tensor(bounds)}))
+    actual = named(run(laws, form, {**arguments, "cu_seqlens": torch.tensor(bounds)}))
     for n, (a, b) in enumerate(itertools.pairwise(bounds)):
         initial = slice_sequences(arguments["initial_state"], slice(n, n + 1))
-        wanted = named(run(laws, form, {**slice_time(laws, arguments, slice(a, b)), "initial_state": initial}))
-        for k, v in found.items():
-            assert error(v[:, a:b] if k == "y" else v[n : n + 1], wanted[k]) <= 1e-12, k
+        expected = named(run(laws, form, {**slice_time(laws, arguments, slice(a, b)), "initial_state": initial}))
+        for k, v in actual.items():
+            assert error(v[:, a:b] if k == "y" else v[n : n + 1], expected[k]) <= 1e-12, k
 
 
 @every_form
@@ -199,10 +199,10 @@ def test_isolation_of_rows(name: str, form: str) -> None:
             continue
         poisoned = arguments[k].clone()
         poisoned[1, 3] = float("nan")
-        found = named(run(laws, form, {**arguments, k: poisoned}))
-        for name, f in found.items():
+        actual = named(run(laws, form, {**arguments, k: poisoned}))
+        for name, f in actual.items():
             assert torch.equal(f[[0, 2]], clean[name][[0, 2]]), name
-        assert found["y"][1].isnan().any()
+        assert actual["y"][1].isnan().any()
 
 
 @every_form
@@ -278,8 +278,8 @@ def test_gradcheck(name: str, variant: str, form: str) -> None:
     _, leaves = with_leaves(arguments)
 
     def function(*values: Tensor) -> tuple[Tensor, ...]:
-        given = dict(zip(leaves, values, strict=True))
-        inputs = tree_map_with_path(lambda path, v: given.get(path_name(path), v), arguments)
+        by_name = dict(zip(leaves, values, strict=True))
+        inputs = tree_map_with_path(lambda path, v: by_name.get(path_name(path), v), arguments)
         return tuple(named(run(laws, form, inputs)).values())
 
     assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
@@ -324,8 +324,8 @@ def test_compile_fullgraph_follows_the_chosen_backend(name: str) -> None:
     compiled = torch.compile(_Module(laws.call), fullgraph=True, backend="aot_eager")
     for form in ("recurrent", "torch"):
         with dispatch.backend(form):
-            found, wanted = named(compiled(arguments)), named(run(laws, form, arguments))
-        assert all(torch.equal(found[k], wanted[k]) for k in wanted)
+            actual, expected = named(compiled(arguments)), named(run(laws, form, arguments))
+        assert all(torch.equal(actual[k], expected[k]) for k in expected)
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -336,8 +336,8 @@ def test_export_with_dynamic_time(name: str) -> None:
     shapes = {k: {1: time} if has_time(laws, k, v) else tree_map(lambda _: None, v) for k, v in arguments.items()}
     program = torch.export.export(_Module(laws.call), (arguments,), dynamic_shapes={"arguments": shapes})
     longer = draw(laws, "full", 2, 23)
-    found, wanted = named(program.module()(longer)), named(_Module(laws.call)(longer))
-    torch.testing.assert_close(found, wanted)
+    actual, expected = named(program.module()(longer)), named(_Module(laws.call)(longer))
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -345,8 +345,8 @@ def test_autocast_keeps_states_in_full_precision(name: str) -> None:
     laws = law(name, "torch")
     arguments = cast(draw(laws, "full", 2, 9), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        found = named(run(laws, "torch", arguments))
-    assert_close(found, named(run(laws, "torch", arguments)), 1e-6)
+        actual = named(run(laws, "torch", arguments))
+    assert_close(actual, named(run(laws, "torch", arguments)), 1e-6)
 
 
 @pytest.mark.parametrize(("name", "message"), [(n, m) for n, laws in LAWS.items() for m in laws.refusals])

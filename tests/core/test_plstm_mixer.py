@@ -180,8 +180,8 @@ def test_has_the_published_names_and_shapes() -> None:
     D = gates("source_r", "source_d", "mark_l", "mark_u")
     D |= transitions("transition_r", "transition_d", "transition_rd")
     for mode, own in (("P", P), ("D", D)):
-        found = {n: tuple(t.shape) for n, t in PLSTMGrid(24, 3, mode=mode).state_dict().items()}
-        assert found == both | own
+        actual = {n: tuple(t.shape) for n, t in PLSTMGrid(24, 3, mode=mode).state_dict().items()}
+        assert actual == both | own
 
 
 def test_starts_as_published() -> None:

@@ -59,8 +59,8 @@ def test_is_its_average_and_so_are_its_gradients(size: float) -> None:
         mixer.key.weight.mul_(size)
     y, expected = mixer(x), written_out(mixer, x)
     torch.testing.assert_close(y, expected, atol=1e-12, rtol=1e-10)
-    for found, wanted in zip(gradients(y, mixer, x), gradients(expected, mixer, x), strict=True):
-        torch.testing.assert_close(found, wanted, atol=1e-10 * size, rtol=1e-9)
+    for grad, expected_grad in zip(gradients(y, mixer, x), gradients(expected, mixer, x), strict=True):
+        torch.testing.assert_close(grad, expected_grad, atol=1e-10 * size, rtol=1e-9)
 
 
 @pytest.mark.parametrize("shift", [-700.0, 0.0, 700.0])

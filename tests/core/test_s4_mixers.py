@@ -56,14 +56,14 @@ def dense(mixer: mixers.S4, h: int, rule: str) -> tuple[Tensor, Tensor]:
 def responses(mixer: mixers.S4, length: int, rule: str) -> Tensor:
     """`C Ā^l B̄` of all readouts, `[readouts, H, length]`."""
     C = torch.view_as_complex(mixer.layer.kernel.C)
-    found = torch.zeros(C.shape[0], H, length, dtype=torch.float64)
+    actual = torch.zeros(C.shape[0], H, length, dtype=torch.float64)
     for h in range(H):
         step, x = dense(mixer, h, rule)
         for t in range(length):
             for r in range(C.shape[0]):
-                found[r, h, t] = (torch.cat([C[r, h], C[r, h].conj()]) @ x).real
+                actual[r, h, t] = (torch.cat([C[r, h], C[r, h].conj()]) @ x).real
             x = step @ x
-    return found
+    return actual
 
 
 def by_hand(mixer: mixers.S4, x: Tensor, rule: str) -> Tensor:
@@ -104,8 +104,8 @@ def test_the_equation(name: str, options: dict[str, Any]) -> None:
         options = {k: "diag-legs" if v == "legt" else "diag" if v == "hippo" else v for k, v in options.items()}
     mixer, x = build(name, **options), sequence(20)
     with torch.no_grad():
-        found, wanted = mixer(x), by_hand(mixer, x, "zoh" if diagonal else "bilinear")
-    torch.testing.assert_close(found, wanted, atol=1e-10, rtol=0)
+        actual, expected = mixer(x), by_hand(mixer, x, "zoh" if diagonal else "bilinear")
+    torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
 
 
 def test_a_diagonal_system_by_the_trapezoidal_rule() -> None:
@@ -125,8 +125,8 @@ def test_dss_divides_each_mode_by_its_sum() -> None:
     C = mixer._normalised(C, dt, A)[0]
     y = torch.ops.sinuous.lti_conv(impulse, dt, A, B, C, None, None, None, None, "zoh", False, "")[0]
     C_0, B = torch.view_as_complex(mixer.layer.kernel.C[0]), torch.view_as_complex(B)
-    wanted = (C_0 * B / torch.view_as_complex(A)).real.sum(-1)
-    torch.testing.assert_close(y.sum(1)[0], wanted, atol=1e-5, rtol=0)
+    expected = (C_0 * B / torch.view_as_complex(A)).real.sum(-1)
+    torch.testing.assert_close(y.sum(1)[0], expected, atol=1e-5, rtol=0)
 
 
 def test_published_names_and_shapes() -> None:
@@ -209,12 +209,12 @@ def test_a_rate_of_two_reads_every_other_sample_of_a_held_signal() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_trainers_are_told_what_the_system_wants(name: str) -> None:
     mixer = build(name)
-    wanted = {f"layer.kernel.{n}" for n in ("A_real", "A_imag", "B", "inv_dt")}
-    wanted |= set() if "s4d" in name else {"layer.kernel.P"}
-    assert mixer.no_weight_decay() == wanted
-    assert mixer.learning_rates() == dict.fromkeys(wanted, 0.001)
+    expected = {f"layer.kernel.{n}" for n in ("A_real", "A_imag", "B", "inv_dt")}
+    expected |= set() if "s4d" in name else {"layer.kernel.P"}
+    assert mixer.no_weight_decay() == expected
+    assert mixer.learning_rates() == dict.fromkeys(expected, 0.001)
     hints = {n: p._optim for n, p in mixer.named_parameters() if hasattr(p, "_optim")}
-    assert hints == {n: {"lr": 0.001, "weight_decay": 0.0} for n in wanted}
+    assert hints == {n: {"lr": 0.001, "weight_decay": 0.0} for n in expected}
     assert build(name, lr=None).learning_rates() == {}
 
 

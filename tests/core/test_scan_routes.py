@@ -105,10 +105,10 @@ def test_a_route_made_without_data_leaves_the_next_one_whole() -> None:
     with torch.device("meta"):
         assert scan_route("hilbert", 5, 9).order.is_meta
     first = scan_route("hilbert", 5, 9)
-    wanted = first.order.clone()
-    assert not wanted.is_meta
+    expected = first.order.clone()
+    assert not expected.is_meta
     first.order.zero_()
-    assert torch.equal(scan_route("hilbert", 5, 9).order, wanted)
+    assert torch.equal(scan_route("hilbert", 5, 9).order, expected)
     assert scan_route("raster", 0, 4).order.shape == (0,)
 
 

@@ -58,11 +58,11 @@ def weighted_average(gates: Tensor, R: Tensor, bias: Tensor) -> Tensor:
 
 def test_without_recurrence_it_is_a_weighted_average_of_the_past(form: str) -> None:
     arguments, leaves = with_leaves(without_recurrence(90))
-    found, wanted = slstm(**arguments, backend=form), weighted_average(**arguments)
-    assert error(found, wanted) <= 1e-13
+    actual, expected = slstm(**arguments, backend=form), weighted_average(**arguments)
+    assert error(actual, expected) <= 1e-13
     del leaves["R"]
-    given = cotangents({"y": wanted}, seed=3)
-    assert_close(gradients({"y": found}, leaves, given), gradients({"y": wanted}, leaves, given), 1e-11)
+    grads = cotangents({"y": expected}, seed=3)
+    assert_close(gradients({"y": actual}, leaves, grads), gradients({"y": expected}, leaves, grads), 1e-11)
 
 
 @given(seed=SEEDS, scale=st.floats(0.1, 30))
@@ -71,10 +71,10 @@ def test_it_is_a_convex_combination_for_gates_of_any_size(form: str, seed: int, 
     arguments = without_recurrence(40, seed)
     arguments["gates"][:, :, :2] *= scale
     z, o = (arguments["gates"] + arguments["bias"])[:, :, 2:].unbind(2)
-    found = slstm(**arguments, backend=available(form)) / o.sigmoid()
-    assert (found.amax(1) <= z.tanh().amax(1) + 1e-12).all()
-    assert (found.amin(1) >= z.tanh().amin(1) - 1e-12).all()
-    assert error(found, weighted_average(**arguments) / o.sigmoid()) <= 1e-11
+    actual = slstm(**arguments, backend=available(form)) / o.sigmoid()
+    assert (actual.amax(1) <= z.tanh().amax(1) + 1e-12).all()
+    assert (actual.amin(1) >= z.tanh().amin(1) - 1e-12).all()
+    assert error(actual, weighted_average(**arguments) / o.sigmoid()) <= 1e-11
 
 
 def test_against_the_equations_without_a_stabiliser(form: str) -> None:
@@ -89,8 +89,8 @@ def test_against_the_equations_without_a_stabiliser(form: str) -> None:
         C, N = f.sigmoid() * C + i.exp() * z.tanh(), f.sigmoid() * N + i.exp()
         h = o.sigmoid() * C / N
         ys.append(h)
-    found = {"y": y, "final_y": final_y, "c": c * m.exp(), "n": n * m.exp()}
-    assert_close(found, {"y": torch.stack(ys, 1), "final_y": h, "c": C, "n": N}, 1e-12)
+    actual = {"y": y, "final_y": final_y, "c": c * m.exp(), "n": n * m.exp()}
+    assert_close(actual, {"y": torch.stack(ys, 1), "final_y": h, "c": C, "n": N}, 1e-12)
 
 
 def _product(R: Tensor, y: Tensor) -> Tensor:
@@ -123,22 +123,22 @@ def test_equals_the_cells_of_torch(form: str, kind: str, cls: type[nn.Module]) -
     leaves = {"x": state[0], "y0": state[1], **dict(layer.named_parameters())}
     if kind == "lstm":
         leaves["c0"] = state[2]
-        wanted, (last, last_c) = layer(x, (y0[None], c0[None]))
+        expected, (last, last_c) = layer(x, (y0[None], c0[None]))
     else:
-        wanted, last = layer(x, y0[None])
+        expected, last = layer(x, y0[None])
         last_c = None
     zero = torch.zeros(3, 1, 7).double()
     initial = (y0[:, None], c0[:, None], zero, zero)
     y, (final, c, _, _) = slstm(
         **by_layer(kind, layer, x), cell=kind, initial_state=initial, return_state=True, backend=form
     )
-    found = {"y": y.squeeze(2), "last": final.transpose(0, 1)}
-    given = {"y": wanted, "last": last}
+    actual = {"y": y.squeeze(2), "last": final.transpose(0, 1)}
+    peer = {"y": expected, "last": last}
     if last_c is not None:
-        found["c"], given["c"] = c.transpose(0, 1), last_c
-    assert_close(found, given, 1e-13)
-    weights = cotangents(given, seed=2)
-    assert_close(gradients(found, leaves, weights), gradients(given, leaves, weights), 1e-12)
+        actual["c"], peer["c"] = c.transpose(0, 1), last_c
+    assert_close(actual, peer, 1e-13)
+    weights = cotangents(peer, seed=2)
+    assert_close(gradients(actual, leaves, weights), gradients(peer, leaves, weights), 1e-12)
 
 
 @pytest.mark.parametrize(("cell", "unused"), [("lstm", (2, 3)), ("gru", (1, 2, 3))])
@@ -149,8 +149,8 @@ def test_what_a_cell_does_not_use_is_handed_through(form: str, cell: str, unused
     for k in unused:
         assert torch.equal(final[k], initial[k])
         weight = torch.randn_like(final[k])
-        (given,) = torch.autograd.grad((y.sum(), final[k]), initial[k], (y.new_ones(()), weight), retain_graph=True)
-        assert torch.equal(given, weight)
+        (grad,) = torch.autograd.grad((y.sum(), final[k]), initial[k], (y.new_ones(()), weight), retain_graph=True)
+        assert torch.equal(grad, weight)
 
 
 def test_heads_are_separate(form: str) -> None:
@@ -173,8 +173,8 @@ def test_a_fresh_unit_begins_with_its_first_input(form: str) -> None:
     zero = torch.zeros_like(i)
     for m in (-100.0, 0.0, 100.0):
         y, (_, c, n, found_m) = run(SLSTM, form, arguments | {"initial_state": (zero, zero, zero, zero + m)})
-        wanted = {"y": (o.sigmoid() * z.tanh())[:, None], "c": z.tanh(), "n": torch.ones_like(n), "m": i}
-        assert_close({"y": y, "c": c, "n": n, "m": found_m}, wanted, 1e-14)
+        expected = {"y": (o.sigmoid() * z.tanh())[:, None], "c": z.tanh(), "n": torch.ones_like(n), "m": i}
+        assert_close({"y": y, "c": c, "n": n, "m": found_m}, expected, 1e-14)
 
 
 def test_units_and_rows_are_fresh_each_on_its_own(form: str) -> None:
@@ -198,15 +198,15 @@ def test_gradient_at_fresh_units(form: str) -> None:
     y, c, n, m = arguments["initial_state"]
     fresh = torch.rand(n.shape, generator=torch.Generator().manual_seed(0)) < 0.5
     arguments["initial_state"] = (y, c * ~fresh, n * ~fresh, m)
-    wanted = run_with_gradients(SLSTM, "recurrent", arguments)
-    assert_close(run_with_gradients(SLSTM, form, arguments), wanted, 1e-12)
+    expected = run_with_gradients(SLSTM, "recurrent", arguments)
+    assert_close(run_with_gradients(SLSTM, form, arguments), expected, 1e-12)
 
     def function(y: Tensor, c: Tensor, m: Tensor, gates: Tensor, R: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         inputs = {"gates": gates, "R": R, "bias": bias, "initial_state": (y, c, n * ~fresh, m)}
         return tuple(named(run(SLSTM, form, inputs)).values())
 
-    given = (y, c * ~fresh, m, arguments["gates"][:, :4], arguments["R"], arguments["bias"])
-    assert torch.autograd.gradcheck(function, tuple(t.detach().requires_grad_() for t in given), fast_mode=True)
+    values = (y, c * ~fresh, m, arguments["gates"][:, :4], arguments["R"], arguments["bias"])
+    assert torch.autograd.gradcheck(function, tuple(t.detach().requires_grad_() for t in values), fast_mode=True)
 
 
 # The stabiliser.
@@ -216,8 +216,8 @@ def test_gradient_at_fresh_units(form: str) -> None:
 def test_a_shift_of_the_input_gate_moves_m_alone(form: str, shift: float) -> None:
     arguments = sample(70)
     shifted = arguments | {"gates": arguments["gates"] + shift * torch.eye(4).double()[0, :, None, None]}
-    wanted, found = (named(run(SLSTM, form, a)) for a in (arguments, shifted))
-    assert_close(found, wanted | {"state.3": wanted["state.3"] + shift}, 1e-11)
+    expected, actual = (named(run(SLSTM, form, a)) for a in (arguments, shifted))
+    assert_close(actual, expected | {"state.3": expected["state.3"] + shift}, 1e-11)
 
 
 @pytest.mark.parametrize("shift", [-40.0, 3.0, 40.0])
@@ -225,10 +225,10 @@ def test_a_state_may_be_given_in_another_scale(form: str, shift: float) -> None:
     arguments = sample(70, variant="full")
     y, c, n, m = arguments["initial_state"]
     state = (y, c * math.exp(-shift), n * math.exp(-shift), m + shift)
-    wanted, found = (named(run(SLSTM, form, a)) for a in (arguments, arguments | {"initial_state": state}))
-    assert error(found["y"], wanted["y"]) <= 1e-11
+    expected, actual = (named(run(SLSTM, form, a)) for a in (arguments, arguments | {"initial_state": state}))
+    assert error(actual["y"], expected["y"]) <= 1e-11
     for part in ("state.1", "state.2"):
-        values = [of[part] * of["state.3"].exp() for of in (found, wanted)]
+        values = [of[part] * of["state.3"].exp() for of in (actual, expected)]
         assert error(*values) <= 1e-11
 
 
@@ -250,9 +250,9 @@ def test_gradients_of_a_sequence_cut_in_two_are_those_of_the_whole(form: str, se
     whole = named(run(SLSTM, available(form), arguments))
     first, state = run(SLSTM, form, {**arguments, "gates": arguments["gates"][:, :cut]})
     second, state = run(SLSTM, form, {**arguments, "gates": arguments["gates"][:, cut:], "initial_state": state})
-    given = cotangents(whole, seed=2)
-    found = gradients(named((torch.cat([first, second], 1), state)), leaves, given)
-    assert_close(found, gradients(whole, leaves, given), 1e-11)
+    grads = cotangents(whole, seed=2)
+    actual = gradients(named((torch.cat([first, second], 1), state)), leaves, grads)
+    assert_close(actual, gradients(whole, leaves, grads), 1e-11)
 
 
 # Extremes.
@@ -267,10 +267,10 @@ def test_extreme_gates(form: str, i: float, f: float, dtype: torch.dtype) -> Non
     arguments["gates"][:, :, 0] *= i or 1
     arguments["gates"][:, :, 1] *= f or 1
     arguments["gates"] = arguments["gates"].float().double()
-    wanted = run_with_gradients(SLSTM, "recurrent", arguments)
-    found = run_with_gradients(SLSTM, form, cast(arguments, dtype))
-    assert all(v.isfinite().all() for v in found.values())
-    assert_close(found, wanted, 1e-10 if dtype == torch.float64 else 2e-3)
+    expected = run_with_gradients(SLSTM, "recurrent", arguments)
+    actual = run_with_gradients(SLSTM, form, cast(arguments, dtype))
+    assert all(v.isfinite().all() for v in actual.values())
+    assert_close(actual, expected, 1e-10 if dtype == torch.float64 else 2e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -279,11 +279,11 @@ def test_minus_infinity_writes_nothing_or_forgets_everything(form: str, dtype: t
     arguments = sample(70)
     arguments["gates"][:, :, :2].masked_fill_(torch.rand(2, 70, 2, 3, 5, generator=generator) < 0.3, -torch.inf)
     arguments["gates"][:, :3, 0] = -torch.inf
-    wanted = run_with_gradients(SLSTM, "recurrent", arguments)
-    found = run_with_gradients(SLSTM, form, cast(arguments, dtype))
-    assert all(v.isfinite().all() for v in found.values())
-    assert_close(found, wanted, 1e-10 if dtype == torch.float64 else 1e-4)
-    assert not found["y"][:, :3].any()
+    expected = run_with_gradients(SLSTM, "recurrent", arguments)
+    actual = run_with_gradients(SLSTM, form, cast(arguments, dtype))
+    assert all(v.isfinite().all() for v in actual.values())
+    assert_close(actual, expected, 1e-10 if dtype == torch.float64 else 1e-4)
+    assert not actual["y"][:, :3].any()
 
 
 def test_minus_infinity_at_the_forget_gate_is_an_exact_reset(form: str) -> None:
@@ -301,14 +301,14 @@ def test_steps_masked_out_leave_the_memory_as_it_is(form: str, cell: str) -> Non
     arguments = without_recurrence(40) | {"cell": cell}
     padding = torch.zeros(2, 9, 4, 3, 5).double()
     padding[:, :, 0], padding[:, :, 1] = -torch.inf, torch.inf
-    _, (_, *wanted) = run(SLSTM, form, arguments)
+    _, (_, *expected) = run(SLSTM, form, arguments)
     for pieces in ([padding, arguments["gates"]], [arguments["gates"], padding]):
-        _, (_, *found) = run(SLSTM, form, arguments | {"gates": torch.cat(pieces, 1)})
-        assert_close(dict(enumerate(found)), dict(enumerate(wanted)), 1e-13)
+        _, (_, *actual) = run(SLSTM, form, arguments | {"gates": torch.cat(pieces, 1)})
+        assert_close(dict(enumerate(actual)), dict(enumerate(expected)), 1e-13)
 
 
 def test_a_large_state_in_single_precision_over_a_long_time(form: str) -> None:
     arguments = sample(2000)
     arguments["gates"][:, :, 1] += 4
-    wanted = named(run(SLSTM, "recurrent", arguments))
-    assert_close(named(run(SLSTM, form, cast(arguments, torch.float32))), wanted, 1e-4)
+    expected = named(run(SLSTM, "recurrent", arguments))
+    assert_close(named(run(SLSTM, form, cast(arguments, torch.float32))), expected, 1e-4)

@@ -62,10 +62,10 @@ def by_the_equations(mixer: SLSTM, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("conv_size", [0, 1, 4])
 def test_equals_the_equations(conv_size: int) -> None:
     mixer, x = build(conv_size=conv_size), sequence().requires_grad_()
-    found, expected = mixer(x), by_the_equations(mixer, x)
-    torch.testing.assert_close(found, expected, atol=1e-11, rtol=0)
+    actual, expected = mixer(x), by_the_equations(mixer, x)
+    torch.testing.assert_close(actual, expected, atol=1e-11, rtol=0)
     inputs, weight = (x, *mixer.parameters()), torch.randn_like(x)
-    gradients = [torch.autograd.grad((y * weight).sum(), inputs) for y in (found, expected)]
+    gradients = [torch.autograd.grad((y * weight).sum(), inputs) for y in (actual, expected)]
     torch.testing.assert_close(*gradients, atol=1e-10, rtol=0)
 
 

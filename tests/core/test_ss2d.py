@@ -66,10 +66,10 @@ def by_routes(mixer: SS2D, x: Tensor, grid: tuple[int, int]) -> Tensor:
 @pytest.mark.parametrize("grid", [(4, 5), (1, 7), (6, 1)])
 def test_equals_four_scans_along_their_routes(grid: tuple[int, int], options: dict[str, object]) -> None:
     mixer, x = build(**options), cells(grid).requires_grad_()
-    found, expected = mixer(x, grid=grid), by_routes(mixer, x, grid)
-    torch.testing.assert_close(found, expected, atol=1e-11, rtol=0)
+    actual, expected = mixer(x, grid=grid), by_routes(mixer, x, grid)
+    torch.testing.assert_close(actual, expected, atol=1e-11, rtol=0)
     inputs, weight = (x, *mixer.parameters()), torch.randn_like(x)
-    gradients = [torch.autograd.grad((y * weight).sum(), inputs) for y in (found, expected)]
+    gradients = [torch.autograd.grad((y * weight).sum(), inputs) for y in (actual, expected)]
     torch.testing.assert_close(*gradients, atol=1e-10, rtol=0)
 
 
