@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sinuous.core.checks import check_choice
+
 SPLITS = ("train", "val", "test")
 
 
@@ -93,11 +95,10 @@ def lacking(data: Any, kind: type) -> list[str]:
 
 
 def check_split(name: str) -> str:
-    """`name`, if it is one of the splits.
+    """Return `name`, which must be a split.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if there is no such split.
     """
-    if name not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)} (got {name!r})")
+    check_choice("split", name, SPLITS)
     return name

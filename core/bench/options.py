@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from sinuous.core.checks import check_sizes
+
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """`--threads` and `--device`."""
@@ -42,8 +44,8 @@ def check(options: argparse.Namespace) -> None:
     """
     for name, value in vars(options).items():
         flag = "--" + name.replace("_", "-")
-        if isinstance(value, int) and not isinstance(value, bool) and name != "seed" and value < 1:
-            raise ValueError(f"{flag} must be at least 1 (got {value})")
+        if isinstance(value, int) and not isinstance(value, bool) and name != "seed":
+            check_sizes(**{flag: value})
         if isinstance(value, Path):
             _check_writable(flag, value)
     if getattr(options, "device", None) == "cuda" and not torch.cuda.is_available():

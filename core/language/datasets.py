@@ -48,8 +48,7 @@ class ByteWindows(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, text: bytes, length: int, stride: int | None = None) -> None:
         self.length, self.stride = length, length if stride is None else stride
-        if self.length < 1 or self.stride < 1:
-            raise ValueError(f"length and stride must be at least 1 (got {self.length} and {self.stride})")
+        check_sizes(length=self.length, stride=self.stride)
         if len(text) <= length:
             raise ValueError(
                 f"the text has {len(text):,} bytes and a window with its target needs {length + 1:,}; "

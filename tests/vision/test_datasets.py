@@ -99,7 +99,7 @@ def test_missing_data_says_where_it_was_looked_for(tmp_path: Path) -> None:
         fashion_mnist(source="folder")
     with pytest.raises(ValueError, match=r"source must be bundled, folder or download .got 'cloud'"):
         fashion_mnist(source="cloud")
-    with pytest.raises(ValueError, match=r"split must be one of train, val, test .got 'dev'"):
+    with pytest.raises(ValueError, match=r"split must be one of 'train', 'val', 'test' .got 'dev'"):
         fashion_mnist("dev")
 
 

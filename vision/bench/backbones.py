@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sinuous.core.bench import measure
 from sinuous.core.bench.options import add_machine, add_outputs, positive_integers
+from sinuous.core.checks import check_choice
 from sinuous.core.tables import Row, command, show, write_csv, write_markdown
 
 ATTENTION = ("fused attention", "plain attention")
@@ -102,8 +103,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     for name in options.models.split(","):
         candidates |= variants(name.strip(), sizes[0])
     versus = options.versus or [c for c in candidates if ATTENTION[1] not in c][-1]
-    if versus not in candidates:
-        raise ValueError(f"--versus must be one of {', '.join(map(repr, candidates))} (got {versus!r})")
+    check_choice("--versus", versus, candidates)
     rows: list[Row] = []
     for size in sizes:
         measure.say(f"{size} pixels")

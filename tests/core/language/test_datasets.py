@@ -47,7 +47,7 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         ("train", 3, ValueError, "is damaged"),
         ("val", 3, ValueError, r"has 3 bytes and a window with its target needs 4"),
         ("test", 3, FileNotFoundError, r"there is no text .*test\.txt"),
-        ("dev", 3, ValueError, "split must be one of train, val, test"),
+        ("dev", 3, ValueError, "split must be one of 'train', 'val', 'test'"),
         ("val", 0, ValueError, "must be at least 1"),
     ):
         with pytest.raises(kind, match=message):
