@@ -1,4 +1,4 @@
-"""What is particular to additive_decay: the softmax it is, extreme keys, empty states, merging, all-to-all reading."""
+"""Properties of additive_decay: the softmax that it is, extreme keys, empty states, merging, all-to-all reading."""
 
 from __future__ import annotations
 

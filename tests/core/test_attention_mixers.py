@@ -1,4 +1,4 @@
-"""What is particular to attention: its definition, heads in groups, rotary positions, and a window with its cache."""
+"""Properties of attention: its definition, heads in groups, rotary positions, and a window with its cache."""
 
 from __future__ import annotations
 

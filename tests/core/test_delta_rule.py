@@ -1,4 +1,4 @@
-"""What is particular to the delta rule: its kin, its limits in β, and the published implementations."""
+"""Properties of the delta rule: its kin, its limits in β, and the published implementations."""
 
 from __future__ import annotations
 

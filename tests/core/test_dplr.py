@@ -1,4 +1,4 @@
-"""What is particular to dplr: which vector reads and which one writes, its kin, decays of every strength, and peers."""
+"""Properties of dplr: which vector reads and which one writes, its kin, decays of every strength, and peers."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def kda(form: str, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Ten
 
 @every_form
 def test_a_reads_and_b_writes(form: str) -> None:
-    """With a = e_0 and b = e_1, row 0 is added to row 1, and not the other way round; the second step does nothing."""
+    """Row 0 is added to row 1 with a = e_0 and b = e_1, and not the other way round; the second step does nothing."""
     zero, e = torch.zeros(1, 2, 1, 3), torch.eye(3).view(3, 1, 1, 1, 3).expand(3, 1, 2, 1, 3)
     S = torch.arange(1.0, 7).view(1, 1, 3, 2)
     a, b = e[0].clone(), e[1].clone()
@@ -225,7 +225,7 @@ def test_every_gate_is_as_exact_in_single_precision(gate: str, variant: str) -> 
 
 
 def test_a_gradient_of_a_strong_decay_is_not_drowned() -> None:
-    """Where every step decays by exp(-70), gradients of the decays are some 1e-30 of the others, and still right."""
+    """Gradients of decays stay right where every step decays by exp(-70), and they are some 1e-30 of the others."""
     inputs = draw(DPLR, "full", 1, 9)
     inputs["log_decay"] = torch.full_like(inputs["log_decay"], -70.0)
     expected = run_with_gradients(DPLR, "recurrent", inputs)["log_decay"]

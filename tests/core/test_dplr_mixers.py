@@ -37,7 +37,7 @@ def _seed() -> None:
 
 
 def build(name: str, options: dict[str, Any], dim: int = DIM) -> Any:
-    """In float64, with no two parameters alike."""
+    """Build in float64, with no two parameters alike."""
     mixer = mixers.build_mixer(name, dim, dtype=torch.float64, **options)
     with torch.no_grad():
         for parameter in mixer.parameters():
@@ -199,7 +199,7 @@ VOCAB = 11
 
 
 def model_of(pattern: Any = "rwkv7", depth: int = 3, **options: Any) -> SequenceModel:
-    """In float64, with no two parameters alike."""
+    """Build in float64, with no two parameters alike."""
     model = SequenceModel(VOCAB, DIM, depth, pattern, dtype=torch.float64, **options).eval()
     with torch.no_grad():
         for parameter in model.parameters():

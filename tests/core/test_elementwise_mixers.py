@@ -1,4 +1,4 @@
-"""What is particular to the mixers over `linear_scan`: they are their papers' equations, whatever their options."""
+"""Equations of the mixers over `linear_scan`, as the papers have them, with all options."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _seed() -> None:
 
 
 def build(name: str, **options: Any) -> Any:
-    """In float64 and with no two parameters alike, so that a swapped or unused one shows."""
+    """Build in float64, with no two parameters alike, so that a swapped or unused one shows."""
     mixer = mixers.build_mixer(name, DIM, dtype=torch.float64, **options)
     with torch.no_grad():
         for parameter in mixer.parameters():

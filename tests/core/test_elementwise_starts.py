@@ -1,4 +1,4 @@
-"""How the mixers over `linear_scan` start: published names, shapes and counts, distributions, options refused."""
+"""Starts of the mixers over `linear_scan`: published names, shapes and counts, distributions, options refused."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11], [12, 1, 5], [3, 3, 3, 3, 3, 
 
 
 def build(pattern: Any = "mamba", depth: int = 2, **options: Any) -> SequenceModel:
-    """In float64 and with large weights, so that its choices are not all alike."""
+    """Build in float64 and with large weights, so that its choices are not all alike."""
     sizes = {"sliding_window_attention": {"window_size": 4}, "mamba2": {"d_state": 8}}
     sizes = {name: size for name, size in sizes.items() if name in pattern}
     model = SequenceModel(VOCAB, 24, depth, pattern, sizes, dtype=torch.float64, **options).eval()
@@ -194,7 +194,7 @@ def test_lengths() -> None:
 
 
 def frequencies(sampling: Sampling, logits: Tensor, seen: Tensor | None = None) -> Tensor:
-    """Of each token, when uniform numbers are spread evenly."""
+    """Frequencies of all tokens when uniform numbers are spread evenly."""
     uniform = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
     ids = sampling.choose(logits.expand(20000, -1), uniform, None if seen is None else seen.expand(20000, -1))
     return torch.bincount(ids, minlength=logits.shape[-1]) / 20000

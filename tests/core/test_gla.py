@@ -1,4 +1,4 @@
-"""What is particular to gla: strong, absent and infinite decays, its kin, and the identities of its gradients."""
+"""Properties of gla: strong, absent and infinite decays, its kin, and the identities of its gradients."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_equal_decays_of_all_channels_are_ssd(form: str) -> None:
 
 
 def test_decay_of_values_is_the_transpose() -> None:
-    """With q and S read the other way round: S' = Sᵀ decays by its keys."""
+    """The transposed state, S' = Sᵀ, decays by its keys."""
     inputs = draw(GLA, "values", 2, 100)
     eye = torch.eye(inputs["v"].shape[-1], dtype=torch.float64)
     keys, values, decay = inputs["v"], inputs["k"], inputs["log_decay"]

@@ -225,7 +225,7 @@ def reach(
     mode: str = "free",
     mark: tuple[float, float] = (1, 1),
 ) -> Tensor:
-    """What a pair in the first cell adds to each cell, with keys and queries of 1."""
+    """Amounts that a pair in the first cell adds to all cells, with keys and queries of 1."""
     one = torch.ones(1, width, height, 1, 1, dtype=torch.float64)
     v = torch.zeros_like(one)
     v[0, 0, 0] = 1

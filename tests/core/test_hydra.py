@@ -24,7 +24,7 @@ def _seed() -> None:
 
 
 def build(**options: object) -> Hydra:
-    """In float64 and with no two parameters alike, so that a swapped or unused one shows."""
+    """Build in float64, with no two parameters alike, so that a swapped or unused one shows."""
     mixer = Hydra(DIM, dtype=torch.float64, **{**OPTIONS, **options})
     with torch.no_grad():
         for parameter in mixer.parameters():

@@ -1,4 +1,4 @@
-"""What is particular to longhorn: what a step minimises, keys of zeros and of any size, identities of gradients."""
+"""Properties of longhorn: what a step minimises, keys of zeros and of any size, identities of gradients."""
 
 from __future__ import annotations
 

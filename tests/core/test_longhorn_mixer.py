@@ -12,7 +12,7 @@ DIM = 24
 
 
 def build(**options: object) -> Longhorn:
-    """In float64 and with no two parameters alike, so that a swapped or unused one shows."""
+    """Build in float64, with no two parameters alike, so that a swapped or unused one shows."""
     mixer = Longhorn(DIM, dtype=torch.float64, **options)
     with torch.no_grad():
         for parameter in mixer.parameters():

@@ -159,7 +159,7 @@ def test_another_rate_samples_the_same_signal(form: str, factor: int, seed: int)
 
 @pytest.mark.parametrize(("init", "discretization"), STARTS)
 def test_half_the_samples_at_twice_the_step_are_near(init: str, discretization: str) -> None:
-    """And of any rule, for a signal that is smooth at both rates: the error is of the order of the step."""
+    """The same for any rule and a signal that is smooth at both rates: the error is of the order of the step."""
     errors = []
     for steps in (400, 800):
         t = torch.arange(steps, dtype=torch.float64) / steps

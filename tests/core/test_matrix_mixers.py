@@ -51,7 +51,7 @@ EVERY_VARIANT = pytest.mark.parametrize(
 
 
 def build(name: str, options: dict[str, Any]) -> mixers.Mixer:
-    """In float64, with no two parameters alike, and without what bounds a denominator away from the equation."""
+    """Build in float64, with no two parameters alike, and without bounds of denominators that the equations lack."""
     mixer = mixers.build_mixer(name, DIM, dtype=torch.float64, **options)
     with torch.no_grad():
         for parameter in mixer.parameters():
@@ -246,7 +246,7 @@ def test_retention_starts_with_the_published_gains() -> None:
 @pytest.mark.parametrize("name", ["delta_net", "gated_delta_net", "gated_delta_product", "delta_product"])
 @pytest.mark.parametrize(("allowed", "eigenvalue"), [(True, -1.0), (False, 0.0)])
 def test_negative_eigenvalues_reflect(name: str, allowed: bool, eigenvalue: float) -> None:
-    """With β at its greatest and nothing to write, what lies along a key is multiplied by 1 - β."""
+    """The part of the state along a key is multiplied by 1 - β, with β at its greatest and nothing to write."""
     one = {"num_householder": 1} if "product" in name else {}
     mixer = mixers.build_mixer(
         name, DIM, num_heads=1, use_short_conv=False, allow_neg_eigval=allowed, dtype=torch.float64, **one

@@ -25,7 +25,7 @@ def _seed() -> None:
 
 
 def build(name: str, **options: object) -> mixers.Mixer:
-    """In float64 and with no two parameters alike, so that a swapped or unused one shows."""
+    """Build in float64, with no two parameters alike, so that a swapped or unused one shows."""
     mixer = mixers.build_mixer(name, DIM, dtype=torch.float64, **options)
     with torch.no_grad():
         for parameter in mixer.parameters():

@@ -31,7 +31,7 @@ FORMS = [
 
 
 def build(mixer: str = "mamba", input_size: int = 7, hidden_size: int = 24, **options: Any) -> sinuous.nn.Recurrent:
-    """In float64, with no two parameters alike."""
+    """Build in float64, with no two parameters alike."""
     layer = sinuous.nn.Recurrent(mixer, input_size, hidden_size, dtype=torch.float64, **options).eval()
     with torch.no_grad():
         for parameter in layer.parameters():

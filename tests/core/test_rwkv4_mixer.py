@@ -22,7 +22,7 @@ def _seed() -> None:
 
 
 def build(**options: Any) -> RWKV4:
-    """In float64, with no two parameters alike."""
+    """Build in float64, with no two parameters alike."""
     mixer = RWKV4(DIM, WIDTH, dtype=torch.float64, **options)
     with torch.no_grad():
         for parameter in mixer.parameters():

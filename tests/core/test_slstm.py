@@ -78,7 +78,7 @@ def test_it_is_a_convex_combination_for_gates_of_any_size(form: str, seed: int, 
 
 
 def test_against_the_equations_without_a_stabiliser(form: str) -> None:
-    """With R, c and n as the paper has them before it stabilises them; states in units of e^m."""
+    """The recurrence with c and n as the paper has them before it stabilises them; states in units of e^m."""
     arguments = sample(30, variant="full")
     y, (final_y, c, n, m) = run(SLSTM, form, arguments)
     (h, C, N, M), ys = arguments["initial_state"], []
@@ -193,7 +193,7 @@ def test_units_and_rows_are_fresh_each_on_its_own(form: str) -> None:
 
 
 def test_gradient_at_fresh_units(form: str) -> None:
-    """Of all but n, at which a fresh unit stands on a jump; there the gradient is that on its own side."""
+    """Gradients of all but n, at which a fresh unit stands on a jump; there the gradient is that on its own side."""
     arguments = sample(9, variant="full")
     y, c, n, m = arguments["initial_state"]
     fresh = torch.rand(n.shape, generator=torch.Generator().manual_seed(0)) < 0.5

@@ -18,7 +18,7 @@ def _seed() -> None:
 
 
 def build(**options: object) -> SLSTM:
-    """In float64 and with no two parameters alike, so that a swapped or unused one shows."""
+    """Build in float64, with no two parameters alike, so that a swapped or unused one shows."""
     mixer = SLSTM(DIM, **{"num_heads": HEADS, "dtype": torch.float64, **options})
     with torch.no_grad():
         for parameter in mixer.parameters():

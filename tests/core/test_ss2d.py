@@ -22,7 +22,7 @@ def _seed() -> None:
 
 
 def build(**options: object) -> SS2D:
-    """In float64 and with no two parameters alike, so that a swapped or unused one shows."""
+    """Build in float64, with no two parameters alike, so that a swapped or unused one shows."""
     mixer = SS2D(DIM, dtype=torch.float64, **{"d_state": 3, "dt_rank": 2, **options})
     with torch.no_grad():
         for parameter in mixer.parameters():
