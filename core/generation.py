@@ -13,6 +13,7 @@ draws from a generator of its own. A row gives the same tokens as alone, up to t
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,97 +23,17 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from sinuous.core import norms
-from sinuous.core.checks import check_sizes
+from sinuous.core.checks import described
 from sinuous.core.ragged import run_ragged, select_rows
+from sinuous.core.sampling import Sampling, check_setting
 from sinuous.core.sequence_model import SequenceModel
+
+__all__ = ["Generation", "Prompt", "Sampling", "Token", "generate", "stream"]
 
 Prompt = Sequence[int] | Tensor
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """Rules by which tokens are chosen and rows end.
-
-    They act in this order: repetition penalty, temperature, top-k, top-p, min-p. A token is drawn from those that are
-    left, in proportion to their probabilities.
-
-    Attributes:
-        temperature: logits are divided by it; 0 takes the most probable token.
-        top_k: keep the k most probable tokens.
-        top_p: keep the fewest most probable tokens that together have at least this probability.
-        min_p: keep tokens at least this many times as probable as the most probable.
-        repetition_penalty: above 1, positive logits of tokens seen in the prompt or the output are divided by it and
-            negative ones multiplied (Keskar et al., arXiv 1909.05858, section 4.1).
-        max_new_tokens: a row ends after so many tokens.
-        max_length: a row ends when prompt and output have so many tokens together.
-        stop_tokens: a row ends before any of these.
-        stop_sequences: a row ends before any of these sequences of tokens.
-        seed: one for each row, or the first row's, which rows after it count up from; `None` draws them from torch's
-            global generator. A row's numbers are drawn on the CPU and so are the same on every device.
-
-    Raises:
-        ValueError: if a number is out of its range, or tokens are to be chosen among at temperature 0.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    max_new_tokens: int = 128
-    max_length: int | None = None
-    stop_tokens: Sequence[int] = ()
-    stop_sequences: Sequence[Sequence[int]] = ()
-    seed: int | Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        _check(self.temperature >= 0, "temperature", self.temperature, "be 0 or more")
-        _check(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "be more than 0")
-        check_sizes(max_new_tokens=self.max_new_tokens, top_k=1 if self.top_k is None else self.top_k)
-        _check(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "lie above 0 and not above 1")
-        _check(self.min_p is None or 0 <= self.min_p <= 1, "min_p", self.min_p, "lie between 0 and 1")
-        _check(
-            all(len(s) for s in self.stop_sequences), "stop_sequences", self.stop_sequences, "have no empty sequence"
-        )
-        filters = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
-        if self.temperature == 0 and filters:
-            raise ValueError(
-                f"{filters[0]} has no effect at temperature 0, which takes the most probable token; "
-                "give a temperature above 0, or leave it out"
-            )
-
-    def choose(self, logits: Tensor, uniform: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Choose tokens `[n]` by inverting the cumulated probabilities.
-
-        Args:
-            logits: `[n, V]`.
-            uniform: random numbers in [0, 1), `[n]`.
-            seen: tokens under the repetition penalty, bool `[n, V]`; none if absent.
-        """
-        logits = norms.at_least_fp32(logits)
-        if seen is not None:
-            penalty = self.repetition_penalty
-            logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        logits = logits / self.temperature
-        if self.top_k is not None:
-            smallest = logits.topk(min(self.top_k, logits.shape[-1])).values[:, -1:]
-            logits = logits.masked_fill(logits < smallest, -torch.inf)
-        if self.top_p is not None:
-            ordered, places = logits.sort(dim=-1, descending=True)
-            p = ordered.softmax(-1)
-            dropped = torch.zeros_like(p, dtype=torch.bool).scatter(-1, places, p.cumsum(-1) - p >= self.top_p)
-            logits = logits.masked_fill(dropped, -torch.inf)
-        if self.min_p is not None:
-            p = logits.softmax(-1)
-            logits = logits.masked_fill(p < self.min_p * p.amax(-1, keepdim=True), -torch.inf)
-        cumulated = logits.double().softmax(-1).cumsum(-1)
-        total = cumulated[:, -1:]
-        # Below the total, so that the first place above it has a probability that is not zero.
-        quantile = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-        return torch.searchsorted(cumulated, quantile, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+DRAWN_AT_ONCE = 256
+"""Random numbers that are drawn at a time for each row."""
 
 
 class Token(NamedTuple):
@@ -174,7 +95,8 @@ def generate(
         prompts: ids of one prompt or several, as tensors, sequences of numbers, or, for a model of bytes, `bytes`.
             Several may have different lengths.
         sampling: how tokens are chosen and when rows end; greedy, 128 tokens, if absent.
-        pad_id: where prompts are a padded tensor `[B, T]`: the token in front of shorter rows, which is not read.
+        pad_id: where prompts are a padded tensor `[B, T]`: the token in front of shorter rows or behind them, which is
+            not read there; between others it is a token like them.
         prefill_chunk: steps of a prompt that are read at a time, which bounds the memory of long prompts.
 
     Raises:
@@ -260,16 +182,17 @@ class _Run:
         pad_id: int | None,
         prefill_chunk: int,
     ) -> None:
-        check_sizes(prefill_chunk=prefill_chunk)
+        _check_model(model)
+        if not isinstance(sampling, Sampling):
+            raise ValueError(f"sampling must be a Sampling (got {described(sampling)}); give Sampling(temperature=0.8)")
+        check_setting("pad_id", pad_id)
+        check_setting("prefill_chunk", prefill_chunk)
         self.model, self.sampling, self.prefill_chunk = model, sampling, prefill_chunk
         self.device = next(model.parameters()).device
         self.prefill_seconds = self.decode_seconds = 0.0
         rows = [_checked(row, i, model.vocab_size) for i, row in enumerate(_rows(prompts, pad_id))]
         self.rows = [_Row(i, prompt, _limit(prompt, i, sampling), sampling) for i, prompt in enumerate(rows)]
-        seeds = _seeds(sampling.seed, len(rows))
-        longest = max(row.limit for row in self.rows)
-        draws = [torch.rand(longest, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
-        self.uniform = torch.stack(draws).to(self.device)
+        self.generators = [torch.Generator().manual_seed(seed) for seed in _seeds(sampling.seed, len(rows))]
 
     @torch.inference_mode()
     def decode(self) -> Iterator[Token]:
@@ -279,10 +202,12 @@ class _Run:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self.prefill_seconds = time.perf_counter() - begin
-            for step in range(self.uniform.shape[1]):
+            for step in itertools.count():
+                if step % DRAWN_AT_ONCE == 0:
+                    uniform = self._draw()
                 for group in groups:
                     begin = time.perf_counter()
-                    ids, rows = group.choose(self.sampling, self.uniform[:, step]), group.rows
+                    ids, rows = group.choose(self.sampling, uniform[:, step % DRAWN_AT_ONCE]), group.rows
                     chosen = ids.tolist()
                     certain = [
                         t for row, token in zip(rows, chosen, strict=True) for t in row.take(_number(row, token))
@@ -295,6 +220,11 @@ class _Run:
                 groups = [group for group in groups if group.rows]
                 if not groups:
                     return
+
+    def _draw(self) -> Tensor:
+        """Draw the random numbers of the next steps, `[rows, steps]`: the same ones in blocks of any size."""
+        draws = [torch.rand(DRAWN_AT_ONCE, generator=g, dtype=torch.float64) for g in self.generators]
+        return torch.stack(draws).to(self.device)
 
     def _prefill(self) -> list[_Batch]:
         lengths = [len(row.prompt) for row in self.rows]
@@ -347,6 +277,11 @@ class _Batch:
             self.logits = logits[:, : model.vocab_size]
 
 
+def _check_model(model: object) -> None:
+    if not (isinstance(model, nn.Module) and all(hasattr(model, name) for name in ("prefill", "step", "vocab_size"))):
+        raise ValueError(f"model must be a SequenceModel (got {described(model)})")
+
+
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
@@ -363,15 +298,32 @@ def _rows(prompts: Prompt | Sequence[Prompt], pad_id: int | None) -> list[Tensor
     if isinstance(prompts, Tensor):
         rows = list(prompts) if prompts.ndim == 2 else [prompts]
     else:
-        single = not len(prompts) or isinstance(prompts[0], Integral)
-        several = cast("Sequence[Prompt]", [prompts] if single else prompts)
-        if any(isinstance(row, str) for row in (prompts, *several)):
+        try:
+            single = not len(prompts) or isinstance(prompts[0], Integral)
+            several = cast("Sequence[Prompt]", [prompts] if single else prompts)
+            text = any(isinstance(row, str) for row in (prompts, *several))
+            rows = [] if text else [row if isinstance(row, Tensor) else torch.tensor(list(row)) for row in several]
+        except (TypeError, KeyError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"prompts must be ids of tokens, one row or several (got {described(prompts)}); give [1, 2] or "
+                "[[1, 2], [3]]"
+            ) from error
+        if text:
             raise ValueError("a prompt must be ids of tokens (got text); encode it, for a model of bytes by .encode()")
-        rows = [row if isinstance(row, Tensor) else torch.tensor(list(row)) for row in several]
     if not rows:
         raise ValueError("there is no prompt (got an empty batch); give at least one")
     rows = [row.cpu() for row in rows]
-    return rows if pad_id is None else [row[int((row != pad_id).cumsum(0).eq(0).sum()) :] for row in rows]
+    return rows if pad_id is None else [_without_padding(row, i, pad_id) for i, row in enumerate(rows)]
+
+
+def _without_padding(row: Tensor, index: int, pad_id: int) -> Tensor:
+    places = (row != pad_id).nonzero()
+    if row.numel() and not places.numel():
+        raise ValueError(
+            f"a prompt must be more than padding (got nothing but pad_id {pad_id} in row {index}); "
+            "begin an empty one with the token that starts a text"
+        )
+    return row[int(places[0]) : int(places[-1]) + 1] if places.numel() else row
 
 
 def _checked(prompt: Tensor, row: int, vocab_size: int) -> Tensor:
@@ -419,8 +371,3 @@ def _number(row: _Row, token: int) -> int:
             "check the weights, or use a wider dtype"
         )
     return token
-
-
-def _check(holds: bool, name: str, value: object, must: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must {must} (got {value})")

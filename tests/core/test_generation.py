@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sinuous.core import generation
 from sinuous.core.generation import Sampling, Token, generate, stream
 from sinuous.core.ragged import run_ragged
 from sinuous.core.sequence_model import SequenceModel
@@ -103,12 +104,29 @@ def test_prompts_come_in_several_forms(form: str) -> None:
         assert torch.equal(generate(model, single, Sampling(max_new_tokens=4)).tokens[0], expected[0])
 
 
-def test_only_padding_in_front_is_left_out() -> None:
+def test_padding_on_both_sides_is_left_out_and_between_tokens_it_is_one() -> None:
     model = build()
-    rows = torch.tensor([[0, 0, 5, 0, 6], [1, 2, 0, 3, 0]])
-    actual = generate(model, rows, Sampling(max_new_tokens=6), pad_id=0).tokens
-    expected = generate(model, [[5, 0, 6], [1, 2, 0, 3, 0]], Sampling(max_new_tokens=6)).tokens
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    rows = torch.tensor([[0, 0, 5, 0, 6], [1, 2, 0, 3, 0], [5, 6, 0, 0, 0], [0, 7, 0, 0, 0]])
+    result = generate(model, rows, Sampling(max_new_tokens=6), pad_id=0)
+    expected = generate(model, [[5, 0, 6], [1, 2, 0, 3], [5, 6], [7]], Sampling(max_new_tokens=6))
+    assert all(torch.equal(a, b) for a, b in zip(result.tokens, expected.tokens, strict=True))
+    assert result.prompt_tokens == 10
+    with pytest.raises(ValueError, match=r"nothing but pad_id 0 in row 1.*the token that starts a text"):
+        generate(model, [[1, 0], [0, 0]], pad_id=0)
+
+
+def test_random_numbers_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sampling = build(), with_(SAMPLED, seed=3)
+    expected = generate(model, PROMPTS, sampling).tokens
+    monkeypatch.setattr(generation, "DRAWN_AT_ONCE", 4)
+    assert all(torch.equal(a, b) for a, b in zip(generate(model, PROMPTS, sampling).tokens, expected, strict=True))
+
+
+def test_a_stream_without_end_needs_no_memory_for_what_is_not_drawn_yet() -> None:
+    endless = stream(model := build(), [[1], [2]], with_(SAMPLED, seed=3, max_new_tokens=10**15))
+    first = [next(endless) for _ in range(30)]
+    expected = generate(model, [[1], [2]], with_(SAMPLED, seed=3)).tokens
+    assert [token.id for token in first if token.row == 1] == expected[1].tolist()
 
 
 def test_stop_tokens_and_sequences_end_a_row_and_are_left_out() -> None:
@@ -248,7 +266,7 @@ def test_the_ends_of_the_uniform_numbers_choose_possible_tokens() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1.0}, r"temperature must be 0 or more \(got -1.0\)"),
+        ({"temperature": -1.0}, r"temperature must be 0 or more and finite \(got -1.0\)"),
         ({"temperature": 1.0, "top_k": 0}, "top_k must be at least 1"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p must lie above 0"),
         ({"temperature": 1.0, "min_p": 2.0}, "min_p must lie between 0 and 1"),
