@@ -13,6 +13,7 @@ import warnings
 import torch
 
 from sinuous.kernels.cpu import build
+from sinuous.kernels.precision import real_dtype
 
 FAMILIES = ("causal_conv1d", "grid_scan", "linear_scan", "longhorn", "selective_scan", "slstm")
 
@@ -41,4 +42,4 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot run on `device` with `dtype`, or None if it can."""
     if device.type != "cpu":
         return f"C kernels take tensors on the cpu, not on {device}"
-    return _problem(torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32)
+    return _problem(real_dtype(dtype))

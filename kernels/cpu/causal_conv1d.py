@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sinuous.kernels.cpu.call import SequenceCall, fields
-from sinuous.kernels.precision import real_dtype
+from sinuous.kernels.precision import working_dtype
 
 _BLOCK = 64
 """Channels per task, as in the C source."""
@@ -30,7 +30,7 @@ class CausalConv1dCall(SequenceCall):
         silu: bool,
         reverse: bool,
     ) -> None:
-        super().__init__("causal_conv1d", _FIELDS, real_dtype(x.dtype), x.shape, cu_seqlens, reverse)
+        super().__init__("causal_conv1d", _FIELDS, working_dtype(x.dtype), x.shape, cu_seqlens, reverse)
         self.channels, self.width = weight.shape
         self.over_time("x", x)
         self.array("weight", weight.T)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sinuous.kernels.cpu.call import SequenceCall, fields
-from sinuous.kernels.precision import real_dtype
+from sinuous.kernels.precision import working_dtype
 
 _FIELDS = fields(
     "sequences steps channels states groups blocks chunk chunks softplus packed threads bounds "
@@ -61,7 +61,7 @@ class ChannelStatesCall(SequenceCall):
         reverse: bool,
         chunk_size: int,
     ) -> None:
-        super().__init__(family, _FIELDS, real_dtype(u.dtype), u.shape, cu_seqlens, reverse)
+        super().__init__(family, _FIELDS, working_dtype(u.dtype), u.shape, cu_seqlens, reverse)
         self.u, self.A, self.D, self.z, self.dt_bias, self.norm = u, A, D, z, dt_bias, norm
         self.initial_state = initial_state
         self.channels, self.state_size = u.shape[2], B.shape[-1]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sinuous.kernels.cpu.call import Call, fields
-from sinuous.kernels.precision import real_dtype
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.grid_scan import add_direct, add_direct_gradients
 
 _FIELDS = fields(
@@ -38,7 +38,7 @@ class GridScanCall(Call):
         orientations: Sequence[int],
         scale: float | None,
     ) -> None:
-        super().__init__("grid_scan", _FIELDS, real_dtype(q.dtype))
+        super().__init__("grid_scan", _FIELDS, working_dtype(q.dtype))
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
         self.q, self.k, self.v = (self.array(name, t) for name, t in (("q", q), ("k", k), ("v", v)))
         self.source, self.transition, self.mark = (

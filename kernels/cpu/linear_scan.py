@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sinuous.kernels.cpu.call import SequenceCall, fields
+from sinuous.kernels.precision import working_dtype
 
 _FIELDS = fields(
     "sequences steps channels blocks chunk chunks packed complex constant threads bounds x a dy reset "
@@ -27,7 +28,7 @@ class LinearScanCall(SequenceCall):
         reverse: bool,
         chunk_size: int,
     ) -> None:
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = working_dtype(x.dtype)
         super().__init__("linear_scan", _FIELDS, dtype, x.shape, cu_seqlens, reverse)
         self.width, self.constant = x.shape[2], a.ndim == 1
         self.chunks = self.cut(chunk_size)

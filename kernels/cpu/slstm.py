@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sinuous.kernels.cpu.call import SequenceCall, fields
-from sinuous.kernels.precision import real_dtype
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.slstm import outputs_before
 
 _STATES = "ycnm"
@@ -43,7 +43,7 @@ class SLSTMCall(SequenceCall):
         reverse: bool,
         chunk_size: int,
     ) -> None:
-        super().__init__("slstm", _FIELDS, real_dtype(gates.dtype), gates.shape, cu_seqlens, reverse)
+        super().__init__("slstm", _FIELDS, working_dtype(gates.dtype), gates.shape, cu_seqlens, reverse)
         self.heads, self.width = gates.shape[3:]
         lanes = int(self.library.lanes())
         self.padded = -(-self.width // lanes) * lanes

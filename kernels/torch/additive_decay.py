@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import chunked
 from sinuous.kernels.torch.chunked import LOWEST, Recurrence, State, Tensors
 from sinuous.kernels.torch.packing import rows
@@ -139,7 +140,7 @@ def initial_memory(
 ) -> State:
     """S `[sequences, H, K, V]` and z `[sequences, H, K]` before the first step; S is 0 where z is -inf."""
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype, shape = chunked.working_dtype(q), (sequences, v.shape[2], q.shape[3])
+    dtype, shape = working_dtype(q.dtype), (sequences, v.shape[2], q.shape[3])
     z = torch.full(shape, -torch.inf, dtype=dtype, device=q.device) if initial_z is None else initial_z.to(dtype)
     if initial_S is None:
         return torch.zeros(*shape, v.shape[3], dtype=dtype, device=q.device), z

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.packing import flip_sequences, flip_time, mirror, rows
 
 
@@ -50,7 +51,7 @@ def forward(
         initial, bounds = flip_sequences(initial_state, cu_seqlens), mirror(cu_seqlens, x.shape[1])
         y, final = forward(flip_time(x), weight, bias, initial, bounds, silu, False)
         return y.flip(1), flip_sequences(final, cu_seqlens)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = working_dtype(x.dtype)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     ys, finals = [], []
     for _, extended in _sequences(x, weight, initial_state, cu_seqlens):
@@ -77,7 +78,7 @@ def backward(
         given = (flip_time(dy), flip_sequences(dfinal, cu_seqlens))
         dx, dweight, dbias, dinitial = backward(given, x.flip(1), weight, bias, initial, bounds, silu, False)
         return [flip_time(dx), dweight, dbias, flip_sequences(dinitial, cu_seqlens)]
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = working_dtype(x.dtype)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     taps = weight.shape[1]
     dweight, dbias = torch.zeros_like(weight), torch.zeros_like(weight[:, 0])

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.packing import Segment, flip_sequences, flip_time, mirror, rows, segments
 
 _STEPS = 32
@@ -68,10 +69,6 @@ class Gradients(NamedTuple):
     initial_state: Tensor | None
 
 
-def working_dtype(u: Tensor) -> torch.dtype:
-    return torch.float64 if u.dtype == torch.float64 else torch.float32
-
-
 def grouped(B: Tensor, width: int) -> tuple[int, int]:
     """G and P: how many groups of how many channels share a row of `B`, `[B,T,N]` or `[B,T,G,N]`."""
     groups = B.shape[2] if B.ndim == 4 else 1
@@ -87,7 +84,7 @@ class _Scan:
     """The arguments in processing order, and what forward and backward share."""
 
     def __init__(self, rule: Rule, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor | None) -> None:
-        self.rule, self.dtype = rule, working_dtype(u)
+        self.rule, self.dtype = rule, working_dtype(u.dtype)
         self.batch, self.length, self.width = u.shape
         self.shape, self.size = grouped(B, self.width), B.shape[-1]
         self.u, self.dt, self.B, self.C = u, dt, B, C

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.packing import Segment, flip_sequences, mirror, rows, segments
 
 State = tuple[Tensor, ...]
@@ -42,13 +43,9 @@ class Recurrence(NamedTuple):
     backward: Callable[[State, Tensors, Tensors, Tensor, State], tuple[State, Tensors, Tensors]]
 
 
-def working_dtype(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
-
-
 def initial_matrix(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> State:
     """The one matrix `[sequences, H, K, V]` before the first step, contiguous, zeros if it is not given."""
-    dtype = working_dtype(q)
+    dtype = working_dtype(q.dtype)
     if initial_state is not None:
         return (initial_state.to(dtype).contiguous(),)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

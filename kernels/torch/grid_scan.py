@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sinuous.kernels.torch.chunked import working_dtype
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.differentiation import autograd_inside_an_op
 from sinuous.kernels.torch.grid_blocks import Blocks, block_maps, cut_edges, uncut_edges
 from sinuous.kernels.torch.orientations import unwalked, walked
@@ -300,7 +300,7 @@ def _parts(q: Tensor, v: Tensor, orientations: Sequence[int], whole: bool) -> It
 
 def _boundary(q: Tensor, v: Tensor, length: int, orientations: Sequence[int], given: Tensor | None) -> Tensor:
     """The states on one side of the grid, as given or zeros, to be filled."""
-    dtype = working_dtype(q)
+    dtype = working_dtype(q.dtype)
     if given is not None:
         return given.to(dtype, copy=True)
     shape = (q.shape[0], length, q.shape[3], len(orientations), q.shape[-1], v.shape[-1])
@@ -317,7 +317,7 @@ def _grid(
     up: Tensor | None,
     orientations: Sequence[int],
 ) -> _Grid:
-    dtype = working_dtype(q)
+    dtype = working_dtype(q.dtype)
     return _Grid(
         part.cells(q).to(dtype),
         part.cells(k).to(dtype),
@@ -367,7 +367,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, right, down)`; see sinuous.core.ops.grid_scan."""
     whole = _is_whole(q, left, up, with_state)
-    y = torch.zeros(v.shape, dtype=working_dtype(q), device=v.device)
+    y = torch.zeros(v.shape, dtype=working_dtype(q.dtype), device=v.device)
     right, down = y.new_empty(0), y.new_empty(0)
     if with_state:
         right = _boundary(q, v, q.shape[2], orientations, left)
@@ -406,7 +406,7 @@ def backward(
     with_state: bool,
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, source, transition, mark, direct, left and up."""
-    dtype, gates = working_dtype(q), (source, transition, mark)
+    dtype, gates = working_dtype(q.dtype), (source, transition, mark)
     dy, dright, ddown = grads if with_state else (grads[0], None, None)
     dright, ddown = (None if t is None else t.to(dtype, copy=True) for t in (dright, ddown))
     dq, dk, dv = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (q, k, v))

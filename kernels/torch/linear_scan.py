@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import chunked
 from sinuous.kernels.torch.chunked import Recurrence, State, Tensors
 
@@ -75,7 +76,7 @@ def _arguments(
     x: Tensor, a: Tensor, reset: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[list[Tensor | None], list[Tensor | None], State]:
     """Inputs `[B, T, 1, …]`, parameters and initial states `[sequences, 1, D]` as the loop over chunks takes them."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = working_dtype(x.dtype)
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     initial = x.new_zeros(sequences, x.shape[2]) if initial_state is None else initial_state
     resets = None if reset is None else reset[..., None, None]

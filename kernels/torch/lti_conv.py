@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import lti_blocks, lti_fourier
-from sinuous.kernels.torch.chunked import working_dtype
 from sinuous.kernels.torch.packing import flip_sequences, flip_time, mirror, rows, segments
 
 MANY_BLOCKS = 16
@@ -37,7 +37,7 @@ class _Sequences(NamedTuple):
     def of(cls, u: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> _Sequences:
         ordered = mirror(cu_seqlens, u.shape[1]) if reverse else cu_seqlens
         found = segments(u.shape[1], max(u.shape[1], 1), ordered)
-        return cls([(s.start, s.stop, s.first or 0) for s in found], ordered, reverse, working_dtype(u))
+        return cls([(s.start, s.stop, s.first or 0) for s in found], ordered, reverse, working_dtype(u.dtype))
 
     def cut(self, t: Tensor) -> list[Tensor]:
         """`[D, B, T]` of each from `[B, ΣT, D]`."""

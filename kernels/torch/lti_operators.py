@@ -167,7 +167,7 @@ def operators(
 
 def _diagonal(sizes: tuple[int, ...], dtype: torch.dtype, system: System, C: Tensor) -> Operators:
     factor, b, C = as_complex(system.factor), as_complex(system.b), as_complex(C)
-    narrow = torch.complex64 if dtype == torch.float32 else torch.complex128
+    narrow = dtype.to_complex()
     out_of = (2 * C).conj_physical().expand_as(factor)
     after = (out_of * factor.conj_physical()).unsqueeze(1)
     found = _Progressions.apply(factor, b.unsqueeze(1), after, max(sizes), sizes, narrow)

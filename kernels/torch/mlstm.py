@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import chunked
 from sinuous.kernels.torch.chunked import Decays, Recurrence, State, Tensors, gradient_of_sums, weighted_decays
 
@@ -128,7 +129,7 @@ def _recurrence(q: Tensor, scale: float | None, eps: float, input_activation: st
 def initial_memory(q: Tensor, v: Tensor, given: Tensors, cu_seqlens: Tensor | None) -> State:
     """C `[sequences, H, K, V]`, n `[sequences, H, K]` and m `[sequences, H]`, contiguous, zeros if not given."""
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype, heads = chunked.working_dtype(q), v.shape[2]
+    dtype, heads = working_dtype(q.dtype), v.shape[2]
     shapes = (sequences, heads, q.shape[3], v.shape[3]), (sequences, heads, q.shape[3]), (sequences, heads)
     return tuple(
         torch.zeros(shape, dtype=dtype, device=q.device) if t is None else t.to(dtype).contiguous()

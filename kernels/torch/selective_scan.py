@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import channel_states
-from sinuous.kernels.torch.channel_states import Chunk, grouped, working_dtype
+from sinuous.kernels.torch.channel_states import Chunk, grouped
 
 
 class _ZeroOrderHold:
@@ -15,7 +16,7 @@ class _ZeroOrderHold:
 
     def __init__(self, u: Tensor, A: Tensor, B: Tensor, dt_softplus: bool) -> None:
         shape = (*grouped(B, A.shape[0]), A.shape[1])
-        self.A = A.to(working_dtype(u)).reshape(shape).mT.contiguous()
+        self.A = A.to(working_dtype(u.dtype)).reshape(shape).mT.contiguous()
         self.dA = torch.zeros_like(self.A)
         self.dt_softplus = dt_softplus
 

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import chunked
-from sinuous.kernels.torch.chunked import LOWEST, Recurrence, State, Tensors, working_dtype
+from sinuous.kernels.torch.chunked import LOWEST, Recurrence, State, Tensors
 
 
 class _Cell(NamedTuple):
@@ -207,7 +208,7 @@ def _arguments(
     gates: Tensor, R: Tensor, bias: Tensor, initial: Tensors, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, list[Tensor | None], State]:
     """Gates with heads before gates, as are the parameters, and the initial states."""
-    dtype = working_dtype(gates)
+    dtype = working_dtype(gates.dtype)
     sequences = gates.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     zeros = gates.new_zeros(sequences, *gates.shape[3:], dtype=dtype)
     by_head = [t.to(dtype).transpose(0, 1) for t in (R, bias)]

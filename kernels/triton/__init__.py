@@ -10,11 +10,12 @@ import os
 
 import torch
 
+from sinuous.kernels.precision import is_double
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 """Whether kernels run in Triton's interpreter. Triton reads the variable when a kernel is decorated: set it first."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
-_DOUBLE = (torch.float64, torch.complex128)
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -28,7 +29,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         )
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton"
-    if device.type == "cuda" and torch.version.hip is not None and dtype in _DOUBLE:
+    if device.type == "cuda" and torch.version.hip is not None and is_double(dtype):
         # In float64 the compiler reads the scratch memory of a backward pass in another layout than it wrote it in, and
         # a barrier on AMD does not wait for stores to memory.
         return "the Triton kernels do not take float64 and complex128 on AMD GPUs"

@@ -17,11 +17,12 @@ import torch
 import triton
 from torch import Tensor
 
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import additive_decay as plain
 from sinuous.kernels.triton import INTERPRETED, linear_scan
 from sinuous.kernels.triton.additive_decay_kernels import carry_sums, share_out
 from sinuous.kernels.triton.gla import Decaying
-from sinuous.kernels.triton.matrix_states import Call, working_dtype
+from sinuous.kernels.triton.matrix_states import Call
 from sinuous.kernels.triton.packing import on_device, packed_steps
 
 
@@ -55,7 +56,7 @@ def _softmax(
     chunk_size: int,
     shares: bool,
 ) -> Softmax:
-    dtype = working_dtype(k)
+    dtype = working_dtype(k.dtype)
     half = k.dtype == torch.bfloat16 and not INTERPRETED  # the interpreter truncates what it stores in it
     weights = torch.empty_like(k, dtype=k.dtype if half else dtype)
     call = Call.of(weights, v, cu_seqlens, scale, reverse, chunk_size)

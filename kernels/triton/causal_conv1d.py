@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sinuous.kernels.triton.packing import ACCUMULATOR, bounds_of, on_device, packed_steps
+from sinuous.kernels.precision import working_dtype
+from sinuous.kernels.triton.packing import accumulator, bounds_of, on_device, packed_steps
 
 STEPS, CHANNELS = 32, 64
 """Steps and channels of a tile."""
@@ -219,7 +220,7 @@ def forward(
     bias, initial, bounds = (None if t is None else t.contiguous() for t in (bias, initial_state, cu_seqlens))
     y = torch.empty_like(x)
     final = torch.empty(count, taps - 1, width, dtype=x.dtype, device=x.device)
-    block = {"W": taps, "BD": CHANNELS, "ACC": ACCUMULATOR.get(x.dtype, tl.float32)} | OPTIONS
+    block = {"W": taps, "BD": CHANNELS, "ACC": accumulator(x.dtype)} | OPTIONS
     form = {"STATEFUL": initial is not None, "PACKED": bounds is not None, "REVERSE": reverse}
     channel_blocks = triton.cdiv(width, CHANNELS)
     with on_device(x):
@@ -254,16 +255,16 @@ def backward(
     bias, initial, bounds = (None if t is None else t.contiguous() for t in (bias, initial_state, cu_seqlens))
     grad_y = torch.zeros_like(x) if grads[0] is None else grads[0].contiguous()
     grad_final = x.new_zeros(count, taps - 1, width) if grads[1] is None else grads[1].contiguous()
-    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = working_dtype(x.dtype)
     tiles = batch * triton.cdiv(length, STEPS)
 
     def empty(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=accumulator, device=x.device)
+        return torch.empty(sizes, dtype=wide, device=x.device)
 
     dx, dinitial = torch.empty_like(x), None if initial is None else torch.empty_like(initial)
     grad_pre = empty(*x.shape) if silu else grad_y
     dweight, dbias = empty(tiles, taps, width), None if bias is None else empty(tiles, width)
-    block = {"W": taps, "BD": CHANNELS, "ACC": ACCUMULATOR.get(x.dtype, tl.float32)} | OPTIONS
+    block = {"W": taps, "BD": CHANNELS, "ACC": accumulator(x.dtype)} | OPTIONS
     form = {"PACKED": bounds is not None, "REVERSE": reverse}
     channel_blocks = triton.cdiv(width, CHANNELS)
     with on_device(x):

@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sinuous.kernels.triton.packing import ACCUMULATOR, on_device, packed_steps
+from sinuous.kernels.precision import working_dtype
+from sinuous.kernels.triton.packing import accumulator, on_device, packed_steps
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -326,7 +327,7 @@ def forward(
     """`(y, final_state, chunk_states)`; without A the step is Longhorn's."""
     batch, length, width = u.shape
     state = B.shape[-1]
-    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    dtype = working_dtype(u.dtype)
     chunks = triton.cdiv(length, chunk_size)
     count = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is None:
@@ -346,7 +347,7 @@ def forward(
     marks = None if cu_seqlens is None else boundaries(cu_seqlens, length, chunk_size, reverse)
     shape = blocks(width, groups, state, 512)
     block = {"N": state, "BD": shape.channels, "BN": shape.state, "CHUNK": chunk_size, **shape.options}
-    fixed = {"IMPLICIT": A is None, "PACKED": marks is not None, "ACC": ACCUMULATOR.get(u.dtype, tl.float32)}
+    fixed = {"IMPLICIT": A is None, "PACKED": marks is not None, "ACC": accumulator(u.dtype)}
     steps = {"GROUPS": groups, "SOFTPLUS": dt_softplus, "BIASED": dt_bias is not None, "REVERSE": reverse}
     starts, stops, cut = (None, None, None) if marks is None else (marks.starts, marks.stops, marks.chunk_starts)
     serial = chunks == 1 or batch * shape.total >= SERIAL_PROGRAMS

@@ -35,7 +35,7 @@ from sinuous.kernels.triton.channel_states import (
     step_size,
     store_passed,
 )
-from sinuous.kernels.triton.packing import ACCUMULATOR, on_device
+from sinuous.kernels.triton.packing import accumulator, on_device
 
 LN_2 = tl.constexpr(0.6931471805599453)
 SUB = 16
@@ -274,7 +274,7 @@ def backward(
 
     shape = blocks(width, groups, state, 256)
     block = {"N": state, "BD": shape.channels, "BN": shape.state, "CHUNK": chunk_size, **shape.options}
-    fixed = {"IMPLICIT": A is None, "PACKED": marks is not None, "ACC": ACCUMULATOR.get(u.dtype, tl.float32)}
+    fixed = {"IMPLICIT": A is None, "PACKED": marks is not None, "ACC": accumulator(u.dtype)}
     steps = {"GROUPS": groups, "SOFTPLUS": dt_softplus, "BIASED": dt_bias is not None, "REVERSE": reverse}
     steps["GATED"] = z is not None
     slots = max(1, min(batch * chunks, triton.cdiv(PROGRAMS, shape.total)))

@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.triton.channel_states import SERIAL_PROGRAMS, boundaries
-from sinuous.kernels.triton.packing import on_device
+from sinuous.kernels.triton.packing import accumulator, on_device
 
 CHANNELS = 64
 """Channels of a program, two for each thread of its warp. A single warp needs no barrier to read what it wrote."""
@@ -301,7 +302,7 @@ class _Call:
         chunk_size: int,
     ) -> None:
         self.batch, self.length, self.width = x.shape
-        self.dtype, self.device = torch.promote_types(x.dtype, torch.float32), x.device
+        self.dtype, self.device = working_dtype(x.dtype), x.device
         count = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.states = (count, self.width)
         self.chunks, self.blocks = triton.cdiv(self.length, chunk_size), triton.cdiv(self.width, CHANNELS)
@@ -313,13 +314,12 @@ class _Call:
         self.stops: Tensor | None = None
         if cu_seqlens is not None:
             self.starts, self.stops, *_ = boundaries(cu_seqlens, self.length, chunk_size, reverse)
-        accumulator = tl.float64 if self.dtype in (torch.float64, torch.complex128) else tl.float32
         self.carry: dict[str, Any] = {
             "BD": CHANNELS,
             "CHUNK": chunk_size,
             "COMPLEX": x.is_complex(),
             "PACKED": cu_seqlens is not None,
-            "ACC": accumulator,
+            "ACC": accumulator(x.dtype),
             **OPTIONS,
         }
         self.steps = {"CONSTANT": a.ndim == 1, "RESETS": reset is not None, "REVERSE": reverse, **self.carry}

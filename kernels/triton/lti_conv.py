@@ -10,16 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import lti_conv as plain
-from sinuous.kernels.torch.chunked import working_dtype
 from sinuous.kernels.torch.differentiation import autograd_inside_an_op
 from sinuous.kernels.torch.discretization import conj, discretize, plus_one, times
 from sinuous.kernels.triton.channel_states import SERIAL_PROGRAMS, Boundaries, blocks, boundaries
 from sinuous.kernels.triton.lti_conv_kernels import adjoint_sums, carry_chunks, chunk_ends, forward_sums, outputs
-from sinuous.kernels.triton.packing import ACCUMULATOR, on_device
+from sinuous.kernels.triton.packing import accumulator, on_device
 
 CHUNK = 64
 PROGRAMS = 2048
@@ -49,7 +48,7 @@ class _Call:
     ) -> None:  # fmt: skip
         self.batch, self.length, self.width = u.shape
         self.modes = exact.factor.shape[1]
-        self.dtype, self.device, self.exact = working_dtype(u), u.device, exact
+        self.dtype, self.device, self.exact = working_dtype(u.dtype), u.device, exact
         self.count = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.chunks = triton.cdiv(self.length, CHUNK)
         self.u = u.contiguous()
@@ -59,7 +58,7 @@ class _Call:
         self.marks: Boundaries | None = None
         if cu_seqlens is not None:
             self.marks = boundaries(cu_seqlens, self.length, CHUNK, reverse)
-        self.form = {"PACKED": cu_seqlens is not None, "ACC": ACCUMULATOR.get(u.dtype, tl.float32)}
+        self.form = {"PACKED": cu_seqlens is not None, "ACC": accumulator(u.dtype)}
         self.reverse = reverse
 
     @property

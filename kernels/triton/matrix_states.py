@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.triton import INTERPRETED
 from sinuous.kernels.triton.matrix_state_kernels import carry_states, read_states, side_gradients
-from sinuous.kernels.triton.packing import ACCUMULATOR, on_device
+from sinuous.kernels.triton.packing import accumulator, on_device
 
 DOT = {torch.float16: tl.float16, torch.bfloat16: tl.float32 if INTERPRETED else tl.bfloat16}
 """dtype of the factors of a matrix product by the dtype of the input. The interpreter holds bfloat16 as integers and
@@ -25,16 +26,12 @@ HEADS = 16
 """Heads that a program of a kernel over gates takes."""
 
 
-def working_dtype(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
-
-
 def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
     """How kernels compute with inputs of `dtype`. NVIDIA's tensor cores round float32 to ten bits unless told to take
     three products; AMD's compute it as it is."""
     precision = "ieee" if torch.version.hip is not None or dtype == torch.float64 else "tf32x3"
-    accumulator = ACCUMULATOR.get(dtype, tl.float32)
-    return {"ACC": accumulator, "DOT": DOT.get(dtype, accumulator), "PRECISION": precision}
+    wide = accumulator(dtype)
+    return {"ACC": wide, "DOT": DOT.get(dtype, wide), "PRECISION": precision}
 
 
 def tiles(kernel: object, dtype: torch.dtype, keys: int, values: int, shared: bool) -> dict[str, int]:
@@ -113,7 +110,7 @@ class Call(NamedTuple):
         sizes = {"R": heads // groups, "K": keys, "V": values, "SCALE": keys**-0.5 if scale is None else scale}
         return cls(
             batch, length, batch if cu_seqlens is None else cu_seqlens.shape[0] - 1, heads, groups, keys, values,
-            working_dtype(q), table, count, None if cu_seqlens is None else cu_seqlens.contiguous(), form,
+            working_dtype(q.dtype), table, count, None if cu_seqlens is None else cu_seqlens.contiguous(), form,
             {**form, **sizes, **arithmetic(q.dtype)}, q.dtype,
         )  # fmt: skip
 

@@ -11,8 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ACCUMULATOR = {torch.float64: tl.float64}
-"""dtype of the arithmetic in a kernel by the dtype of its input; float32 for all others."""
+from sinuous.kernels.precision import is_double
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """dtype of the arithmetic in a kernel whose inputs have `dtype`; that of their real parts."""
+    return tl.float64 if is_double(dtype) else tl.float32
 
 
 class Steps(NamedTuple):

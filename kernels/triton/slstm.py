@@ -14,8 +14,9 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import slstm as plain
-from sinuous.kernels.triton.matrix_states import arithmetic, working_dtype
+from sinuous.kernels.triton.matrix_states import arithmetic
 from sinuous.kernels.triton.packing import on_device, packed_steps
 from sinuous.kernels.triton.slstm_kernels import CELLS, memories, walk, walk_back
 
@@ -62,7 +63,7 @@ class _Call:
         cell: str, reverse: bool,
     ) -> None:  # fmt: skip
         self.batch, self.length, _, self.heads, self.units = gates.shape
-        self.width, self.dtype, self.device = self.heads * self.units, working_dtype(gates), gates.device
+        self.width, self.dtype, self.device = self.heads * self.units, working_dtype(gates.dtype), gates.device
         self.bounds = None if cu_seqlens is None else cu_seqlens.contiguous()
         self.count = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.gates = gates.contiguous()
