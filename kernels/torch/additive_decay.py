@@ -2,9 +2,9 @@
 
 Weights between steps are Σ_d q_id f_jd exp(k_jd - z_id) with z_i ≥ k_j for all j ≤ i, a product of two matrices only
 after the exponential is taken apart, exp(r - z_i) exp(k_j - r). z does not fall, so with r in the middle of what it
-passes in a chunk both parts stay below exp(30) as long as no channel of z rises by more than 60 after the first step;
-a chunk in which one does is passed in two halves, and so on down to single steps. What underflows has a share of less
-than exp(-50) in its softmax.
+passes in a segment both parts stay below exp(30) as long as no channel of z rises by more than 60 after the first step;
+a segment in which one does is halved, and halved again, down to single steps. A key that underflows has a share of
+less than exp(-50) in its softmax.
 
 Gradients: z enters y_i as exp(-z_i) only, so that dL/dz_i = -q_i ⊙ dL/dq_i, and likewise -Σ_v S ⊙ dL/dS at the end.
 """
@@ -24,11 +24,11 @@ from sinuous.kernels.torch.chunked import LOWEST, Recurrence, State, Tensors
 from sinuous.kernels.torch.packing import rows
 
 SMALLEST_SUM = 1e-290
-"""Below it, a sum of exponentials that was taken relative to the largest of a chunk has lost digits."""
+"""Bound below which a sum of exponentials, taken relative to the largest of a segment, has lost digits."""
 
 
-class _Piece(NamedTuple):
-    """Steps that are passed at once, with the exponentials that they need."""
+class AdditiveDecaySegment(NamedTuple):
+    """A segment's inputs and the exponentials that it needs."""
 
     q: Tensor  # [B,H,c,K]
     v: Tensor  # [B,H,c,V]
@@ -42,7 +42,7 @@ class _Piece(NamedTuple):
 
 
 def _running(z: Tensor, k: Tensor) -> Tensor:
-    """z after each step, `[B, H, c, K]`, in float64, since differences of long sums are all that is used of it."""
+    """z after each step, `[B, H, c, K]`, in float64, since only differences of long sums are used of it."""
     logs = torch.cat([z[:, :, None].double(), k.double()], 2)
     top = logs.amax(2, keepdim=True).clamp_min(LOWEST)
     sums = (logs - top).exp_().cumsum(2)[:, :, 1:]
@@ -51,7 +51,7 @@ def _running(z: Tensor, k: Tensor) -> Tensor:
     return sums.log_().add_(top)
 
 
-def _piece(state: State, inputs: Tensors) -> _Piece:
+def _segment(state: State, inputs: Tensors) -> AdditiveDecaySegment:
     (_, z), (q, k, v, factor, zs, _) = state, inputs
     assert q is not None
     assert k is not None
@@ -60,7 +60,7 @@ def _piece(state: State, inputs: Tensors) -> _Piece:
     floored = zs.clamp_min(LOWEST)
     start, end = z[:, :, None], floored[:, :, -1:]
     middle = (floored[:, :, :1] + end) / 2
-    return _Piece(
+    return AdditiveDecaySegment(
         q,
         v,
         factor,
@@ -77,17 +77,17 @@ def _times(t: Tensor, factor: Tensor | None) -> Tensor:
     return t if factor is None else t * factor
 
 
-def _forward_of_piece(state: State, inputs: Tensors, parameters: Tensors, scale: float) -> tuple[Tensor, State]:
-    (S, _), p = state, _piece(state, inputs)
+def _forward_segment(state: State, inputs: Tensors, parameters: Tensors, scale: float) -> tuple[Tensor, State]:
+    (S, _), p = state, _segment(state, inputs)
     weights = ((p.q * p.after) @ _times(p.before, p.factor).mT).tril_()
     y = (weights @ p.v + (p.q * p.since_start) @ S).mul_(scale)
     return y, (p.total[..., None] * S + _times(p.share, p.factor).mT @ p.v, p.z)
 
 
-def _backward_of_piece(
+def _backward_segment(
     state: State, inputs: Tensors, parameters: Tensors, dy: Tensor, dstate: State, scale: float
 ) -> tuple[State, Tensors, Tensors]:
-    (S, _), (dS, dz), p = state, dstate, _piece(state, inputs)
+    (S, _), (dS, dz), p = state, dstate, _segment(state, inputs)
     queries, before, share = p.q * p.after, _times(p.before, p.factor), _times(p.share, p.factor)
     dy = dy * scale
     dweights = (dy @ p.v.mT).tril_()
@@ -95,7 +95,7 @@ def _backward_of_piece(
     dq = (dweights @ before) * p.after + (dy @ S.mT) * p.since_start
     inside, at_end = dweights.mT @ queries, p.v @ dS.mT
     dfactor = None if p.factor is None else inside * p.before + at_end * p.share
-    # Of z at the end, which scales the state there and all that follows.
+    # The gradient of z at the end, which scales the state there and all that follows.
     dend = dz - p.total * (S * dS).sum(-1) - (share * at_end).sum(2)
     dzs = -p.q * dq
     through_z = (p.after * dzs).flip(2).cumsum(2).flip(2) * p.before + p.share * dend[:, :, None]
@@ -118,24 +118,24 @@ def _with_z(state: State, inputs: Tensors) -> tuple[State, Tensors]:
 
 def _recurrence(scale: float) -> Recurrence:
     passes = Recurrence(
-        functools.partial(_forward_of_piece, scale=scale), functools.partial(_backward_of_piece, scale=scale)
+        functools.partial(_forward_segment, scale=scale), functools.partial(_backward_segment, scale=scale)
     )
-    pieces = chunked.in_pieces(passes, gate=5)
+    short = chunked.in_short_segments(passes, gate=5)
 
     def forward(state: State, inputs: Tensors, parameters: Tensors) -> tuple[Tensor, State]:
-        y, (S, z) = pieces.forward(*_with_z(state, inputs), parameters)
+        y, (S, z) = short.forward(*_with_z(state, inputs), parameters)
         return y, (S, z.to(S.dtype))
 
     def backward(
         state: State, inputs: Tensors, parameters: Tensors, dy: Tensor, dstate: State
     ) -> tuple[State, Tensors, Tensors]:
-        dstate, dinputs, _ = pieces.backward(*_with_z(state, inputs), parameters, dy, dstate)
+        dstate, dinputs, _ = short.backward(*_with_z(state, inputs), parameters, dy, dstate)
         return dstate, dinputs[:4], ()
 
     return Recurrence(forward, backward)
 
 
-def initial_memory(
+def initial_states(
     q: Tensor, v: Tensor, initial_S: Tensor | None, initial_z: Tensor | None, cu_seqlens: Tensor | None
 ) -> State:
     """S `[sequences, H, K, V]` and z `[sequences, H, K]` before the first step; S is 0 where z is -inf."""
@@ -147,7 +147,7 @@ def initial_memory(
     return initial_S.to(dtype).masked_fill(torch.isneginf(z)[..., None], 0), z
 
 
-class _Whole(NamedTuple):
+class AdditiveDecaySequence(NamedTuple):
     """One sequence, or a batch of them, passed at once, head-major and in the precision of the state."""
 
     q: Tensor  # [B,H,T,K]
@@ -162,7 +162,7 @@ def _sequences(length: int, cu_seqlens: Tensor | None) -> list[tuple[int, slice]
     return [(n, slice(a, b)) for n, (a, b) in enumerate(itertools.pairwise(bounds))]
 
 
-def _whole(inputs: Tensors, place: slice, z: Tensor) -> tuple[_Whole, Tensor]:
+def _sequence(inputs: Tensors, place: slice, z: Tensor) -> tuple[AdditiveDecaySequence, Tensor]:
     """The steps at `place`, begun with z, and z after them, in float64."""
     q, k, v, factor = (None if t is None else t[:, place].transpose(1, 2).to(z.dtype) for t in inputs)
     assert q is not None
@@ -172,16 +172,16 @@ def _whole(inputs: Tensors, place: slice, z: Tensor) -> tuple[_Whole, Tensor]:
     after = torch.cat([before[:, :, None], k.double()], 2).logsumexp(2)
     end = after.clamp_min(LOWEST)
     share = (k - end[:, :, None]).to(z.dtype).exp_()
-    return _Whole(q, v, factor, share, (before - end).to(z.dtype).exp_()), after
+    return AdditiveDecaySequence(q, v, factor, share, (before - end).to(z.dtype).exp_()), after
 
 
-def _forward_of_whole(
+def _forward_sequences(
     inputs: Tensors, initial: State, y: Tensor, scale: float, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, State]:
     final = tuple(t.clone() for t in initial)
     for n, place in _sequences(y.shape[1], cu_seqlens):
         S, z = (rows(t, n, cu_seqlens) for t in initial)
-        w, z = _whole(inputs, place, z)
+        w, z = _sequence(inputs, place, z)
         S = w.total[..., None] * S + _times(w.share, w.factor).mT @ w.v
         y[:, place] = ((w.q @ S) * scale).transpose(1, 2)
         for t, new in zip(final, (S, z), strict=True):
@@ -189,7 +189,7 @@ def _forward_of_whole(
     return y, final
 
 
-def _backward_of_whole(
+def _backward_sequences(
     grads: Tensors, inputs: Tensors, initial: State, final_S: Tensor, scale: float, cu_seqlens: Tensor | None
 ) -> tuple[list[Tensor | None], State]:
     dy, *dfinal = grads
@@ -201,16 +201,16 @@ def _backward_of_whole(
     assert like is not None
     for n, place in _sequences(like.shape[1], cu_seqlens):
         S_before, z_before, S, dS, dz = (rows(t, n, cu_seqlens) for t in (*initial, final_S, *dinitial))
-        w, _ = _whole(inputs, place, z_before)
+        w, _ = _sequence(inputs, place, z_before)
         dread = torch.zeros_like(w.v) if dy is None else dy[:, place].transpose(1, 2).to(S.dtype) * scale
         dS_all = dS + w.q.mT @ dread
         dend = dz - (S * dS_all).sum(-1)
         at_end, share = w.v @ dS_all.mT, _times(w.share, w.factor)
         dfactor = None if w.factor is None else at_end * w.share
-        found = (dread @ S.mT, at_end * share + w.share * dend[:, :, None], share @ dS_all, dfactor)
-        for t, piece in zip(dinputs, found, strict=True):
-            if t is not None and piece is not None:
-                t[:, place] = piece.transpose(1, 2)
+        gradients = (dread @ S.mT, at_end * share + w.share * dend[:, :, None], share @ dS_all, dfactor)
+        for t, gradient in zip(dinputs, gradients, strict=True):
+            if t is not None and gradient is not None:
+                t[:, place] = gradient.transpose(1, 2)
         dS_before = w.total[..., None] * dS_all
         dz.copy_((S_before * dS_before).sum(-1) + w.total * dend)
         dS.copy_(dS_before)
@@ -230,17 +230,17 @@ def forward(
     reverse: bool,
     chunk_size: int,
 ) -> tuple[Tensor, ...]:
-    """`(y, S, z, kept_S, kept_z)`, where what is kept are the states at chunk starts, or the final ones if not causal;
-    see sinuous.core.ops.additive_decay."""
+    """`(y, S, z, kept_S, kept_z)`, the last two the states at chunk starts, or the final ones if not causal; see
+    sinuous.core.ops.additive_decay."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     inputs, y = (q, k, v, factor), torch.empty_like(v)
-    initial = initial_memory(q, v, initial_S, initial_z, cu_seqlens)
+    initial = initial_states(q, v, initial_S, initial_z, cu_seqlens)
     if causal:
-        y, final, kept = chunked.forward(_recurrence(scale), inputs, (), initial, y, cu_seqlens, reverse, chunk_size)
+        y, final, saved = chunked.forward(_recurrence(scale), inputs, (), initial, y, cu_seqlens, reverse, chunk_size)
     else:
-        y, final = _forward_of_whole(inputs, initial, y, scale, cu_seqlens)
-        kept = tuple(t.clone() for t in final)
-    return y, *final, *kept
+        y, final = _forward_sequences(inputs, initial, y, scale, cu_seqlens)
+        saved = tuple(t.clone() for t in final)
+    return y, *final, *saved
 
 
 def backward(
@@ -261,14 +261,24 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, factor, initial_S and initial_z."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    inputs, kept = (q, k, v, factor), (kept_S, kept_z)
-    initial = initial_memory(q, v, initial_S, initial_z, cu_seqlens)
+    inputs, saved = (q, k, v, factor), (kept_S, kept_z)
+    initial = initial_states(q, v, initial_S, initial_z, cu_seqlens)
     if causal:
         dinputs, _, (dS, dz) = chunked.backward(
-            _recurrence(scale), inputs, (), initial, kept, grads[0], grads[1:], cu_seqlens, reverse, chunk_size, value=2
+            _recurrence(scale),
+            inputs,
+            (),
+            initial,
+            saved,
+            grads[0],
+            grads[1:],
+            cu_seqlens,
+            reverse,
+            chunk_size,
+            value=2,
         )
     else:
-        dinputs, (dS, dz) = _backward_of_whole(grads, inputs, initial, kept_S, scale, cu_seqlens)
+        dinputs, (dS, dz) = _backward_sequences(grads, inputs, initial, kept_S, scale, cu_seqlens)
     if initial_S is not None:
         dS = dS.masked_fill(torch.isneginf(initial[1])[..., None], 0)
     return [*dinputs, None if initial_S is None else dS, None if initial_z is None else dz]

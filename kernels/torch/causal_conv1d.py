@@ -16,17 +16,17 @@ from sinuous.kernels.torch.packing import flip_sequences, flip_time, mirror, row
 def _sequences(
     x: Tensor, weight: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """For each sequence its place in time, and its inputs after the W-1 that precede it."""
+    """The place in time of each sequence, and its inputs with the W-1 that precede them."""
     tail = weight.shape[1] - 1
     edges = [0, x.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
     for n, (begin, end) in enumerate(itertools.pairwise(edges)):
-        piece = x[:, begin:end].to(weight.dtype)
+        inputs = x[:, begin:end].to(weight.dtype)
         past = (
-            piece.new_zeros(x.shape[0], tail, x.shape[2])
+            inputs.new_zeros(x.shape[0], tail, x.shape[2])
             if initial_state is None
             else rows(initial_state, n, cu_seqlens)
         )
-        yield slice(begin, end), torch.cat([past.to(weight.dtype), piece], 1)
+        yield slice(begin, end), torch.cat([past.to(weight.dtype), inputs], 1)
 
 
 def _filter(extended: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -75,8 +75,8 @@ def backward(
     dy, dfinal = grads
     if reverse:
         initial, bounds = flip_sequences(initial_state, cu_seqlens), mirror(cu_seqlens, x.shape[1])
-        given = (flip_time(dy), flip_sequences(dfinal, cu_seqlens))
-        dx, dweight, dbias, dinitial = backward(given, x.flip(1), weight, bias, initial, bounds, silu, False)
+        mirrored = (flip_time(dy), flip_sequences(dfinal, cu_seqlens))
+        dx, dweight, dbias, dinitial = backward(mirrored, x.flip(1), weight, bias, initial, bounds, silu, False)
         return [flip_time(dx), dweight, dbias, flip_sequences(dinitial, cu_seqlens)]
     dtype = working_dtype(x.dtype)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)

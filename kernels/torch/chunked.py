@@ -1,8 +1,8 @@
 """Recurrences whose state is made of matrices, in chunks of plain torch: the loop over time, written once for them all.
 
-A family gives two functions that pass one chunk. This module cuts time, carries the state, keeps it at chunk starts
-and runs the chunks from last to first for the gradients, so that time and memory are linear in T in both directions.
-Inside a chunk tensors are head-major, `[B, H, c, …]`, and in the precision of the state.
+A family gives two functions that pass one segment. This module cuts time, carries the state, keeps it at chunk starts
+and passes the segments from last to first for the gradients, so that time and memory are linear in T in both
+directions. Inside a segment tensors are head-major, `[B, H, c, …]`, and in the precision of the state.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ NARROW = 80.0
 """Width of a range of exponents that fp32 passes in two factors: e^±40 each and their product are normal numbers."""
 
 LARGEST_RANGE = 60.0
-"""Of the sums G of logarithms of decays per channel within what `in_pieces` passes at once. With a reference r in the
-middle exp(G - r) stays within exp(±30), and what is masked reaches exp(60): both far from overflow."""
+"""Greatest fall of the sums G of logarithms of decays in a channel of a segment. With a reference r in the middle
+exp(G - r) stays within exp(±30), and masked entries reach exp(60): both far from overflow."""
 
 LOWEST = -1e30
-"""Bound from below of a stabiliser m, so that e^{x - m} is 0 and not NaN where both are -inf."""
+"""Lower bound of a stabiliser m, so that e^{x - m} is 0 and not NaN where both are -inf."""
 
 
 class Recurrence(NamedTuple):
-    """How a family passes one chunk.
+    """A family's passes over one segment.
 
     Attributes:
         forward: `(state, inputs, parameters) -> (y, state)`.
         backward: `(state, inputs, parameters, dy, dstate) -> (dstate, dinputs, dparameters)`, where `state` is the one
-            before the chunk, `dstate` the gradient of the one after it and, in the result, of the one before it.
+            before the segment, `dstate` the gradient of the one after it and, in the result, of the one before it.
     """
 
     forward: Callable[[State, Tensors, Tensors], tuple[Tensor, State]]
@@ -44,7 +44,7 @@ class Recurrence(NamedTuple):
 
 
 def initial_matrix(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> State:
-    """The one matrix `[sequences, H, K, V]` before the first step, contiguous, zeros if it is not given."""
+    """The one matrix `[sequences, H, K, V]` before the first step, contiguous; zeros where `initial_state` is None."""
     dtype = working_dtype(q.dtype)
     if initial_state is not None:
         return (initial_state.to(dtype).contiguous(),)
@@ -57,13 +57,13 @@ def _place(segment: Segment, length: int, reverse: bool) -> slice:
 
 
 def _read(t: Tensor, place: slice, dtype: torch.dtype, reverse: bool) -> Tensor:
-    piece = t[:, place].flip(1) if reverse else t[:, place]
-    return piece.transpose(1, 2).to(dtype).contiguous()
+    steps = t[:, place].flip(1) if reverse else t[:, place]
+    return steps.transpose(1, 2).to(dtype).contiguous()
 
 
-def _write(t: Tensor, place: slice, piece: Tensor, reverse: bool) -> None:
-    piece = piece.transpose(1, 2)
-    t[:, place] = piece.flip(1) if reverse else piece
+def _write(t: Tensor, place: slice, steps: Tensor, reverse: bool) -> None:
+    steps = steps.transpose(1, 2)
+    t[:, place] = steps.flip(1) if reverse else steps
 
 
 def forward(
@@ -76,7 +76,7 @@ def forward(
     reverse: bool,
     chunk_size: int,
 ) -> tuple[Tensor, State, State]:
-    """Fill `y`; returns it with the final state and the states at multiples of `chunk_size`, `[B, chunks, …]`.
+    """Fill `y`; return it with the final state and the states at multiples of `chunk_size`, `[B, chunks, …]`.
 
     Args:
         inputs: `[B, T, H, …]`.
@@ -88,20 +88,20 @@ def forward(
     bounds = mirror(cu_seqlens, length) if reverse else cu_seqlens
     initial = tuple(flip_sequences(t, cu_seqlens) if reverse else t for t in initial)
     final = tuple(t.clone() for t in initial)
-    state, kept = initial, [tuple(t.new_empty(y.shape[0], 0, *t.shape[1:]) for t in initial)]
+    state, chunk_states = initial, [tuple(t.new_empty(y.shape[0], 0, *t.shape[1:]) for t in initial)]
     for segment in segments(length, chunk_size, bounds):
         first, last, place = segment.first, segment.last, _place(segment, length, reverse)
         state = state if first is None else tuple(rows(t, first, bounds) for t in initial)
         if segment.start % chunk_size == 0:
-            kept.append(tuple(t.unsqueeze(1) for t in state))
-        pieces = [None if t is None else _read(t, place, dtype, reverse) for t in inputs]
-        output, state = recurrence.forward(state, pieces, parameters)
+            chunk_states.append(tuple(t.unsqueeze(1) for t in state))
+        segment_inputs = [None if t is None else _read(t, place, dtype, reverse) for t in inputs]
+        output, state = recurrence.forward(state, segment_inputs, parameters)
         _write(y, place, output, reverse)
         if last is not None:
             for t, new in zip(final, state, strict=True):
                 rows(t, last, bounds).copy_(new)
     final = tuple(flip_sequences(t, cu_seqlens) if reverse else t for t in final)
-    return y, final, tuple(torch.cat(parts, 1) for parts in zip(*kept, strict=True))
+    return y, final, tuple(torch.cat(parts, 1) for parts in zip(*chunk_states, strict=True))
 
 
 def backward(
@@ -109,7 +109,7 @@ def backward(
     inputs: Tensors,
     parameters: Tensors,
     initial: State,
-    kept: State,
+    chunk_states: State,
     dy: Tensor | None,
     dfinal: Tensors,
     cu_seqlens: Tensor | None,
@@ -130,7 +130,7 @@ def backward(
         torch.zeros_like(t) if d is None else d.to(dtype, copy=True) for t, d in zip(initial, dfinal, strict=True)
     )
     if reverse:
-        initial, dinitial = (tuple(flip_sequences(t, cu_seqlens) for t in part) for part in (initial, dinitial))
+        initial, dinitial = (tuple(flip_sequences(t, cu_seqlens) for t in states) for states in (initial, dinitial))
     dinputs = [None if t is None else torch.empty_like(t) for t in inputs]
     dparameters = [None if t is None else torch.zeros(t.shape, dtype=dtype, device=t.device) for t in parameters]
     carry = dinitial
@@ -139,20 +139,20 @@ def backward(
         if last is not None:
             carry = tuple(rows(t, last, bounds) for t in dinitial)
         if first is None:
-            state = tuple(t[:, segment.start // chunk_size] for t in kept)
+            state = tuple(t[:, segment.start // chunk_size] for t in chunk_states)
         else:
             state = tuple(rows(t, first, bounds) for t in initial)
-        pieces = [None if t is None else _read(t, place, dtype, reverse) for t in inputs]
-        read = pieces[value]
-        assert read is not None
-        output = torch.zeros_like(read) if dy is None else _read(dy, place, dtype, reverse)
-        carry, dpieces, dparts = recurrence.backward(state, pieces, parameters, output, carry)
-        for t, piece in zip(dinputs, dpieces, strict=True):
-            if t is not None and piece is not None:
-                _write(t, place, piece, reverse)
-        for t, part in zip(dparameters, dparts, strict=True):
-            if t is not None and part is not None:
-                t += part
+        segment_inputs = [None if t is None else _read(t, place, dtype, reverse) for t in inputs]
+        like_y = segment_inputs[value]
+        assert like_y is not None
+        output = torch.zeros_like(like_y) if dy is None else _read(dy, place, dtype, reverse)
+        carry, dsegment, dparameters_here = recurrence.backward(state, segment_inputs, parameters, output, carry)
+        for t, gradient in zip(dinputs, dsegment, strict=True):
+            if t is not None and gradient is not None:
+                _write(t, place, gradient, reverse)
+        for t, gradient in zip(dparameters, dparameters_here, strict=True):
+            if t is not None and gradient is not None:
+                t += gradient
         if first is not None:
             for t, new in zip(dinitial, carry, strict=True):
                 rows(t, first, bounds).copy_(new)
@@ -161,46 +161,46 @@ def backward(
     return dinputs, dparameters, dinitial
 
 
-def _pieces(log_decay: Tensor, start: int, stop: int) -> list[slice]:
-    """Of `[B, H, c, D]`: a chunk, or its halves and so on, such that no channel decays in one by more than exp(-60)."""
+def _short_segments(log_decay: Tensor, start: int, stop: int) -> list[slice]:
+    """Steps of `log_decay` `[B, H, c, D]` halved, and halved again, until no channel decays by more than exp(-60)."""
     # A NaN compares false: a row that has one does not change how the others are computed.
     if stop - start < 2 or not bool((log_decay[:, :, start:stop].sum(2) < -LARGEST_RANGE).any()):
         return [slice(start, stop)]
     middle = (start + stop) // 2
-    return _pieces(log_decay, start, middle) + _pieces(log_decay, middle, stop)
+    return _short_segments(log_decay, start, middle) + _short_segments(log_decay, middle, stop)
 
 
-def in_pieces(recurrence: Recurrence, gate: int) -> Recurrence:
-    """The same recurrence with a chunk passed in several pieces where a channel of `inputs[gate]`, logarithms of decays
-    `[B, H, c, D]`, decays in it by more than exp(-60); a single step may decay by whatever."""
+def in_short_segments(recurrence: Recurrence, gate: int) -> Recurrence:
+    """The same recurrence with a segment halved, and halved again, where a channel of `inputs[gate]`, logarithms of
+    decays `[B, H, c, D]`, decays in it by more than exp(-60). A single step may decay by any amount."""
 
     def cut(inputs: Tensors) -> tuple[list[slice], list[Tensors]]:
         log_decay = inputs[gate]
         assert log_decay is not None
-        places = _pieces(log_decay, 0, log_decay.shape[2])
+        places = _short_segments(log_decay, 0, log_decay.shape[2])
         if len(places) == 1:
             return places, [inputs]
         return places, [[None if t is None else t[:, :, place] for t in inputs] for place in places]
 
     def forward(state: State, inputs: Tensors, parameters: Tensors) -> tuple[Tensor, State]:
         outputs = []
-        for piece in cut(inputs)[1]:
-            y, state = recurrence.forward(state, piece, parameters)
+        for part in cut(inputs)[1]:
+            y, state = recurrence.forward(state, part, parameters)
             outputs.append(y)
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)), state
 
     def backward(
         state: State, inputs: Tensors, parameters: Tensors, dy: Tensor, dstate: State
     ) -> tuple[State, Tensors, Tensors]:
-        (places, pieces), states, found = cut(inputs), [state], []
-        for piece in pieces[:-1]:
-            states.append(recurrence.forward(states[-1], piece, parameters)[1])
-        for place, piece, before in zip(places[::-1], pieces[::-1], states[::-1], strict=True):
-            dstate, *gradients = recurrence.backward(before, piece, parameters, dy[:, :, place], dstate)
-            found.append(gradients)
-        if len(found) == 1:
-            return dstate, found[0][0], found[0][1]
-        dinputs, dparameters = zip(*found[::-1], strict=True)
+        (places, parts), states, gradients = cut(inputs), [state], []
+        for part in parts[:-1]:
+            states.append(recurrence.forward(states[-1], part, parameters)[1])
+        for place, part, before in zip(places[::-1], parts[::-1], states[::-1], strict=True):
+            dstate, *gradient = recurrence.backward(before, part, parameters, dy[:, :, place], dstate)
+            gradients.append(gradient)
+        if len(gradients) == 1:
+            return dstate, gradients[0][0], gradients[0][1]
+        dinputs, dparameters = zip(*gradients[::-1], strict=True)
         whole = [None if parts[0] is None else torch.cat(parts, 2) for parts in zip(*dinputs, strict=True)]
         total = [None if parts[0] is None else torch.stack(parts).sum(0) for parts in zip(*dparameters, strict=True)]
         return dstate, whole, total
@@ -209,7 +209,7 @@ def in_pieces(recurrence: Recurrence, gate: int) -> Recurrence:
 
 
 class Decays(NamedTuple):
-    """Products of decays inside a chunk of c steps; with G_i the sum of the logarithms up to step i, inclusive:
+    """Products of decays inside a segment of c steps; with G_i the sum of the logarithms up to step i, inclusive:
 
     between: exp(G_i - G_j) for i ≥ j and 0 above the diagonal, `[…, c, c]`;
     since_start: exp(G_i), `[…, c]`;
@@ -245,7 +245,7 @@ class _Sums(NamedTuple):
         return apart | (self.resets[..., :, None] != self.resets[..., None, :])
 
     def products(self, columns: Tensor, rows: Tensor, start: Tensor, apart: Tensor, dtype: torch.dtype) -> Decays:
-        """exp(column_j - row_i), exp(start - row_i) and exp(column_j - row_c), 0 where something lies between."""
+        """exp(column_j - row_i), exp(start - row_i) and exp(column_j - row_c), and 0 across a reset."""
         since_start, until_end = start - rows, columns - rows[..., -1:]
         if self.resets is not None:
             since_start = since_start.masked_fill(self.resets > 0, -torch.inf)
@@ -268,31 +268,31 @@ def _exp_of_differences(columns: Tensor, rows: Tensor, apart: Tensor, dtype: tor
 
 
 def decays(log_decay: Tensor) -> Decays:
-    """Products of `exp(log_decay)`, `[…, c]`, over the intervals of a chunk; -inf is an exact reset."""
-    found = _Sums.of(log_decay)
-    columns = -found.sums
-    return found.products(columns, columns, columns.new_zeros(()), found.apart(), log_decay.dtype)
+    """Products of `exp(log_decay)`, `[…, c]`, over the intervals of a segment; -inf is an exact reset."""
+    cumulated = _Sums.of(log_decay)
+    columns = -cumulated.sums
+    return cumulated.products(columns, columns, columns.new_zeros(()), cumulated.apart(), log_decay.dtype)
 
 
 def weighted_decays(log_decay: Tensor, log_weight: Tensor, start: Tensor | None) -> tuple[Decays, Tensor | None]:
     """Products of decays as above, times what each step j puts in, exp(log_weight_j), where j is summed over.
 
-    With the stabiliser m before the chunk in `start`, `[…]`, all of it is in units of e^m, whose running maximum
+    With the stabiliser m before the segment in `start`, `[…]`, all of it is in units of e^m, whose running maximum
     m_i = max(m_{i-1} + log_decay_i, log_weight_i), `[…, c]`, is the second result: then no product exceeds 1.
     """
-    found = _Sums.of(log_decay)
-    sums, apart = found.sums, found.apart()
+    cumulated = _Sums.of(log_decay)
+    sums, apart = cumulated.sums, cumulated.apart()
     columns = log_weight.double() - sums
     if start is None:
-        return found.products(columns, -sums, sums.new_zeros(()), apart, log_decay.dtype), None
+        return cumulated.products(columns, -sums, sums.new_zeros(()), apart, log_decay.dtype), None
     start = start.double()[..., None]
-    if found.resets is None:
+    if cumulated.resets is None:
         rows = torch.maximum(columns.cummax(-1).values, start)
     else:
         among = columns[..., None, :].masked_fill(apart, -torch.inf).amax(-1)
-        rows = torch.maximum(among, start.masked_fill(found.resets > 0, -torch.inf))
+        rows = torch.maximum(among, start.masked_fill(cumulated.resets > 0, -torch.inf))
     rows = rows.clamp_min_(LOWEST)
-    return found.products(columns, rows, start, apart, log_decay.dtype), (rows + sums).to(log_decay.dtype)
+    return cumulated.products(columns, rows, start, apart, log_decay.dtype), (rows + sums).to(log_decay.dtype)
 
 
 def decay_gradient(log_decay: Tensor, between: Tensor, since_start: Tensor, until_end: Tensor, total: Tensor) -> Tensor:
@@ -300,7 +300,7 @@ def decay_gradient(log_decay: Tensor, between: Tensor, since_start: Tensor, unti
 
     Args:
         between, since_start, until_end: `dE ⊙ E` for the fields of `Decays`.
-        total: the same of the whole chunk's decay, `[…]`.
+        total: the same of the whole segment's decay, `[…]`.
     """
     ends = between.sum(-1, dtype=torch.float64) - between.sum(-2, dtype=torch.float64) + since_start - until_end
     return gradient_of_sums(log_decay, ends, until_end.sum(-1, dtype=torch.float64) + total)

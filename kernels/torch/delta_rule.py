@@ -1,7 +1,7 @@
 """Delta rule in chunks of plain torch.
 
-What a chunk writes, ΔS = Kᵀ U, solves a triangular system (the WY or UT form): with E the products of decays, factors
-counted as steps of their own,
+The values U that a segment writes, ΔS = Kᵀ U, solve a triangular system (the WY or UT form): with E the products of
+decays, factors counted as steps of their own,
 
     (I + A) U = diag(β) (V - e^G K S_0),        A = stril(diag(β) (K Kᵀ ⊙ E))
     Y = scale · (e^G Q S_0 + (Q Kᵀ ⊙ E) U),     S_1 = e^{G_c} S_0 + (e^{G_c - G} K)ᵀ U
@@ -21,8 +21,8 @@ from sinuous.kernels.torch import chunked
 from sinuous.kernels.torch.chunked import Decays, Recurrence, State, Tensors, decay_gradient, decays
 
 
-class _Chunk(NamedTuple):
-    """A chunk of c steps with n factors each, m = c n rows in the order of time."""
+class DeltaRuleSegment(NamedTuple):
+    """A segment of c steps with n factors each, m = c n rows in the order of time."""
 
     q: Tensor  # [B,H,c,K]
     k: Tensor  # [B,H,m,K]
@@ -40,7 +40,7 @@ class _Chunk(NamedTuple):
     weights: Tensor  # [B,H,c,m], scale · Q Kᵀ ⊙ E
 
 
-def _chunk(state: State, inputs: Tensors, scale: float) -> _Chunk:
+def _segment(state: State, inputs: Tensors, scale: float) -> DeltaRuleSegment:
     q, k, v, beta, log_decay = inputs
     assert q is not None
     assert k is not None
@@ -48,17 +48,19 @@ def _chunk(state: State, inputs: Tensors, scale: float) -> _Chunk:
     assert beta is not None
     n = k.shape[3]
     k, v, beta = k.flatten(2, 3), v.flatten(2, 3), beta.flatten(2, 3).unsqueeze(-1)
-    found = decays(q.new_zeros(1, 1, q.shape[2]) if log_decay is None else log_decay)
-    since_start, until_end = (_per_factor(t, n).unsqueeze(-1) for t in (found.since_start, found.until_end))
-    between = _per_factor(_per_factor(found.between, n).mT, n).mT
+    products = decays(q.new_zeros(1, 1, q.shape[2]) if log_decay is None else log_decay)
+    since_start, until_end = (_per_factor(t, n).unsqueeze(-1) for t in (products.since_start, products.until_end))
+    between = _per_factor(_per_factor(products.between, n).mT, n).mT
     # Factors of one step have no decay between them; the triangle below takes the earlier ones only.
     between = between if n == 1 else torch.maximum(between, _same_step(q.shape[2], n, q))
     similarity = (k @ k.mT).mul_(between).tril_(-1)
     system = similarity * beta
     error = torch.addcmul(v, k @ state[0], since_start, value=-1)
     written = torch.linalg.solve_triangular(system, error * beta, upper=False, unitriangular=True)
-    weights = (q @ k.mT).mul_(_per_factor(found.between, n)).mul_(scale)
-    return _Chunk(q, k, v, beta, n, found, since_start, until_end, between, similarity, system, error, written, weights)
+    weights = (q @ k.mT).mul_(_per_factor(products.between, n)).mul_(scale)
+    return DeltaRuleSegment(
+        q, k, v, beta, n, products, since_start, until_end, between, similarity, system, error, written, weights
+    )
 
 
 def _per_factor(t: Tensor, n: int) -> Tensor:
@@ -71,45 +73,45 @@ def _same_step(length: int, n: int, like: Tensor) -> Tensor:
 
 
 def _forward(state: State, inputs: Tensors, parameters: Tensors, scale: float) -> tuple[Tensor, State]:
-    chunk, (S,) = _chunk(state, inputs, scale), state
-    E = chunk.decays
-    y = chunk.weights @ chunk.written
-    y.addcmul_(chunk.q @ S, E.since_start[..., None], value=scale)
-    S = E.since_start[..., -1:, None] * S + chunk.k.mT @ (chunk.until_end * chunk.written)
+    segment, (S,) = _segment(state, inputs, scale), state
+    E = segment.decays
+    y = segment.weights @ segment.written
+    y.addcmul_(segment.q @ S, E.since_start[..., None], value=scale)
+    S = E.since_start[..., -1:, None] * S + segment.k.mT @ (segment.until_end * segment.written)
     return y, (S,)
 
 
 def _backward(
     state: State, inputs: Tensors, parameters: Tensors, dy: Tensor, dstate: State, scale: float
 ) -> tuple[State, Tensors, Tensors]:
-    chunk, (S,), (dS,) = _chunk(state, inputs, scale), state, dstate
-    q, k, n, E = chunk.q, chunk.k, chunk.factors, chunk.decays
+    segment, (S,), (dS,) = _segment(state, inputs, scale), state, dstate
+    q, k, n, E = segment.q, segment.k, segment.factors, segment.decays
     per_step, total = (q.shape[2], n), E.since_start[..., -1:]
-    dwritten = torch.addcmul(chunk.weights.mT @ dy, k @ dS, chunk.until_end)
-    dright = torch.linalg.solve_triangular(chunk.system.mT, dwritten, upper=True, unitriangular=True)
-    derror = chunk.beta * dright
+    dwritten = torch.addcmul(segment.weights.mT @ dy, k @ dS, segment.until_end)
+    dright = torch.linalg.solve_triangular(segment.system.mT, dwritten, upper=True, unitriangular=True)
+    derror = segment.beta * dright
 
     # Through the system: its matrix, then the similarities of keys.
-    dsystem = -(dright @ chunk.written.mT).tril_(-1)
-    dbeta = (dright * chunk.error).sum(-1) + (dsystem * chunk.similarity).sum(-1)
-    dkeys = dsystem * chunk.between * chunk.beta
+    dsystem = -(dright @ segment.written.mT).tril_(-1)
+    dbeta = (dright * segment.error).sum(-1) + (dsystem * segment.similarity).sum(-1)
+    dkeys = dsystem * segment.between * segment.beta
     dk = dkeys @ k + dkeys.mT @ k
 
-    # Through what is read of the state at the start, by queries and by keys.
+    # Through the readouts of the state at the start, by queries and by keys.
     through_start = (dy @ S.mT).mul_(E.since_start[..., None]).mul_(scale)
-    errors_start = (derror @ S.mT).mul_(chunk.since_start).neg_()
+    errors_start = (derror @ S.mT).mul_(segment.since_start).neg_()
     dk += errors_start
 
     # Through the readout and the state at the end.
-    dweights = dy @ chunk.written.mT
-    through_end = (chunk.written @ dS.mT).mul_(chunk.until_end)
+    dweights = dy @ segment.written.mT
+    through_end = (segment.written @ dS.mT).mul_(segment.until_end)
     dk += through_end
     dlog_decay = None
     if inputs[4] is not None:
-        inside = (dsystem * chunk.system).unflatten(-1, per_step).sum(-1).unflatten(-2, per_step).sum(-2)
+        inside = (dsystem * segment.system).unflatten(-1, per_step).sum(-1).unflatten(-2, per_step).sum(-2)
         dlog_decay = decay_gradient(
             inputs[4],
-            inside + (dweights * chunk.weights).unflatten(-1, per_step).sum(-1),
+            inside + (dweights * segment.weights).unflatten(-1, per_step).sum(-1),
             (through_start * q).sum(-1) + (errors_start * k).sum(-1).unflatten(-1, per_step).sum(-1),
             (through_end * k).sum(-1).unflatten(-1, per_step).sum(-1),
             total.squeeze(-1) * (S * dS).sum((-2, -1)),
@@ -118,9 +120,9 @@ def _backward(
     dq = (dscores @ k).add_(through_start)
     dk += dscores.mT @ q
     dS = total[..., None] * dS + q.mT @ (E.since_start[..., None] * dy).mul_(scale)
-    dS -= k.mT @ (chunk.since_start * derror)
-    dpieces = (dq, *(t.unflatten(2, per_step) for t in (dk, derror, dbeta)), dlog_decay)
-    return (dS,), dpieces, ()
+    dS -= k.mT @ (segment.since_start * derror)
+    dinputs = (dq, *(t.unflatten(2, per_step) for t in (dk, derror, dbeta)), dlog_decay)
+    return (dS,), dinputs, ()
 
 
 def _recurrence(scale: float) -> Recurrence:
@@ -147,7 +149,7 @@ def forward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)`; see sinuous.core.ops.delta_rule."""
-    y, (final,), (kept,) = chunked.forward(
+    y, (final,), (chunk_states,) = chunked.forward(
         _recurrence(q.shape[-1] ** -0.5 if scale is None else scale),
         (q, *_factors_last(k, v, beta), log_decay),
         (),
@@ -157,7 +159,7 @@ def forward(
         reverse,
         chunk_size,
     )
-    return y, final, kept
+    return y, final, chunk_states
 
 
 def backward(

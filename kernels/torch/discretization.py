@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 TERMS = 6
-"""Of the series of sinh(z/2) / (z/2) where |z| < 1/2: the first that is left out is below 1e-19."""
+"""Terms of the series of sinh(z/2) / (z/2) where |z| < 1/2: the first that is left out is below 1e-19."""
 
 
-class System(NamedTuple):
+class DiscreteSystem(NamedTuple):
     """A discrete system of each channel: factor λ and input b `[D, M, 2]`; low rank p and q `[R, D, M, 2]`, or None."""
 
     factor: Tensor
@@ -70,8 +70,7 @@ def relative_expm1(z: Tensor) -> Tensor:
     square, series = inside * inside, one
     for n in range(TERMS, 0, -1):
         series = torch.addcmul(one, square, series, value=1 / (2 * n * (2 * n + 1)))
-    found = torch.where(small, torch.exp(inside) * series, (torch.exp(outside) - 1) / outside)
-    return torch.view_as_real(found)
+    return torch.view_as_real(torch.where(small, torch.exp(inside) * series, (torch.exp(outside) - 1) / outside))
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -79,14 +78,14 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return 2 * (a * b).sum((-2, -1))
 
 
-def zoh(dt: Tensor, A: Tensor, B: Tensor) -> System:
+def zoh(dt: Tensor, A: Tensor, B: Tensor) -> DiscreteSystem:
     """Zero-order hold: `λ = exp(ΔA)`, `b = (exp(ΔA) - 1) / A · B`; dt `[D]`, A and B `[D, M, 2]` or `[M, 2]`."""
     dt = dt[:, None, None]
     z = dt * A
-    return System(exp(z), dt * times(relative_expm1(z), B), None, None)
+    return DiscreteSystem(exp(z), dt * times(relative_expm1(z), B), None, None)
 
 
-def bilinear(dt: Tensor, A: Tensor, B: Tensor, P: Tensor | None) -> System:
+def bilinear(dt: Tensor, A: Tensor, B: Tensor, P: Tensor | None) -> DiscreteSystem:
     r"""Trapezoidal rule: `Ā = (1 - Δ/2 A)^{-1} (1 + Δ/2 A)`, `b = (1 - Δ/2 A)^{-1} Δ B`; P `[R, D or 1, M, 2]`.
 
     With `g = 1 / (1 - Δ/2 Λ)` and `G = (1 + Δ/2 P^* (g ⊙ P))^{-1}`, R×R and real, Woodbury's identity gives
@@ -96,7 +95,7 @@ def bilinear(dt: Tensor, A: Tensor, B: Tensor, P: Tensor | None) -> System:
     g = reciprocal(plus_one(-0.5 * dt * A))
     factor, b = plus_one(2 * g - 2 * exp(torch.zeros_like(g))), dt * times(g, B)
     if P is None:
-        return System(factor, b.expand_as(factor), None, None)
+        return DiscreteSystem(factor, b.expand_as(factor), None, None)
     scaled = times(g, P)
     inner = dot(P.unsqueeze(1), scaled.unsqueeze(0)).movedim(-1, 0)
     eye = torch.eye(P.shape[0], dtype=P.dtype, device=P.device)
@@ -104,11 +103,11 @@ def bilinear(dt: Tensor, A: Tensor, B: Tensor, P: Tensor | None) -> System:
     columns = G.permute(1, 2, 0)[..., None, None]
     p = dt * (scaled.unsqueeze(1) * columns).sum(0)
     q = times(conj(g), P)
-    return System(factor, b - 0.5 * dt * (p * dot(q, B)[..., None, None]).sum(0), p, q)
+    return DiscreteSystem(factor, b - 0.5 * dt * (p * dot(q, B)[..., None, None]).sum(0), p, q)
 
 
-def discretize(dt: Tensor, A: Tensor, B: Tensor, P: Tensor | None, discretization: str) -> System:
-    """By its name: `zoh`, for diagonal systems, or `bilinear`; P `[R, D, M, 2]`, `[R, M, 2]` or None."""
+def discretize(dt: Tensor, A: Tensor, B: Tensor, P: Tensor | None, discretization: str) -> DiscreteSystem:
+    """The discrete system by rule `zoh`, for diagonal ones, or `bilinear`; P `[R, D, M, 2]`, `[R, M, 2]` or None."""
     if discretization == "zoh":
         return zoh(dt, A, B)
     if P is not None and P.ndim == 3:

@@ -1,16 +1,16 @@
 """Diagonal plus low rank (DPLR) in chunks of plain torch.
 
 With G the sums of the logarithms of the decays, inclusive, Gx those up to the step before, and r in the middle of a
-chunk, so that e^r S_0 is the state in the units in which both sides are moderate,
+segment, so that e^r S_0 is the state in the units in which both sides are moderate,
 
-    left  = [q ⊙ e^{G - r};  a ⊙ e^{Gx - r}]          what reads
-    right = [k ⊙ e^{r - G};  b ⊙ e^{r - G}]           where it is written
+    left  = [q ⊙ e^{G - r};  a ⊙ e^{Gx - r}]          the readers
+    right = [k ⊙ e^{r - G};  b ⊙ e^{r - G}]           the writers
     [y / scale; U] = tril(left rightᵀ) [V; U] + left (e^r S_0)
     S_1 = e^r (e^r S_0 + rightᵀ [V; U])
 
 where a reads what is strictly earlier and q its own step too. U, what the rank-one parts write, solves a unit
-triangular system. A chunk in which a channel decays by more than exp(-60) is passed in several pieces; a single step
-needs no exponential but its own.
+triangular system. A segment in which a channel decays by more than exp(-60) is halved, and halved again; a single step
+needs no exponential but that of its decay.
 
 Source: the WY form of Yang et al. (arXiv 2406.06484), section 3, with decays taken apart as in (arXiv 2312.06635),
 section 4.3.
@@ -28,8 +28,8 @@ from sinuous.kernels.torch import chunked
 from sinuous.kernels.torch.chunked import Recurrence, State, Tensors
 
 
-class _Piece(NamedTuple):
-    """Steps that are passed at once."""
+class DPLRSegment(NamedTuple):
+    """The matrices of a segment, in the letters of the equations above."""
 
     after: Tensor  # [B,H,2c,K], e^{G - r} and e^{Gx - r}
     before: Tensor  # [B,H,c,K], e^{r - G}
@@ -43,7 +43,7 @@ class _Piece(NamedTuple):
 
 
 def _causal(weights: Tensor) -> Tensor:
-    """Zero where a step would see what is not yet written."""
+    """Zero the weights of a step on those that are written later."""
     c = weights.shape[-1] // 2
     for columns in (weights[..., :c], weights[..., c:]):
         columns[..., :c, :].tril_()
@@ -56,10 +56,10 @@ def _present(inputs: Tensors) -> list[Tensor]:
     return [t for t in inputs if t is not None]
 
 
-def _piece(state: State, inputs: Tensors) -> _Piece:
+def _segment(state: State, inputs: Tensors) -> DPLRSegment:
     q, k, v, log_decay, a, b = _present(inputs)
     c = q.shape[2]
-    # In float64, since differences of long sums are all that is used of them.
+    # In float64, since only differences of long sums are used of them.
     sums = log_decay.double().cumsum(2)
     middle = sums[:, :, -1:] / 2
     inclusive = (sums - middle).to(q.dtype).exp()
@@ -76,13 +76,13 @@ def _piece(state: State, inputs: Tensors) -> _Piece:
     written = torch.linalg.solve_triangular(-weights[:, :, c:, c:], rest.view_as(v), upper=False, unitriangular=True)
     values = torch.cat([v, written], 2)
     output = weights[:, :, :c] @ values + read[:, :, :c]
-    return _Piece(after, before, half, left, right, weights, start, values, output)
+    return DPLRSegment(after, before, half, left, right, weights, start, values, output)
 
 
 def _forward(state: State, inputs: Tensors, parameters: Tensors, scale: float) -> tuple[Tensor, State]:
     if _present(inputs)[0].shape[2] == 1:
         return _forward_step(state, inputs, scale)
-    p = _piece(state, inputs)
+    p = _segment(state, inputs)
     return p.output * scale, (p.half * (p.start + p.right.mT @ p.values),)
 
 
@@ -91,7 +91,7 @@ def _backward(
 ) -> tuple[State, Tensors, Tensors]:
     if dy.shape[2] == 1:
         return _backward_step(state, inputs, dy, dstate, scale)
-    p, c = _piece(state, inputs), dy.shape[2]
+    p, c = _segment(state, inputs), dy.shape[2]
     dend = p.half * dstate[0]
     dy = dy * scale
     dwritten = p.weights[:, :, :c, c:].mT @ dy + p.right[:, :, c:] @ dend
@@ -102,7 +102,7 @@ def _backward(
     dright = dweights.mT @ p.left + p.values @ dend.mT
     dv = p.weights[:, :, :, :c].mT @ dread + p.right[:, :, :c] @ dend
 
-    # Of G: at the readouts, at the steps that are written, and at the end, where it is that of the state there.
+    # The gradient of G: at the readouts, at the steps that are written, and at the end, through the state there.
     at_left, at_right = dleft * p.left, dright * p.right
     at_a = at_left[:, :, c:].double()
     ends = at_left[:, :, :c] + at_a - at_right[:, :, :c] - at_right[:, :, c:]
@@ -137,7 +137,7 @@ def _backward_step(
 def _recurrence(q: Tensor, scale: float | None) -> Recurrence:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     passes = Recurrence(functools.partial(_forward, scale=scale), functools.partial(_backward, scale=scale))
-    return chunked.in_pieces(passes, gate=3)
+    return chunked.in_short_segments(passes, gate=3)
 
 
 def forward(
@@ -154,7 +154,7 @@ def forward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)`; see sinuous.core.ops.dplr."""
-    y, (final,), (kept,) = chunked.forward(
+    y, (final,), (chunk_states,) = chunked.forward(
         _recurrence(q, scale),
         (q, k, v, log_decay, a, b),
         (),
@@ -164,7 +164,7 @@ def forward(
         reverse,
         chunk_size,
     )
-    return y, final, kept
+    return y, final, chunk_states
 
 
 def backward(

@@ -1,10 +1,10 @@
 """Linear recurrence with a decay per channel (GLA) in chunks of plain torch.
 
 With G the sum of the logarithms of the decays, weights between steps are Σ_d q_id k_jd exp(G_id - G_jd), a product of
-two matrices only after the exponential is taken apart, exp(G_i - r) exp(r - G_j). With r in the middle of a chunk both
-parts stay within exp(±30) as long as no channel decays by more than exp(-60) in it; a chunk that does is passed in
-several pieces, down to single steps, which need no exponential. Every product is then exact to rounding, and a reset
-(-inf) is nothing special.
+two matrices only after the exponential is taken apart, exp(G_i - r) exp(r - G_j). With r in the middle of a segment
+both parts stay within exp(±30) as long as no channel decays by more than exp(-60) in it; a segment in which one does
+is halved, and halved again, down to single steps, which need no exponential. Every product is then exact to rounding,
+and a reset (-inf) is nothing special.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from sinuous.kernels.torch import chunked
 from sinuous.kernels.torch.chunked import Recurrence, State, Tensors
 
 
-class _Piece(NamedTuple):
-    """Steps that are passed at once, with the decays that they need; D is K, or V where values decay."""
+class GLASegment(NamedTuple):
+    """A segment's inputs and the decays that it needs; D is K, or V where values decay."""
 
     q: Tensor  # [B,H,c,K]
     k: Tensor  # [B,H,c,K]
@@ -33,7 +33,7 @@ class _Piece(NamedTuple):
     total: Tensor  # [B,H,D]
 
 
-def _piece(inputs: Tensors, parameters: Tensors) -> _Piece:
+def _segment(inputs: Tensors, parameters: Tensors) -> GLASegment:
     q, k, v, log_decay = inputs
     assert q is not None
     assert k is not None
@@ -41,7 +41,7 @@ def _piece(inputs: Tensors, parameters: Tensors) -> _Piece:
     assert log_decay is not None
     (bonus,) = parameters
     dtype = log_decay.dtype
-    # In float64, since differences of long sums are all that is used of them.
+    # In float64, since only differences of long sums are used of them.
     step = log_decay.double()
     sums = step.cumsum(2)
     readout = sums if bonus is None else sums - step
@@ -54,16 +54,17 @@ def _piece(inputs: Tensors, parameters: Tensors) -> _Piece:
         middle = total / 2
         after, before = (readout - middle).to(dtype).exp(), (middle - sums).to(dtype).exp()
         since_start, until_end = readout.to(dtype).exp(), (total - sums).to(dtype).exp()
-    own = None if bonus is None else bonus.to(dtype).unsqueeze(1)
-    return _Piece(q, k, v, own, since_start, after, before, until_end, total.squeeze(2).to(dtype).exp())
+    bonus = None if bonus is None else bonus.to(dtype).unsqueeze(1)
+    return GLASegment(q, k, v, bonus, since_start, after, before, until_end, total.squeeze(2).to(dtype).exp())
 
 
 def _mask(weights: Tensor, bonus: Tensor | None) -> Tensor:
     return weights.tril_(0 if bonus is None else -1)
 
 
-def _log_decay_gradient(p: _Piece, at_readout: Tensor, at_step: Tensor, at_end: Tensor) -> Tensor:
-    """From the gradient of G at each readout, of G at each step, `[B, H, c, D]`, and of G at the end, `[B, H, D]`."""
+def _log_decay_gradient(p: GLASegment, at_readout: Tensor, at_step: Tensor, at_end: Tensor) -> Tensor:
+    """Gradient of log_decay from those of G at each readout and at each step, `[B, H, c, D]`, and at the end,
+    `[B, H, D]`."""
     ends = at_readout.double() + at_step
     ends[:, :, -1] += at_end
     gradient = ends.flip(2).cumsum(2).flip(2)
@@ -71,21 +72,21 @@ def _log_decay_gradient(p: _Piece, at_readout: Tensor, at_step: Tensor, at_end: 
     return gradient if p.bonus is None else gradient - at_readout
 
 
-def _own(p: _Piece, bonus: Tensor, scale: float) -> Tensor:
-    """What a step's own pair adds to its readout where there is a bonus, `[B, H, c, 1]`, to be multiplied by v."""
+def _bonus_weights(p: GLASegment, bonus: Tensor, scale: float) -> Tensor:
+    """Weights with which each step reads its own value through the bonus, `[B, H, c, 1]`."""
     return (p.q * bonus * p.k).sum(-1, keepdim=True) * scale
 
 
-def _forward_of_keys(S: Tensor, p: _Piece, scale: float) -> tuple[Tensor, Tensor]:
+def _forward_on_keys(S: Tensor, p: GLASegment, scale: float) -> tuple[Tensor, Tensor]:
     weights = _mask((p.q * p.after_middle) @ (p.k * p.before_middle).mT, p.bonus)
     y = (weights @ p.v + (p.q * p.since_start) @ S).mul_(scale)
     if p.bonus is not None:
-        y.addcmul_(_own(p, p.bonus, scale), p.v)
+        y.addcmul_(_bonus_weights(p, p.bonus, scale), p.v)
     return y, p.total[..., None] * S + (p.k * p.until_end).mT @ p.v
 
 
-def _backward_of_keys(
-    S: Tensor, p: _Piece, dy: Tensor, dS: Tensor, scale: float
+def _backward_on_keys(
+    S: Tensor, p: GLASegment, dy: Tensor, dS: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     queries, keys, dy_scaled = p.q * p.after_middle, p.k * p.before_middle, dy * scale
     dweights = _mask(dy_scaled @ p.v.mT, p.bonus)
@@ -98,22 +99,22 @@ def _backward_of_keys(
     dv = _mask(queries @ keys.mT, p.bonus).mT @ dy_scaled + (p.k * p.until_end) @ dS
     dbonus = None
     if p.bonus is not None:
-        own = (dy_scaled * p.v).sum(-1, keepdim=True)
-        dv.addcmul_(_own(p, p.bonus, scale), dy)
-        dq, dk = dq + own * p.bonus * p.k, dk + own * p.bonus * p.q
-        dbonus = (own * p.q * p.k).sum((0, 2))
+        dweight = (dy_scaled * p.v).sum(-1, keepdim=True)
+        dv.addcmul_(_bonus_weights(p, p.bonus, scale), dy)
+        dq, dk = dq + dweight * p.bonus * p.k, dk + dweight * p.bonus * p.q
+        dbonus = (dweight * p.q * p.k).sum((0, 2))
     dS = p.total[..., None] * dS + (p.q * p.since_start).mT @ dy_scaled
     return dq, dk, dv, dlog_decay, dS, dbonus
 
 
-def _forward_of_values(S: Tensor, p: _Piece, scale: float) -> tuple[Tensor, Tensor]:
+def _forward_on_values(S: Tensor, p: GLASegment, scale: float) -> tuple[Tensor, Tensor]:
     weights = _mask(p.q @ p.k.mT, None)
     y = (weights @ (p.v * p.before_middle)) * p.after_middle + (p.q @ S) * p.since_start
     return y.mul_(scale), p.total[..., None, :] * S + p.k.mT @ (p.v * p.until_end)
 
 
-def _backward_of_values(
-    S: Tensor, p: _Piece, dy: Tensor, dS: Tensor, scale: float
+def _backward_on_values(
+    S: Tensor, p: GLASegment, dy: Tensor, dS: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     dy = dy * scale
     values, dinside, dstart = p.v * p.before_middle, dy * p.after_middle, dy * p.since_start
@@ -131,8 +132,8 @@ def _backward_of_values(
 
 
 def _forward(state: State, inputs: Tensors, parameters: Tensors, scale: float, on_values: bool) -> tuple[Tensor, State]:
-    pass_ = _forward_of_values if on_values else _forward_of_keys
-    y, S = pass_(state[0], _piece(inputs, parameters), scale)
+    pass_ = _forward_on_values if on_values else _forward_on_keys
+    y, S = pass_(state[0], _segment(inputs, parameters), scale)
     return y, (S,)
 
 
@@ -145,8 +146,8 @@ def _backward(
     scale: float,
     on_values: bool,
 ) -> tuple[State, Tensors, Tensors]:
-    pass_ = _backward_of_values if on_values else _backward_of_keys
-    dq, dk, dv, dlog_decay, dS, dbonus = pass_(state[0], _piece(inputs, parameters), dy, dstate[0], scale)
+    pass_ = _backward_on_values if on_values else _backward_on_keys
+    dq, dk, dv, dlog_decay, dS, dbonus = pass_(state[0], _segment(inputs, parameters), dy, dstate[0], scale)
     return (dS,), (dq, dk, dv, dlog_decay), (dbonus,)
 
 
@@ -156,7 +157,7 @@ def _recurrence(q: Tensor, scale: float | None, on_values: bool) -> Recurrence:
         functools.partial(_forward, scale=scale, on_values=on_values),
         functools.partial(_backward, scale=scale, on_values=on_values),
     )
-    return chunked.in_pieces(passes, gate=3)
+    return chunked.in_short_segments(passes, gate=3)
 
 
 def forward(
@@ -173,7 +174,7 @@ def forward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)`; see sinuous.core.ops.gla."""
-    y, (final,), (kept,) = chunked.forward(
+    y, (final,), (chunk_states,) = chunked.forward(
         _recurrence(q, scale, on_values),
         (q, k, v, log_decay),
         (bonus,),
@@ -183,7 +184,7 @@ def forward(
         reverse,
         chunk_size,
     )
-    return y, final, kept
+    return y, final, chunk_states
 
 
 def backward(

@@ -72,7 +72,7 @@ def block_maps(source: Tensor, transition: Tensor, mark: Tensor) -> Tensor:
 
 
 class Blocks(NamedTuple):
-    """How a grid is cut: `nx · ny` blocks of `cx · cy` cells, the last ones filled up."""
+    """The cut of a grid: `nx · ny` blocks of `cx · cy` cells, the last ones filled up."""
 
     nx: int
     cx: int
@@ -87,8 +87,8 @@ class Blocks(NamedTuple):
             if fill is not None:
                 whole = whole + fill
             whole[:, : t.shape[1], : t.shape[2]] = t
-        found: Tensor = whole.unflatten(2, (self.ny, self.cy)).unflatten(1, (self.nx, self.cx)).movedim((1, 3), (0, 1))
-        return found
+        blocks: Tensor = whole.unflatten(2, (self.ny, self.cy)).unflatten(1, (self.nx, self.cx))
+        return blocks.movedim((1, 3), (0, 1))
 
     def nodes(self, t: Tensor) -> Tensor:
         """`[N, X, Y, D]` to `[nx, ny, N, nodes, D]`, x running fastest."""
@@ -96,9 +96,8 @@ class Blocks(NamedTuple):
 
     def uncut(self, t: Tensor, width: int, height: int) -> Tensor:
         """The inverse of `nodes`: `[N, X, Y, D]`."""
-        cells = t.unflatten(3, (self.cy, self.cx)).transpose(3, 4).movedim((0, 1), (1, 3))
-        found: Tensor = cells.flatten(3, 4).flatten(1, 2)[:, :width, :height]
-        return found
+        cells: Tensor = t.unflatten(3, (self.cy, self.cx)).transpose(3, 4).movedim((0, 1), (1, 3))
+        return cells.flatten(3, 4).flatten(1, 2)[:, :width, :height]
 
     def maps(self, source: Tensor, transition: Tensor, mark: Tensor) -> Tensor:
         """Gates `[N, X, Y, …]` to maps `[nx, ny, N, R, R]`; cells beyond the grid let edges pass straight."""
@@ -109,23 +108,23 @@ class Blocks(NamedTuple):
     def diagonals(self) -> list[tuple[slice, slice]]:
         """Blocks that pass together, from the first corner to the last: their x, and their y counted from the end,
         which rises with x."""
-        found = []
+        slices = []
         for d in range(self.nx + self.ny - 1):
             start, stop, shift = max(0, d - self.ny + 1), min(d + 1, self.nx), self.ny - 1 - d
-            found.append((slice(start, stop), slice(start + shift, stop + shift)))
-        return found
+            slices.append((slice(start, stop), slice(start + shift, stop + shift)))
+        return slices
 
     def by_diagonal(self, t: Tensor) -> tuple[Tensor, ...]:
-        """`[nx, ny, …]` to a piece for each diagonal."""
+        """`[nx, ny, …]` to a tensor for each diagonal."""
         order, sizes = self._order()
-        found: tuple[Tensor, ...] = t.flatten(0, 1).index_select(0, order.to(t.device)).split(sizes)
-        return found
+        diagonals: tuple[Tensor, ...] = t.flatten(0, 1).index_select(0, order.to(t.device)).split(sizes)
+        return diagonals
 
-    def from_diagonals(self, pieces: Sequence[Tensor]) -> Tensor:
+    def from_diagonals(self, diagonals: Sequence[Tensor]) -> Tensor:
         order, _ = self._order()
-        found: Tensor = torch.cat(list(pieces)).index_select(0, order.argsort().to(pieces[0].device))
-        found = found.unflatten(0, (self.nx, self.ny))
-        return found
+        blocks = torch.cat(list(diagonals)).index_select(0, order.argsort().to(diagonals[0].device))
+        by_place: Tensor = blocks.unflatten(0, (self.nx, self.ny))
+        return by_place
 
     def _order(self) -> tuple[Tensor, list[int]]:
         blocks = [
@@ -139,10 +138,10 @@ def cut_edges(t: Tensor, count: int, side: int) -> Tensor:
     """States `[N, edges, K, V]` to `[count, N, side, K, V]`, zeros beyond the grid."""
     whole = t.new_zeros(t.shape[0], count * side, *t.shape[2:])
     whole[:, : t.shape[1]] = t
-    found: Tensor = whole.unflatten(1, (count, side)).movedim(1, 0).contiguous()
-    return found
+    blocks: Tensor = whole.unflatten(1, (count, side)).movedim(1, 0)
+    return blocks.contiguous()
 
 
 def uncut_edges(t: Tensor, length: int) -> Tensor:
-    found: Tensor = t.movedim(0, 1).flatten(1, 2)[:, :length]
-    return found
+    edges: Tensor = t.movedim(0, 1).flatten(1, 2)
+    return edges[:, :length]

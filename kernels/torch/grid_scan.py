@@ -5,7 +5,7 @@ pass together. A small grid without boundary states is a single block: the maps 
 weights between nodes only, are summed and one attention passes them.
 
 Sequences, heads and orientations are walks of their own. As many go together as fill a processor: a few on a CPU, where
-what a diagonal needs should stay in the cache. Large intermediate results have memory that is used again and again,
+the tensors of a diagonal should stay in the cache. Large intermediate results have memory that is used again and again,
 since a CPU takes longer to map fresh pages than to fill them.
 
 Maps are made again for the backward pass, and states on the edges between blocks with them; time and memory are linear
@@ -28,34 +28,34 @@ from sinuous.kernels.torch.grid_blocks import Blocks, block_maps, cut_edges, unc
 from sinuous.kernels.torch.orientations import unwalked, walked
 
 SIDE = {"cpu": 4, "other": 8}
-"""Largest side of a block, by type of device. Work on states per cell grows with it (4 · SIDE · K · V), and what is
-kept of them (2 K V / SIDE) and the steps in sequence fall."""
+"""Largest side of a block, by type of device. With it the work on states per cell grows (4 · SIDE · K · V), while the
+memory for states (2 K V / SIDE) and the number of steps in sequence fall."""
 
 WHOLE = {"cpu": 576, "other": 1024}
-"""Most cells of a grid that is a single block: its weights between nodes are the square of it."""
+"""Greatest number of cells of a grid that is a single block; the number of weights between its nodes is the square."""
 
 ELEMENTS = {"cpu": 1 << 20, "other": 1 << 25}
-"""About how many elements are held at once for the walks that go together, by type of device."""
+"""Approximate number of elements held at once for the walks that go together, by type of device."""
 
 
 def _of_device(sizes: dict[str, int], t: Tensor) -> int:
     return sizes.get(t.device.type, sizes["other"])
 
 
-class _Space:
+class Workspace:
     """Memory for large intermediate results by name, made once and used again."""
 
     def __init__(self, like: Tensor) -> None:
         self.like, self.made = like, dict[str, Tensor]()
 
     def __call__(self, name: str, *shape: int) -> Tensor:
-        size, found = math.prod(shape), self.made.get(name)
-        if found is None or found.numel() < size:
-            found = self.made[name] = self.like.new_empty(size)
-        return found[:size].view(shape)
+        size, memory = math.prod(shape), self.made.get(name)
+        if memory is None or memory.numel() < size:
+            memory = self.made[name] = self.like.new_empty(size)
+        return memory[:size].view(shape)
 
 
-def _pass(space: _Space, W: Tensor, C: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _pass(space: Workspace, W: Tensor, C: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Nodes `[rows, n, D]` and states on the edges coming in, `[rows, e, K, V]`, to outputs and states going out."""
     rows, e, keys, values = C.shape
     product = space("product", rows, q.shape[1], e, keys)
@@ -69,11 +69,11 @@ def _pass(space: _Space, W: Tensor, C: Tensor, q: Tensor, k: Tensor, v: Tensor) 
 
 
 def _pass_back(
-    space: _Space, W: Tensor, C: Tensor, q: Tensor, k: Tensor, v: Tensor, dy: Tensor, dout: Tensor
+    space: Workspace, W: Tensor, C: Tensor, q: Tensor, k: Tensor, v: Tensor, dy: Tensor, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of W, C, q, k and v."""
     rows, e, keys, values = C.shape
-    own, marks, source = W[:, e:, e:], W[:, e:, :e, None], W[:, :e, e:].mT[..., None]
+    weights, marks, source = W[:, e:, e:], W[:, e:, :e, None], W[:, :e, e:].mT[..., None]
     dW = torch.empty_like(W)
     scores, inside = torch.bmm(q, k.mT), torch.bmm(dy, v.mT)
     dW[:, e:, e:] = scores * inside
@@ -84,11 +84,11 @@ def _pass_back(
     torch.bmm(v, dout.flatten(1, 2).mT, out=met.flatten(2))
     dW[:, :e, e:] = torch.mul(met, k[:, :, None], out=product).sum(-1).mT
     dk = torch.mul(met, source, out=product).sum(2)
-    inside.mul_(own)
+    inside.mul_(weights)
     dq.baddbmm_(inside, k)
     dk.baddbmm_(inside.mT, q)
     torch.mul(source, k[:, :, None], out=product)
-    dv = torch.bmm(product.flatten(2), dout.flatten(1, 2)).baddbmm_(scores.mul_(own).mT, dy)
+    dv = torch.bmm(product.flatten(2), dout.flatten(1, 2)).baddbmm_(scores.mul_(weights).mT, dy)
     dW[:, :e, :e] = torch.bmm(dout.flatten(2), C.flatten(2).mT)
     torch.mul(marks, q[:, :, None], out=product)
     dC = torch.bmm(W[:, :e, :e].mT, dout.flatten(2), out=space("out", rows, e, keys * values))
@@ -96,7 +96,7 @@ def _pass_back(
     return dW, dC.view_as(C), dq, dk, dv
 
 
-class _Grid(NamedTuple):
+class GridWalks(NamedTuple):
     """Walks that go together, in the precision of the states: `[B, X, Y, H, …]`."""
 
     q: Tensor
@@ -108,7 +108,7 @@ class _Grid(NamedTuple):
     orientations: tuple[int, ...]
 
 
-class _Gradients(NamedTuple):
+class GridGradients(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
@@ -129,8 +129,8 @@ def _weights(source: Tensor, transition: Tensor, mark: Tensor, orientations: Seq
         for part, o in zip(cells.unbind(1), orientations, strict=True)
     ]
     total = sum(back[1:], back[0]).transpose(-1, -2).transpose(-3, -4)
-    found: Tensor = total.flatten(-4, -3).flatten(-2, -1)
-    return found
+    weights: Tensor = total.flatten(-4, -3).flatten(-2, -1)
+    return weights
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -138,18 +138,18 @@ def _flat(t: Tensor) -> Tensor:
     return t.flatten(1, 2).transpose(1, 2)
 
 
-def _whole_forward(g: _Grid) -> Tensor:
+def _whole_forward(g: GridWalks) -> Tensor:
     source, transition, mark = g.gates
     W = _weights(source, transition, mark, g.orientations)
-    y = (W * (_flat(g.q) @ _flat(g.k).mT)) @ _flat(g.v)
-    found: Tensor = y.transpose(1, 2).unflatten(1, g.v.shape[1:3])
-    return found
+    cells = (W * (_flat(g.q) @ _flat(g.k).mT)) @ _flat(g.v)
+    y: Tensor = cells.transpose(1, 2).unflatten(1, g.v.shape[1:3])
+    return y
 
 
 def _with_gates(
     function: Callable[..., Tensor], gates: tuple[Tensor, ...]
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
-    """A function of the gates, and what turns its gradient into theirs."""
+    """Value of a function of the gates, and a function from the gradient of the value to those of the gates."""
     with autograd_inside_an_op():
         leaves = tuple(t.detach().requires_grad_() for t in gates)
         result = function(*leaves)
@@ -161,7 +161,7 @@ def _with_gates(
     return result.detach(), pull
 
 
-def _whole_backward(g: _Grid, dy: Tensor) -> _Gradients:
+def _whole_backward(g: GridWalks, dy: Tensor) -> GridGradients:
     W, pull = _with_gates(lambda source, transition, mark: _weights(source, transition, mark, g.orientations), g.gates)
     q, k, v, dy = _flat(g.q), _flat(g.k), _flat(g.v), _flat(dy)
     scores, inside = q @ k.mT, dy @ v.mT
@@ -170,13 +170,13 @@ def _whole_backward(g: _Grid, dy: Tensor) -> _Gradients:
     inside *= W
     dq, dk = inside @ k, inside.mT @ q
     dq, dk, dv = (t.transpose(1, 2).unflatten(1, g.v.shape[1:3]) for t in (dq, dk, dv))
-    return _Gradients(dq, dk, dv, dgates)
+    return GridGradients(dq, dk, dv, dgates)
 
 
-class _Walk:
+class GridWalk:
     """A part of a batch cut into blocks, with orientations and heads as rows: N = B · O · H."""
 
-    def __init__(self, g: _Grid, space: _Space) -> None:
+    def __init__(self, g: GridWalks, space: Workspace) -> None:
         self.g, self.space = g, space
         self.batch, self.width, self.height, self.heads = g.q.shape[:4]
         side = _of_device(SIDE, g.q)
@@ -228,62 +228,62 @@ class _Walk:
         """Outputs of the nodes and the states after the last blocks; the space may keep those into each diagonal."""
         b, ys = self.blocks, []
         left, up = self.edges(self.g.left, self.g.up)
-        pieces = zip(b.diagonals(), *(b.by_diagonal(t) for t in (W, self.q, self.k, self.v)), strict=True)
-        for n, ((i, j), *inputs) in enumerate(pieces):
-            C = self.joined(f"kept {n}" if keep else "C", up[i], left[j])
+        diagonals = zip(b.diagonals(), *(b.by_diagonal(t) for t in (W, self.q, self.k, self.v)), strict=True)
+        for n, ((i, j), *inputs) in enumerate(diagonals):
+            C = self.joined(f"into diagonal {n}" if keep else "C", up[i], left[j])
             y, out = _pass(self.space, inputs[0].flatten(0, 1), C, *(t.flatten(0, 1) for t in inputs[1:]))
             ys.append(y.unflatten(0, inputs[0].shape[:2]))
             down, right = out.unflatten(0, inputs[0].shape[:2]).split((b.cx, b.cy), 2)
             up[i], left[j] = down, right
         return b.from_diagonals(ys), left, up
 
-    def backward(self, dy: Tensor, dright: Tensor | None, ddown: Tensor | None) -> _Gradients:
+    def backward(self, dy: Tensor, dright: Tensor | None, ddown: Tensor | None) -> GridGradients:
         g, b = self.g, self.blocks
         W, pull = _with_gates(self.maps, g.gates)
         self.forward(W, True)
         left, up = self.edges(dright, ddown)
-        pieces = zip(
+        diagonals = zip(
             b.diagonals(), *(b.by_diagonal(t) for t in (W, self.q, self.k, self.v, self.nodes(dy))), strict=True
         )
-        found = []
-        for n, ((i, j), *inputs) in reversed(list(enumerate(pieces))):
+        gradients = []
+        for n, ((i, j), *inputs) in reversed(list(enumerate(diagonals))):
             dout = self.joined("dout", up[i], left[j])
-            C = self.space(f"kept {n}", *dout.shape)
+            C = self.space(f"into diagonal {n}", *dout.shape)
             W, q, k, v, dy = (t.flatten(0, 1) for t in inputs)
             dW, dC, *rest = _pass_back(self.space, W, C, q, k, v, dy, dout)
-            found.append([t.unflatten(0, inputs[0].shape[:2]) for t in (dW, *rest)])
+            gradients.append([t.unflatten(0, inputs[0].shape[:2]) for t in (dW, *rest)])
             up[i], left[j] = dC.unflatten(0, inputs[0].shape[:2]).split((b.cx, b.cy), 2)
-        dW, *rest = (b.from_diagonals(t[::-1]) for t in zip(*found, strict=True))
+        dW, *rest = (b.from_diagonals(t[::-1]) for t in zip(*gradients, strict=True))
         dq, dk, dv = map(self.from_nodes, rest)
         edges = (None, None) if g.left is None and g.up is None else self.from_edges(left, up)
-        return _Gradients(dq, dk, dv, pull(dW), *edges)
+        return GridGradients(dq, dk, dv, pull(dW), *edges)
 
 
 def _is_whole(q: Tensor, left: Tensor | None, up: Tensor | None, with_state: bool) -> bool:
     return not with_state and left is None and up is None and q.shape[1] * q.shape[2] <= _of_device(WHOLE, q)
 
 
-class _Part(NamedTuple):
-    """Which walks go together."""
+class GridPart(NamedTuple):
+    """Walks that go together."""
 
     batch: slice
     heads: slice
     orientations: slice
 
     def cells(self, t: Tensor) -> Tensor:
-        """Of what orientations share, `[B, X, Y, H, …]`."""
+        """This part of a tensor that orientations share, `[B, X, Y, H, …]`."""
         return t[self.batch, :, :, self.heads]
 
     def gates(self, t: Tensor) -> Tensor:
-        """Of what each has of its own, `[B, X, Y, H, O, …]`."""
+        """This part of a tensor in which each orientation has its own, `[B, X, Y, H, O, …]`."""
         return t[self.batch, :, :, self.heads, self.orientations]
 
     def states(self, t: Tensor) -> Tensor:
-        """`[B, side, H, O, …]`."""
+        """This part of the states on a side, `[B, side, H, O, …]`."""
         return t[self.batch, :, self.heads, self.orientations]
 
 
-def _parts(q: Tensor, v: Tensor, orientations: Sequence[int], whole: bool) -> Iterator[_Part]:
+def _parts(q: Tensor, v: Tensor, orientations: Sequence[int], whole: bool) -> Iterator[GridPart]:
     """Walks in parts of about `ELEMENTS`: orientations stay together longest, then heads."""
     cells = q.shape[1] * q.shape[2]
     side = _of_device(SIDE, q)
@@ -293,22 +293,22 @@ def _parts(q: Tensor, v: Tensor, orientations: Sequence[int], whole: bool) -> It
     steps = []
     for n, size in enumerate(sizes):
         steps.append(min(size, max(1, most // max(1, math.prod(sizes[n + 1 :])))))
-    pieces = ([slice(a, a + step) for a in range(0, size, step)] for size, step in zip(sizes, steps, strict=True))
-    for part in itertools.product(*pieces):
-        yield _Part(*part)
+    ranges = ([slice(a, a + step) for a in range(0, size, step)] for size, step in zip(sizes, steps, strict=True))
+    for part in itertools.product(*ranges):
+        yield GridPart(*part)
 
 
-def _boundary(q: Tensor, v: Tensor, length: int, orientations: Sequence[int], given: Tensor | None) -> Tensor:
-    """The states on one side of the grid, as given or zeros, to be filled."""
+def _boundary(q: Tensor, v: Tensor, length: int, orientations: Sequence[int], states: Tensor | None) -> Tensor:
+    """A copy of the states on one side of the grid, or zeros, to be overwritten."""
     dtype = working_dtype(q.dtype)
-    if given is not None:
-        return given.to(dtype, copy=True)
+    if states is not None:
+        return states.to(dtype, copy=True)
     shape = (q.shape[0], length, q.shape[3], len(orientations), q.shape[-1], v.shape[-1])
     return torch.zeros(shape, dtype=dtype, device=q.device)
 
 
 def _grid(
-    part: _Part,
+    part: GridPart,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -316,9 +316,9 @@ def _grid(
     left: Tensor | None,
     up: Tensor | None,
     orientations: Sequence[int],
-) -> _Grid:
+) -> GridWalks:
     dtype = working_dtype(q.dtype)
-    return _Grid(
+    return GridWalks(
         part.cells(q).to(dtype),
         part.cells(k).to(dtype),
         part.cells(v).to(dtype),
@@ -339,15 +339,15 @@ def add_direct(y: Tensor, q: Tensor, k: Tensor, v: Tensor, direct: Tensor | None
 def add_direct_gradients(
     dq: Tensor, dk: Tensor, dv: Tensor, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, direct: Tensor | None
 ) -> Tensor | None:
-    """Add what comes through the direct gate to the gradients of q, k and v; returns that of the gate."""
+    """Add the part through the direct gate to the gradients of q, k and v; return the gradient of the gate."""
     if direct is None:
         return None
-    q, k, v, own = (t.to(dy.dtype) for t in (q, k, v, direct))
-    match, wanted = (q * k).sum(-1), (dy * v).sum(-1)
-    ddirect = match * wanted
-    dv.addcmul_(match.mul_(own)[..., None], dy)
-    dq.addcmul_(wanted.mul_(own)[..., None], k)
-    dk.addcmul_(wanted[..., None], q)
+    q, k, v, gate = (t.to(dy.dtype) for t in (q, k, v, direct))
+    match, dmatch = (q * k).sum(-1), (dy * v).sum(-1)
+    ddirect = match * dmatch
+    dv.addcmul_(match.mul_(gate)[..., None], dy)
+    dq.addcmul_(dmatch.mul_(gate)[..., None], k)
+    dk.addcmul_(dmatch[..., None], q)
     return ddirect
 
 
@@ -374,18 +374,18 @@ def forward(
         down = _boundary(q, v, q.shape[1], orientations, up)
     if 0 in q.shape[:4]:  # no cells: the states pass as they are
         return y.to(v.dtype), right, down
-    space = _Space(y)
+    space = Workspace(y)
     for part in _parts(q, v, orientations, whole):
         g = _grid(part, q, k, v, (source, transition, mark), left, up, orientations)
         if whole:
             part.cells(y).add_(_whole_forward(g))
             continue
-        walk = _Walk(g, space)
+        walk = GridWalk(g, space)
         nodes, *edges = walk.forward(walk.maps(*g.gates), False)
         part.cells(y).add_(walk.from_nodes(nodes))
         if with_state:
-            for t, found in zip((right, down), walk.from_edges(*edges), strict=True):
-                part.states(t).copy_(found)
+            for t, states in zip((right, down), walk.from_edges(*edges), strict=True):
+                part.states(t).copy_(states)
     add_direct(y, q, k, v, direct)
     return y.mul_(q.shape[-1] ** -0.5 if scale is None else scale).to(v.dtype), right, down
 
@@ -418,20 +418,20 @@ def backward(
     )
     if 0 in q.shape[:4]:  # no cells: the states pass as they are
         return [dq, dk, dv, *dgates, None if direct is None else torch.zeros_like(direct), dleft, dup]
-    whole, space = _is_whole(q, left, up, with_state), _Space(dv)
+    whole, space = _is_whole(q, left, up, with_state), Workspace(dv)
     for part in _parts(q, v, orientations, whole):
         g = _grid(part, q, k, v, gates, left, up, orientations)
         if whole:
             d = _whole_backward(g, part.cells(dy))
         else:
             ends = (None if t is None else part.states(t) for t in (dright, ddown))
-            d = _Walk(g, space).backward(part.cells(dy), *ends)
+            d = GridWalk(g, space).backward(part.cells(dy), *ends)
         for t, gradient in zip((dq, dk, dv), (d.q, d.k, d.v), strict=True):
             part.cells(t).add_(gradient)
         for t, gradient in zip(dgates, d.gates, strict=True):
             part.gates(t).copy_(gradient)
-        for side, found in ((dleft, d.left), (dup, d.up)):
-            if side is not None and found is not None:
-                part.states(side).copy_(found)
+        for side, dstates in ((dleft, d.left), (dup, d.up)):
+            if side is not None and dstates is not None:
+                part.states(side).copy_(dstates)
     ddirect = add_direct_gradients(dq, dk, dv, dy, q, k, v, direct)
     return [dq, dk, dv, *dgates, ddirect, dleft, dup]

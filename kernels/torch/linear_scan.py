@@ -97,8 +97,10 @@ def forward(
     """`(y, final_state, chunk_states)`; see sinuous.core.ops.linear_scan."""
     inputs, parameters, initial = _arguments(x, a, reset, initial_state, cu_seqlens)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device).unsqueeze(2)
-    y, (final,), (kept,) = chunked.forward(_RECURRENCE, inputs, parameters, initial, y, cu_seqlens, reverse, chunk_size)
-    return y.squeeze(2), final.squeeze(1), kept.squeeze(2)
+    y, (final,), (chunk_states,) = chunked.forward(
+        _RECURRENCE, inputs, parameters, initial, y, cu_seqlens, reverse, chunk_size
+    )
+    return y.squeeze(2), final.squeeze(1), chunk_states.squeeze(2)
 
 
 def backward(
@@ -115,9 +117,9 @@ def backward(
     """Gradients of x, a and initial_state."""
     inputs, parameters, initial = _arguments(x, a, reset, initial_state, cu_seqlens)
     dy, dfinal = (None if t is None else t.unsqueeze(axis) for t, axis in zip(grads, (2, 1), strict=True))
-    kept = (chunk_states.unsqueeze(2),)
+    starts = (chunk_states.unsqueeze(2),)
     (dx, da, _), (da_constant,), (dinitial,) = chunked.backward(
-        _RECURRENCE, inputs, parameters, initial, kept, dy, (dfinal,), cu_seqlens, reverse, chunk_size, value=0
+        _RECURRENCE, inputs, parameters, initial, starts, dy, (dfinal,), cu_seqlens, reverse, chunk_size, value=0
     )
     assert dx is not None
     da = da_constant if da is None else da.squeeze(2)

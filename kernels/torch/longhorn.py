@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sinuous.kernels.torch import channel_states
-from sinuous.kernels.torch.channel_states import Chunk
+from sinuous.kernels.torch.channel_states import ChannelStatesSegment
 
 
 class _ImplicitStep:
@@ -19,13 +19,13 @@ class _ImplicitStep:
     def decays(self, delta: Tensor, B: Tensor) -> Tensor:
         return torch.addcmul(B.new_ones(()), delta[..., None, :], B.square()[..., None], value=-1)
 
-    def backward(self, chunk: Chunk, ddecay: Tensor, ddelta: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(self, segment: ChannelStatesSegment, ddecay: Tensor, ddelta: Tensor) -> tuple[Tensor, Tensor]:
         """∂ε/∂raw = β (1 - β) / (1 + β |k|²)² and ∂ε/∂|k|² = -ε²."""
-        k, epsilon = chunk.B, chunk.delta
+        k, epsilon = segment.B, segment.delta
         depsilon = ddelta - (k.square()[..., None, :] @ ddecay).squeeze(-2)
         dnorm = (depsilon * epsilon.square()).sum(-1, keepdim=True)
         dk = -2 * k * ((ddecay @ epsilon[..., None]).squeeze(-1) + dnorm)
-        beta = torch.sigmoid(chunk.raw)
+        beta = torch.sigmoid(segment.raw)
         shrink = 1 + beta * k.square().sum(-1, keepdim=True)
         return depsilon * beta * (1 - beta) / shrink.square(), dk
 
@@ -66,7 +66,7 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of x, dt, k, q, D, z, dt_bias and initial_state."""
     rule = _ImplicitStep()
-    found = channel_states.backward(
+    gradients = channel_states.backward(
         rule, grads, x, dt, k, q, D, z, dt_bias, initial_state, cu_seqlens, chunk_states, reverse, chunk_size
     )
-    return list(found)
+    return list(gradients)

@@ -33,8 +33,8 @@ DOUBLINGS = range(3, 7)
 """Blocks have 2^3 to 2^6 steps."""
 
 
-class _Piece(NamedTuple):
-    """Steps `start:stop` of a sequence: blocks of `size` steps each."""
+class BlockRun(NamedTuple):
+    """Steps `start:stop` of a sequence, which are blocks of `size` steps each."""
 
     start: int
     stop: int
@@ -42,33 +42,33 @@ class _Piece(NamedTuple):
 
     def rows(self, t: Tensor) -> Tensor:
         """`[D, B·I, c]`, each block a row, of `[D, B, T]`."""
-        found: Tensor = t[:, :, self.start : self.stop].unflatten(-1, (-1, self.size)).flatten(1, 2)
-        return found
+        blocks: Tensor = t[:, :, self.start : self.stop].unflatten(-1, (-1, self.size))
+        return blocks.flatten(1, 2)
 
 
 def _doublings(sequences: Sequence[Tensor]) -> int:
-    """Of a block: its operators cost as much however few steps there are, so that it has about half the square root of
-    the steps of all rows. On other devices launches cost more than operators, and few blocks are best."""
+    """k of blocks of 2^k steps, on a CPU about half the square root of the steps of all rows: operators cost as much
+    however few steps there are. On other devices launches cost more than operators, and few blocks are best."""
     if not sequences[0].is_cpu:
         return DOUBLINGS[-1]
     steps = sum(u.shape[1] * u.shape[2] for u in sequences)
     return min(max(steps.bit_length() // 2 - 1, DOUBLINGS[0]), DOUBLINGS[-1])
 
 
-def _pieces(length: int, doublings: int, alone: bool) -> list[_Piece]:
-    """What is left after the full blocks is one more, or 2^k + … + 1 steps where sequences of any length share
-    operators."""
+def _runs(length: int, doublings: int, alone: bool) -> list[BlockRun]:
+    """Full blocks, and for the rest one shorter block, or where sequences of any length share operators, blocks of
+    2^k, …, 1 steps."""
     size = 2**doublings
     full = length // size * size
-    found = [_Piece(0, full, size)] if full else []
+    runs = [BlockRun(0, full, size)] if full else []
     while full < length:
         rest = length - full if alone else 1 << (length - full).bit_length() - 1
-        found.append(_Piece(full, full + rest, rest))
+        runs.append(BlockRun(full, full + rest, rest))
         full += rest
-    return found
+    return runs
 
 
-class _Block(NamedTuple):
+class BlockOperators(NamedTuple):
     """The operators of blocks of one size: toeplitz `[D, c, c]`, rows and columns, last step first, `[D, c, N]`."""
 
     toeplitz: Tensor
@@ -77,35 +77,39 @@ class _Block(NamedTuple):
     power: Tensor
 
     @classmethod
-    def of(cls, found: Operators, size: int, power: Tensor) -> _Block:
-        return cls(toeplitz(found.response[:, :size]), found.rows[:, :size], found.columns[:, :size].flip(1), power)
+    def of(cls, operators: Operators, size: int, power: Tensor) -> BlockOperators:
+        rows, columns = operators.rows[:, :size], operators.columns[:, :size].flip(1)
+        return cls(toeplitz(operators.response[:, :size]), rows, columns, power)
 
 
-class _Plan(NamedTuple):
-    """The pieces of each sequence, and all the sizes that they have."""
+class BlockPlan(NamedTuple):
+    """The runs of blocks of each sequence, and all the sizes that blocks have."""
 
-    pieces: list[list[_Piece]]
+    runs: list[list[BlockRun]]
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, sequences: Sequence[Tensor]) -> _Plan:
+    def of(cls, sequences: Sequence[Tensor]) -> BlockPlan:
         doublings = _doublings(sequences)
-        pieces = [_pieces(u.shape[2], doublings, len(sequences) == 1) for u in sequences]
-        return cls(pieces, tuple({piece.size for each in pieces for piece in each}))
+        runs = [_runs(u.shape[2], doublings, len(sequences) == 1) for u in sequences]
+        return cls(runs, tuple({run.size for each in runs for run in each}))
 
     def operators(self, dtype: torch.dtype, discretization: str, parameters: dict[str, Any]) -> Operators:
-        D, own = parameters["D"], {name: t for name, t in parameters.items() if name != "D"}
-        found = operators(self.sizes, dtype, discretization, **own)
-        powers = tuple(power.to(dtype) for power in found.powers)
-        return found._replace(response=with_skip(found.response, D), powers=powers)
+        D, dynamics = parameters["D"], {name: t for name, t in parameters.items() if name != "D"}
+        long = operators(self.sizes, dtype, discretization, **dynamics)
+        powers = tuple(power.to(dtype) for power in long.powers)
+        return long._replace(response=with_skip(long.response, D), powers=powers)
 
-    def blocks(self, found: Operators) -> dict[int, _Block]:
-        return {size: _Block.of(found, size, power) for size, power in zip(self.sizes, found.powers, strict=True)}
+    def blocks(self, operators: Operators) -> dict[int, BlockOperators]:
+        return {
+            size: BlockOperators.of(operators, size, power)
+            for size, power in zip(self.sizes, operators.powers, strict=True)
+        }
 
 
 def _carried(power: Tensor, start: Tensor, added: Tensor, adjoint: bool = False) -> tuple[Tensor, Tensor]:
-    """What enters each block `[D, B·I, N]` and what leaves the last one, from what enters the first and what each of
-    them adds; with `adjoint` time is backwards and the last block is the first."""
+    """States before each block, `[D, B·I, N]`, and after the last one, from that before the first and the sum that each
+    block adds; with `adjoint` time runs backwards and the last block is the first."""
     batch = start.shape[1]
     added = added.unflatten(1, (batch, added.shape[1] // max(batch, 1)))
     entering, leaving = torch.empty_like(added), torch.empty_like(start)
@@ -125,20 +129,20 @@ def _carried(power: Tensor, start: Tensor, added: Tensor, adjoint: bool = False)
     return entering.flatten(1, 2), leaving
 
 
-def _forward_piece(block: _Block, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _forward_run(block: BlockOperators, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     states, state = _carried(block.power, state, u @ block.columns)
     return torch.baddbmm(u @ block.toeplitz, states, block.rows.mT), state
 
 
-def _backward_piece(
-    block: _Block, u: Tensor, dy: Tensor, state: Tensor, dstate: Tensor
-) -> tuple[Tensor, Tensor, _Block]:
-    """Gradients of u, of the state before the piece, and of the operators."""
+def _backward_run(
+    block: BlockOperators, u: Tensor, dy: Tensor, state: Tensor, dstate: Tensor
+) -> tuple[Tensor, Tensor, BlockOperators]:
+    """Gradients of u, of the state before the run, and of the operators."""
     states, _ = _carried(block.power, state, u @ block.columns)
     dadded, dstate = _carried(block.power, dstate, dy @ block.rows, adjoint=True)
     du = torch.baddbmm(dy @ block.toeplitz.mT, dadded, block.columns.mT)
     dpower = power_gradient(block.power, states, dadded)
-    return du, dstate, _Block(u.mT @ dy, dy.mT @ states, u.mT @ dadded, dpower)
+    return du, dstate, BlockOperators(u.mT @ dy, dy.mT @ states, u.mT @ dadded, dpower)
 
 
 def _or_zeros(state: Tensor | None, u: Tensor, parameters: dict[str, Any]) -> Tensor:
@@ -152,13 +156,13 @@ def forward(
     parameters: dict[str, Tensor | None],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs `[D, B, T]` of each sequence `[D, B, T]` and the states after it; states `[D, B, N]`, or None for 0."""
-    plan = _Plan.of(sequences)
+    plan = BlockPlan.of(sequences)
     blocks = plan.blocks(plan.operators(sequences[0].dtype, discretization, parameters))
     ys, ends = [], []
-    for u, start, pieces in zip(sequences, states, plan.pieces, strict=True):
+    for u, start, runs in zip(sequences, states, plan.runs, strict=True):
         state, parts = _or_zeros(start, u, parameters), []
-        for piece in pieces:
-            y, state = _forward_piece(blocks[piece.size], piece.rows(u), state)
+        for run in runs:
+            y, state = _forward_run(blocks[run.size], run.rows(u), state)
             parts.append(y.reshape(*u.shape[:2], -1))
         ys.append(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
         ends.append(state)
@@ -174,25 +178,25 @@ def backward(
     parameters: dict[str, Tensor | None],
 ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
     """Gradients of the sequences, of the states before them and of the parameters that there are."""
-    plan = _Plan.of(sequences)
+    plan = BlockPlan.of(sequences)
     with autograd_inside_an_op():
         leaves = {n: None if t is None else t.detach().requires_grad_() for n, t in parameters.items()}
-        found = plan.operators(sequences[0].dtype, discretization, leaves)
-    outputs = (found.response, found.rows, found.columns, *found.powers)
+        operators = plan.operators(sequences[0].dtype, discretization, leaves)
+    outputs = (operators.response, operators.rows, operators.columns, *operators.powers)
     plain = [t.detach() for t in outputs]
-    blocks = plan.blocks(Operators(found.readout, plain[0], plain[1], plain[2], tuple(plain[3:])))
+    blocks = plan.blocks(Operators(operators.readout, plain[0], plain[1], plain[2], tuple(plain[3:])))
     response, rows, columns, *powers = sums = [torch.zeros_like(t) for t in outputs]
     power_of = dict(zip(plan.sizes, powers, strict=True))
     dus, dstates = [], []
-    for u, dy, start, dend, pieces in zip(sequences, dys, states, dends, plan.pieces, strict=True):
+    for u, dy, start, dend, runs in zip(sequences, dys, states, dends, plan.runs, strict=True):
         state, dstate = (_or_zeros(t, u, parameters) for t in (start, dend))
         starts, parts = [state], []
-        for piece in pieces[:-1]:
-            block = blocks[piece.size]
-            starts.append(_carried(block.power, starts[-1], piece.rows(u) @ block.columns)[1])
-        for piece, before in zip(reversed(pieces), reversed(starts), strict=True):
-            size = piece.size
-            du, dstate, dblock = _backward_piece(blocks[size], piece.rows(u), piece.rows(dy), before, dstate)
+        for run in runs[:-1]:
+            block = blocks[run.size]
+            starts.append(_carried(block.power, starts[-1], run.rows(u) @ block.columns)[1])
+        for run, before in zip(reversed(runs), reversed(starts), strict=True):
+            size = run.size
+            du, dstate, dblock = _backward_run(blocks[size], run.rows(u), run.rows(dy), before, dstate)
             parts.append(du.reshape(*u.shape[:2], -1))
             response[:, :size] += sums_of_diagonals(dblock.toeplitz)
             rows[:, :size] += dblock.rows

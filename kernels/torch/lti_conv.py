@@ -12,7 +12,7 @@ from sinuous.kernels.torch import lti_blocks, lti_fourier
 from sinuous.kernels.torch.packing import flip_sequences, flip_time, mirror, rows, segments
 
 MANY_BLOCKS = 16
-"""So many go one after the other without much loss where each of them waits for launches."""
+"""Greatest number of blocks that go one after the other without much loss where each waits for launches."""
 
 
 def by_transforms(u: Tensor, longest: int) -> bool:
@@ -24,7 +24,7 @@ def by_transforms(u: Tensor, longest: int) -> bool:
     return not u.is_cpu and longest > MANY_BLOCKS * 2 ** lti_blocks.DOUBLINGS[-1]
 
 
-class _Sequences(NamedTuple):
+class LTISequences(NamedTuple):
     """Time in processing order, channels first: `start:stop` of each sequence that is not empty, with its number; an
     ordinary batch is one of them."""
 
@@ -34,10 +34,10 @@ class _Sequences(NamedTuple):
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, u: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> _Sequences:
+    def of(cls, u: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> LTISequences:
         ordered = mirror(cu_seqlens, u.shape[1]) if reverse else cu_seqlens
-        found = segments(u.shape[1], max(u.shape[1], 1), ordered)
-        return cls([(s.start, s.stop, s.first or 0) for s in found], ordered, reverse, working_dtype(u.dtype))
+        whole = segments(u.shape[1], max(u.shape[1], 1), ordered)
+        return cls([(s.start, s.stop, s.first or 0) for s in whole], ordered, reverse, working_dtype(u.dtype))
 
     def cut(self, t: Tensor) -> list[Tensor]:
         """`[D, B, T]` of each from `[B, ΣT, D]`."""
@@ -68,7 +68,7 @@ class _Sequences(NamedTuple):
         return flip_sequences(joined, self.cu_seqlens) if self.reverse else joined
 
 
-def _longest(sequences: _Sequences) -> int:
+def _longest(sequences: LTISequences) -> int:
     return max((stop - start for start, stop, _ in sequences.bounds), default=0)
 
 
@@ -91,7 +91,7 @@ def forward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """`(y, final_state)`; see sinuous.core.ops.lti_conv."""
-    sequences = _Sequences.of(u, cu_seqlens, reverse)
+    sequences = LTISequences.of(u, cu_seqlens, reverse)
     before = _no_states(u, A, cu_seqlens, sequences.dtype) if initial_state is None else initial_state
     if not u.numel():
         return torch.empty_like(u), before.to(sequences.dtype, copy=True)
@@ -118,7 +118,7 @@ def backward(
     """Gradients of u, dt, A, B, C, P, D and initial_state."""
     dy, dfinal = grads
     parameters = {"dt": dt, "A": A, "B": B, "C": C, "P": P, "D": D}
-    sequences = _Sequences.of(u, cu_seqlens, reverse)
+    sequences = LTISequences.of(u, cu_seqlens, reverse)
     before = _no_states(u, A, cu_seqlens, sequences.dtype) if dfinal is None else dfinal
     if not u.numel():
         zeros = [None if t is None else torch.zeros_like(t) for t in parameters.values()]

@@ -2,7 +2,7 @@ r"""Convolution with the response of a linear system, by Fourier transforms of t
 
     y = K * u + Σ_i E Ā^{ci} x_0        x_T = Σ_i Ā^{c(I-1-i)} S_i + Ā^T x_0        K_{ci+j} = (C Ā^{ci}) (Ā^j b)
 
-with the rows E, the columns W and the sums S_i = U_i flip(W) of blocks of about √T steps. What is far is reached by
+with the rows E, the columns W and the sums S_i = U_i flip(W) of blocks of about √T steps. Distant blocks are reached by
 doubling: the readouts `C Ā^{ci}`, the states `Ā^{ci} x_0` and the sum of the S_i need the powers `Ā^{c 2^k}` only, so
 that no loop goes from block to block and nothing of T × N is made. The convolution's gradients are two more transforms;
 those of the rest, whose tensors are √T or T / c long, are autograd's.
@@ -24,7 +24,7 @@ from sinuous.kernels.torch.differentiation import autograd_inside_an_op
 from sinuous.kernels.torch.lti_operators import advance, operators, squared, with_skip
 
 
-class _System(NamedTuple):
+class FourierSystem(NamedTuple):
     """response K `[D, T]` with the skip in it; rows and columns `[D, c, N]`; powers Ā^(2^k) by k, those that are
     needed; c is 2^doublings."""
 
@@ -35,26 +35,28 @@ class _System(NamedTuple):
     doublings: int
 
 
-def _system(length: int, free: bool, dtype: torch.dtype, discretization: str, parameters: dict[str, Any]) -> _System:
-    """What sequences of up to `length` steps need; the powers below c only if there are states to begin with."""
+def _system(
+    length: int, free: bool, dtype: torch.dtype, discretization: str, parameters: dict[str, Any]
+) -> FourierSystem:
+    """The system for up to `length` steps; with the powers below c only if `free`, which initial states need."""
     doublings = max(length, 1).bit_length() // 2
     block = 2**doublings
     exponents = range(0 if free else doublings, doublings + 1)
-    D, own = parameters["D"], {name: t for name, t in parameters.items() if name != "D"}
-    found = operators(tuple(2**k for k in exponents), dtype, discretization, **own)
-    powers = dict(zip(exponents, found.powers, strict=True))
-    far, last = found.readout.unsqueeze(1), doublings
+    D, dynamics = parameters["D"], {name: t for name, t in parameters.items() if name != "D"}
+    short = operators(tuple(2**k for k in exponents), dtype, discretization, **dynamics)
+    powers = dict(zip(exponents, short.powers, strict=True))
+    far, last = short.readout.unsqueeze(1), doublings
     while far.shape[1] * block < length:
         far = torch.cat([far, advance(powers[last], far, adjoint=True)], 1)
         powers[last + 1] = squared(powers[last], far)
         last += 1
-    response = (far.to(dtype) @ found.columns.mT).flatten(1)[:, :length]
+    response = (far.to(dtype) @ short.columns.mT).flatten(1)[:, :length]
     narrow = {k: power.to(dtype) for k, power in powers.items()}
-    return _System(with_skip(response, D), found.rows, found.columns, narrow, doublings)
+    return FourierSystem(with_skip(response, D), short.rows, short.columns, narrow, doublings)
 
 
-def _end(system: _System, u: Tensor) -> Tensor:
-    """What the input `[D, B, T]` leaves in the state, `[D, B, N]`: neighbours are joined until one is left."""
+def _end(system: FourierSystem, u: Tensor) -> Tensor:
+    """The state `[D, B, N]` after the input `[D, B, T]`, from 0: neighbouring blocks are joined until one is left."""
     block = 2**system.doublings
     batch, length = u.shape[1:]
     count = 1 << max(-(-length // block) - 1, 0).bit_length()
@@ -69,8 +71,8 @@ def _end(system: _System, u: Tensor) -> Tensor:
     return sums.squeeze(2)
 
 
-def _free(system: _System, state: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """What a state `[D, B, N]` gives without input: outputs `[D, B, length]` and the state in the end."""
+def _free(system: FourierSystem, state: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The response to a state `[D, B, N]` without input: outputs `[D, B, length]` and the state after them."""
     full, rest = divmod(length, 2**system.doublings)
     batch, states, exponent = state.shape[1], state.unsqueeze(1), system.doublings
     while states.shape[1] <= full:
@@ -87,8 +89,8 @@ def _free(system: _System, state: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 def _size(length: int) -> int:
     """A length of quick transforms, 2^k, 3·2^k, 5·2^k, 9·2^k or 15·2^k, that holds a convolution without wrapping."""
-    wanted = max(2 * length - 1, 1)
-    return min(odd << max(-(-wanted // odd) - 1, 0).bit_length() for odd in (1, 3, 5, 9, 15))
+    least = max(2 * length - 1, 1)
+    return min(odd << max(-(-least // odd) - 1, 0).bit_length() for odd in (1, 3, 5, 9, 15))
 
 
 def forward(
@@ -133,9 +135,9 @@ def backward(
     inner: dict[tuple[str, int], Tensor] = {}
     for n, (u, state, dy, dend) in enumerate(zip(sequences, states, dys, dends, strict=True)):
         length, size = u.shape[2], _size(u.shape[2])
-        given, response = torch.fft.rfft(u, size), torch.fft.rfft(system.response.detach()[:, None, :length], size)
+        spectrum, response = torch.fft.rfft(u, size), torch.fft.rfft(system.response.detach()[:, None, :length], size)
         above = torch.fft.rfft(dy, size)
-        dresponse[:, :length] += torch.fft.irfft((above * given.conj_physical()).sum(1), size)[:, :length]
+        dresponse[:, :length] += torch.fft.irfft((above * spectrum.conj_physical()).sum(1), size)[:, :length]
         dus.append(torch.fft.irfft(above * response.conj_physical(), size)[..., :length])
         with autograd_inside_an_op():
             if dend is not None:
@@ -149,10 +151,10 @@ def backward(
                 grads += [dy] if dend is None else [dy, dend]
     present = {n: t for n, t in leaves.items() if t is not None}
     with autograd_inside_an_op():
-        found = torch.autograd.grad(outputs, [*present.values(), *inner.values()], grads)
-    of_inner = dict(zip(inner, found[len(present) :], strict=True))
+        gradients = torch.autograd.grad(outputs, [*present.values(), *inner.values()], grads)
+    of_inner = dict(zip(inner, gradients[len(present) :], strict=True))
     for (kind, n), gradient in of_inner.items():
         if kind == "u":
             dus[n] = dus[n] + gradient
     dstates = [of_inner.get(("state", n)) for n in range(len(sequences))]
-    return dus, dstates, dict(zip(present, found, strict=False))
+    return dus, dstates, dict(zip(present, gradients, strict=False))

@@ -1,9 +1,9 @@
-r"""What a linear system does over up to c steps at once: the operators of the blocks and of the transforms of lti_conv.
+r"""The operators of a linear system over up to c steps at once, for the blocks and the transforms of lti_conv.
 
 Over N = 2M real numbers of state, with the rows `E_j = C Ā^{j+1}`, the columns `W_j = Ā^j b`, the response
 `K_j = C Ā^j b` and the power `Ā^c`. All come from one table of powers λ^j in double precision, so that a slow mode
-stays exact over many steps. For a diagonal system that is all. With a low rank, `Ā = diag(λ) - Σ_r p_r q_r^*`, what
-step j feeds back is `f_j = q^* x_j`, linear in the state before the block: f = G x_0, where G solves
+stays exact over many steps. A diagonal system needs no more. With a low rank, `Ā = diag(λ) - Σ_r p_r q_r^*`,
+step j feeds back `f_j = q^* x_j`, linear in the state before the block: f = G x_0, where G solves
 
     G_j = q^* λ^j - Σ_{i<j} (q^* λ^{j-1-i} p) G_i                     c·R equations, triangular, for each channel
 
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sinuous.kernels.torch.discretization import System, as_complex, conj, discretize, rotations, times
+from sinuous.kernels.torch.discretization import DiscreteSystem, as_complex, conj, discretize, rotations, times
 
 
 class Operators(NamedTuple):
@@ -57,14 +57,14 @@ def squared(power: Tensor, states: Tensor) -> Tensor:
 
 
 def power_gradient(power: Tensor, states: Tensor, gradients: Tensor) -> Tensor:
-    """Of a power that has taken `states` to where they have `gradients`, both `[D, B, N]`."""
+    """Gradient of a power, from the `states` it multiplied and the `gradients` of the products, both `[D, B, N]`."""
     if is_matrix(power, states):
         return gradients.mT @ states
     return times(conj(states.unflatten(-1, (-1, 2))), gradients.unflatten(-1, (-1, 2))).sum(1)
 
 
 def with_skip(response: Tensor, D: Tensor | None) -> Tensor:
-    """The response and what goes from input to output at once."""
+    """The response with D, which goes from input to output directly, added to its first step."""
     if D is None:
         return response
     return torch.cat([response[:, :1] + D.to(response.dtype)[:, None], response[:, 1:]], 1)
@@ -74,8 +74,8 @@ def powers_of(factor: Tensor, count: int) -> Tensor:
     """λ^j of j = 0 … count, `[D, count + 1, M]`, complex, by doubling."""
     table, step = torch.ones_like(factor).unsqueeze(1), factor.unsqueeze(1)
     while table.shape[1] <= count:
-        wanted = min(table.shape[1], count + 1 - table.shape[1])
-        table = torch.cat([table, step * table[:, :wanted]], 1)
+        more = min(table.shape[1], count + 1 - table.shape[1])
+        table = torch.cat([table, step * table[:, :more]], 1)
         step = step * step
     return table
 
@@ -127,7 +127,7 @@ def pairs(t: Tensor) -> Tensor:
 
 
 def toeplitz(response: Tensor) -> Tensor:
-    """What step i gives to step o, `[…, c, c]` from `[…, c]`: K_{o-i} at `[i, o]`, and 0 for o < i."""
+    """Weights of step i in step o, `[…, c, c]` from `[…, c]`: K_{o-i} at `[i, o]`, and 0 for o < i."""
     length = response.shape[-1]
     return F.pad(response, (length - 1, 0)).unfold(-1, length, 1).flip(-2)
 
@@ -165,19 +165,19 @@ def operators(
     return (_diagonal if system.p is None else _low_rank)(sizes, dtype, system, C.double())
 
 
-def _diagonal(sizes: tuple[int, ...], dtype: torch.dtype, system: System, C: Tensor) -> Operators:
+def _diagonal(sizes: tuple[int, ...], dtype: torch.dtype, system: DiscreteSystem, C: Tensor) -> Operators:
     factor, b, C = as_complex(system.factor), as_complex(system.b), as_complex(C)
     narrow = dtype.to_complex()
     out_of = (2 * C).conj_physical().expand_as(factor)
     after = (out_of * factor.conj_physical()).unsqueeze(1)
-    found = _Progressions.apply(factor, b.unsqueeze(1), after, max(sizes), sizes, narrow)
-    columns, rows = (pairs(t.squeeze(1)) for t in found[:2])
+    of_b, of_after, *powers = _Progressions.apply(factor, b.unsqueeze(1), after, max(sizes), sizes, narrow)
+    columns, rows = (pairs(t.squeeze(1)) for t in (of_b, of_after))
     readout = pairs(out_of)
     response = columns @ readout.to(dtype).unsqueeze(-1)
-    return Operators(readout, response.squeeze(-1), rows, columns, tuple(torch.view_as_real(t) for t in found[2:]))
+    return Operators(readout, response.squeeze(-1), rows, columns, tuple(torch.view_as_real(t) for t in powers))
 
 
-def _low_rank(sizes: tuple[int, ...], dtype: torch.dtype, system: System, C: Tensor) -> Operators:
+def _low_rank(sizes: tuple[int, ...], dtype: torch.dtype, system: DiscreteSystem, C: Tensor) -> Operators:
     assert system.p is not None
     assert system.q is not None
     length = max(sizes)
@@ -193,8 +193,8 @@ def _low_rank(sizes: tuple[int, ...], dtype: torch.dtype, system: System, C: Ten
 
     def each(t: Tensor) -> Tensor:
         """`[D, c, R, …]` from `[D, c·R, …]`."""
-        found: Tensor = t.unflatten(1, (length, -1))
-        return found
+        by_step: Tensor = t.unflatten(1, (length, -1))
+        return by_step
 
     around = each(fed @ pairs(p).mT)
     eye = torch.eye(fed.shape[1], dtype=fed.dtype, device=fed.device)

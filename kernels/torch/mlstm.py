@@ -15,7 +15,7 @@ from sinuous.kernels.torch.chunked import Decays, Recurrence, State, Tensors, gr
 
 
 class Options(NamedTuple):
-    """What does not change from chunk to chunk."""
+    """Options that are the same for every segment."""
 
     scale: float
     eps: float
@@ -23,9 +23,9 @@ class Options(NamedTuple):
     normalize: bool
 
 
-class _Chunk(NamedTuple):
-    """A chunk's inputs, products of its gates, and what the readout is made of; without a normaliser the last three
-    are None."""
+class MLSTMSegment(NamedTuple):
+    """A segment's inputs, products of its gates, and the terms of its readout; without a normaliser the last three are
+    None."""
 
     q: Tensor  # [B,H,c,K]
     k: Tensor  # [B,H,c,K]
@@ -40,7 +40,7 @@ class _Chunk(NamedTuple):
     denominator: Tensor | None  # [B,H,c,1]
 
 
-def _chunk(state: State, inputs: Tensors, options: Options) -> _Chunk:
+def _segment(state: State, inputs: Tensors, options: Options) -> MLSTMSegment:
     (C, n, m), (q, k, v, input_gate, forget_gate) = state, inputs
     assert q is not None
     assert k is not None
@@ -53,61 +53,61 @@ def _chunk(state: State, inputs: Tensors, options: Options) -> _Chunk:
     weights = (q @ k.mT).mul_(options.scale).mul_(E.between)
     numerator = (weights @ v).addcmul_(q @ C, E.since_start[..., None], value=options.scale)
     if not options.normalize:
-        return _Chunk(q, k, v, log_f, E, ms, weights, numerator, None, None, None)
+        return MLSTMSegment(q, k, v, log_f, E, ms, weights, numerator, None, None, None)
     through_n = (q @ n[..., None]).squeeze(-1)
     normaliser = weights.sum(-1).addcmul_(through_n, E.since_start, value=options.scale)
     floor = torch.ones_like(normaliser) if ms is None else (-ms).exp()
     denominator = torch.maximum(normaliser.abs(), floor).add_(options.eps)[..., None]
-    return _Chunk(q, k, v, log_f, E, ms, weights, numerator, normaliser, floor, denominator)
+    return MLSTMSegment(q, k, v, log_f, E, ms, weights, numerator, normaliser, floor, denominator)
 
 
 def _forward(state: State, inputs: Tensors, parameters: Tensors, options: Options) -> tuple[Tensor, State]:
-    (C, n, m), chunk = state, _chunk(state, inputs, options)
-    total, until_end = chunk.decays.since_start[..., -1:], chunk.decays.until_end[..., None]
-    y = chunk.numerator if chunk.denominator is None else chunk.numerator.div_(chunk.denominator)
-    weighted = until_end * chunk.k
-    C = (weighted.mT @ chunk.v).addcmul_(total[..., None], C)
+    (C, n, m), segment = state, _segment(state, inputs, options)
+    total, until_end = segment.decays.since_start[..., -1:], segment.decays.until_end[..., None]
+    y = segment.numerator if segment.denominator is None else segment.numerator.div_(segment.denominator)
+    weighted = until_end * segment.k
+    C = (weighted.mT @ segment.v).addcmul_(total[..., None], C)
     n = torch.addcmul(weighted.sum(-2), total, n)
-    return y, (C, n, m if chunk.m is None else chunk.m[..., -1])
+    return y, (C, n, m if segment.m is None else segment.m[..., -1])
 
 
 def _backward(
     state: State, inputs: Tensors, parameters: Tensors, dy: Tensor, dstate: State, options: Options
 ) -> tuple[State, Tensors, Tensors]:
-    (C, n, _), (dC, dn, dm), chunk = state, dstate, _chunk(state, inputs, options)
+    (C, n, _), (dC, dn, dm), segment = state, dstate, _segment(state, inputs, options)
     _, _, _, input_gate, forget_gate = inputs
     assert input_gate is not None
     assert forget_gate is not None
-    (q, k, v), E, scale = chunk[:3], chunk.decays, options.scale
+    (q, k, v), E, scale = segment[:3], segment.decays, options.scale
     since_start, until_end, total = E.since_start[..., None], E.until_end[..., None], E.since_start[..., -1:]
     dnumerator, dnormaliser = dy, None
-    if chunk.denominator is not None:
-        dnumerator = dy / chunk.denominator
-        assert chunk.normaliser is not None
-        assert chunk.floor is not None
-        ddenominator = (dnumerator * chunk.numerator.div_(chunk.denominator)).sum(-1).neg_()
-        dnormaliser = ddenominator * chunk.normaliser.sign() * (chunk.normaliser.abs() > chunk.floor)
+    if segment.denominator is not None:
+        dnumerator = dy / segment.denominator
+        assert segment.normaliser is not None
+        assert segment.floor is not None
+        ddenominator = (dnumerator * segment.numerator.div_(segment.denominator)).sum(-1).neg_()
+        dnormaliser = ddenominator * segment.normaliser.sign() * (segment.normaliser.abs() > segment.floor)
     into_start, dweights = dnumerator @ C.mT, dnumerator @ v.mT
     if dnormaliser is not None:
         into_start.addcmul_(dnormaliser[..., None], n[..., None, :])
         dweights.add_(dnormaliser[..., None])
     through_end = (v @ dC.mT).add_(dn[..., None, :]).mul_(until_end)
-    dv = (chunk.weights.mT @ dnumerator).addcmul_(k @ dC, until_end)
+    dv = (segment.weights.mT @ dnumerator).addcmul_(k @ dC, until_end)
     dscores = dweights.mul_(E.between)
     dq = (dscores @ k).addcmul_(into_start, since_start).mul_(scale)
     dk = torch.add(through_end, dscores.mT @ q, alpha=scale)
     from_keys = (k * dk).sum(-1)
     ends = (q * dq).sum(-1) - from_keys
-    # <C, dC> + <n, dn> after the chunk: how the loss changes with e^m, all else being as it is.
-    kept = total.squeeze(-1) * ((C * dC).sum((-2, -1)) + (n * dn).sum(-1))
-    end = (k * through_end).sum((-2, -1), dtype=torch.float64) + kept
+    # <C, dC> + <n, dn> after the segment: how the loss changes with e^m, all else being as it is.
+    through_total = total.squeeze(-1) * ((C * dC).sum((-2, -1)) + (n * dn).sum(-1))
+    end = (k * through_end).sum((-2, -1), dtype=torch.float64) + through_total
     weighted = q * since_start
     dC = (weighted.mT @ dnumerator).mul_(scale).addcmul_(total[..., None], dC)
     dn = total * dn
     if dnormaliser is not None:
         dn = dn.add_((dnormaliser[..., None, :] @ weighted).squeeze(-2), alpha=scale)
     if options.stabilised:
-        # m after the chunk is one input gate, or m before it, plus logarithms of forget gates: the one of weight 1.
+        # m after the segment is one input gate, or m before it, plus logarithms of forget gates: the one of weight 1.
         candidates = torch.cat([total, E.until_end], -1)
         source = candidates.argmax(-1, keepdim=True)
         into = torch.zeros_like(candidates).scatter_(-1, source, (dm - end).to(dm.dtype)[..., None])
@@ -115,7 +115,7 @@ def _backward(
         dm = into[..., 0] + (C * dC).sum((-2, -1)) + (n * dn).sum(-1)
     else:
         dinput_gate = from_keys * torch.sigmoid(-input_gate)
-    dlog_f = gradient_of_sums(chunk.log_f, ends, end)
+    dlog_f = gradient_of_sums(segment.log_f, ends, end)
     dforget_gate = dlog_f * torch.sigmoid(-forget_gate)
     return (dC, dn, dm), (dq, dk, dv, dinput_gate, dforget_gate), ()
 
@@ -126,14 +126,14 @@ def _recurrence(q: Tensor, scale: float | None, eps: float, input_activation: st
     return Recurrence(functools.partial(_forward, options=options), functools.partial(_backward, options=options))
 
 
-def initial_memory(q: Tensor, v: Tensor, given: Tensors, cu_seqlens: Tensor | None) -> State:
-    """C `[sequences, H, K, V]`, n `[sequences, H, K]` and m `[sequences, H]`, contiguous, zeros if not given."""
+def initial_states(q: Tensor, v: Tensor, states: Tensors, cu_seqlens: Tensor | None) -> State:
+    """C `[sequences, H, K, V]`, n `[sequences, H, K]` and m `[sequences, H]`, contiguous; zeros for None."""
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype, heads = working_dtype(q.dtype), v.shape[2]
     shapes = (sequences, heads, q.shape[3], v.shape[3]), (sequences, heads, q.shape[3]), (sequences, heads)
     return tuple(
         torch.zeros(shape, dtype=dtype, device=q.device) if t is None else t.to(dtype).contiguous()
-        for t, shape in zip(given, shapes, strict=True)
+        for t, shape in zip(states, shapes, strict=True)
     )
 
 
@@ -155,17 +155,17 @@ def forward(
     chunk_size: int,
 ) -> tuple[Tensor, ...]:
     """`(y, C, n, m, chunk_C, chunk_n, chunk_m)`; see sinuous.core.ops.mlstm."""
-    y, final, kept = chunked.forward(
+    y, final, chunk_states = chunked.forward(
         _recurrence(q, scale, eps, input_activation, normalize),
         (q, k, v, input_gate, forget_gate),
         (),
-        initial_memory(q, v, (initial_C, initial_n, initial_m), cu_seqlens),
+        initial_states(q, v, (initial_C, initial_n, initial_m), cu_seqlens),
         torch.empty_like(v),
         cu_seqlens,
         reverse,
         chunk_size,
     )
-    return y, *final, *kept
+    return y, *final, *chunk_states
 
 
 def backward(
@@ -190,12 +190,12 @@ def backward(
     chunk_size: int,
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, input_gate, forget_gate, initial_C, initial_n and initial_m."""
-    given = (initial_C, initial_n, initial_m)
+    initial = (initial_C, initial_n, initial_m)
     dinputs, _, dinitial = chunked.backward(
         _recurrence(q, scale, eps, input_activation, normalize),
         (q, k, v, input_gate, forget_gate),
         (),
-        initial_memory(q, v, given, cu_seqlens),
+        initial_states(q, v, initial, cu_seqlens),
         (chunk_C, chunk_n, chunk_m),
         grads[0],
         grads[1:],
@@ -204,4 +204,4 @@ def backward(
         chunk_size,
         value=2,
     )
-    return [*dinputs, *(None if t is None else d for t, d in zip(given, dinitial, strict=True))]
+    return [*dinputs, *(None if t is None else d for t, d in zip(initial, dinitial, strict=True))]

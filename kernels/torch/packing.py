@@ -1,4 +1,4 @@
-"""Time in processing order: packed sequences cut into segments, and reversal as a mirror."""
+"""Time in processing order: sequences cut into segments, and reversal as a mirror."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Segment(NamedTuple):
 def segments(length: int, chunk_size: int, cu_seqlens: Tensor | None) -> list[Segment]:
     """Cut time at every multiple of `chunk_size` and at every sequence boundary; empty sequences have no segment."""
     bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
-    found = []
+    result = []
     for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
         start = begin
         while start < end:
             stop = min(end, (start // chunk_size + 1) * chunk_size)
-            found.append(Segment(start, stop, n if start == begin else None, n if stop == end else None))
+            result.append(Segment(start, stop, n if start == begin else None, n if stop == end else None))
             start = stop
-    return found
+    return result
 
 
 def rows(states: Tensor, n: int, cu_seqlens: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import channel_states
-from sinuous.kernels.torch.channel_states import Chunk, grouped
+from sinuous.kernels.torch.channel_states import ChannelStatesSegment, grouped
 
 
 class _ZeroOrderHold:
@@ -26,12 +26,12 @@ class _ZeroOrderHold:
     def decays(self, delta: Tensor, B: Tensor) -> Tensor:
         return (delta[..., None, :] * self.A).exp_()
 
-    def backward(self, chunk: Chunk, ddecay: Tensor, ddelta: Tensor) -> tuple[Tensor, None]:
+    def backward(self, segment: ChannelStatesSegment, ddecay: Tensor, ddelta: Tensor) -> tuple[Tensor, None]:
         """With w = da ⊙ a: dA = Σ w Δ, and dΔ also gets Σ_n w A."""
-        through_decay = ddecay.mul_(chunk.decay)
-        self.dA += torch.mul(through_decay, chunk.delta[..., None, :], out=chunk.states).sum((0, 1))
+        through_decay = ddecay.mul_(segment.decay)
+        self.dA += torch.mul(through_decay, segment.delta[..., None, :], out=segment.states).sum((0, 1))
         ddelta = through_decay.mul_(self.A).sum(-2) + ddelta
-        return (ddelta * torch.sigmoid(chunk.raw) if self.dt_softplus else ddelta), None
+        return (ddelta * torch.sigmoid(segment.raw) if self.dt_softplus else ddelta), None
 
 
 def forward(

@@ -1,7 +1,7 @@
 """Recurrent cells step by step in plain torch, with a backward pass through time.
 
 The output of a step stands inside the gates of the next, so the only products that are not made step by step are those
-of the backward pass that know all outputs: the pre-activations of a chunk, computed again, and the gradient of R. In
+of the backward pass that know all outputs: the pre-activations of a segment, computed again, and the gradient of R. In
 the loops a step is `[H, B, D]`, a batch of matrix products over heads.
 """
 
@@ -25,8 +25,8 @@ class _Cell(NamedTuple):
 
     Attributes:
         step: `(p_i, p_f, p_z, p_o, state) -> state` with the state (y, c, n, m).
-        factors: `(p_i, p_f, p_z, p_o, before, after) -> factors`, all that the gradients need of a chunk's values, with
-            time on axis 0.
+        factors: `(p_i, p_f, p_z, p_o, before, after) -> factors`, all values of a segment that its gradients
+            need, with time on axis 0.
         back: `(dstate, *factors_t) -> (dp_i, dp_f, dp_z, dp_o), dstate`, from the gradient of the state after a step to
             that before it, without what passes through the pre-activations.
     """
@@ -229,14 +229,14 @@ def forward(
     chunk_size: int,
 ) -> tuple[Tensor, ...]:
     """`(y, final states, hidden, chunk states)`; see sinuous.core.ops.slstm."""
-    given = (initial_y, initial_c, initial_n, initial_m)
-    x, parameters, initial = _arguments(gates, R, bias, given, cu_seqlens)
+    states = (initial_y, initial_c, initial_n, initial_m)
+    x, parameters, initial = _arguments(gates, R, bias, states, cu_seqlens)
     batch, length, _, heads, width = gates.shape
     hidden = gates.new_empty(batch, length, heads, width, dtype=initial[0].dtype)
-    hidden, final, kept = chunked.forward(
+    hidden, final, chunk_states = chunked.forward(
         _recurrence(cell), [x, None], parameters, initial, hidden, cu_seqlens, reverse, chunk_size
     )
-    return hidden.to(gates.dtype, copy=True), *final, hidden, *kept
+    return hidden.to(gates.dtype, copy=True), *final, hidden, *chunk_states
 
 
 def backward(
@@ -259,8 +259,8 @@ def backward(
     chunk_size: int,
 ) -> list[Tensor | None]:
     """Gradients of gates, R, bias and the four initial states."""
-    given = (initial_y, initial_c, initial_n, initial_m)
-    x, parameters, initial = _arguments(gates, R, bias, given, cu_seqlens)
+    states = (initial_y, initial_c, initial_n, initial_m)
+    x, parameters, initial = _arguments(gates, R, bias, states, cu_seqlens)
     dy, *dfinal = grads
     (dx, _), (dR, dbias), dinitial = chunked.backward(
         _recurrence(cell), [x, hidden], parameters, initial, (chunk_y, chunk_c, chunk_n, chunk_m), dy, dfinal,
@@ -269,8 +269,8 @@ def backward(
     assert dx is not None
     assert dR is not None
     assert dbias is not None
-    states = [None if t is None else d for t, d in zip(given, dinitial, strict=True)]
-    return [dx.transpose(2, 3), dR.transpose(0, 1), dbias.transpose(0, 1), *states]
+    dstates = [None if t is None else d for t, d in zip(states, dinitial, strict=True)]
+    return [dx.transpose(2, 3), dR.transpose(0, 1), dbias.transpose(0, 1), *dstates]
 
 
 def outputs_before(hidden: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, reverse: bool) -> Tensor:

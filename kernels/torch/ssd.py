@@ -12,8 +12,8 @@ from sinuous.kernels.torch import chunked
 from sinuous.kernels.torch.chunked import Decays, Recurrence, State, Tensors, decay_gradient, decays
 
 
-class _Chunk(NamedTuple):
-    """A chunk's inputs and decays; G groups of R heads share queries and keys."""
+class SSDSegment(NamedTuple):
+    """A segment's inputs and decays; G groups of R heads share queries and keys."""
 
     q: Tensor  # [B,G,c,K]
     k: Tensor  # [B,G,c,K]
@@ -22,16 +22,16 @@ class _Chunk(NamedTuple):
     weights: Tensor  # [B,H,c,c], s (q_i · k_j) exp(G_i - G_j)
 
 
-def _chunk(inputs: Tensors, scale: float) -> _Chunk:
+def _segment(inputs: Tensors, scale: float) -> SSDSegment:
     q, k, v, log_decay = inputs
     assert q is not None
     assert k is not None
     assert v is not None
     log_decay = v.new_zeros(1, 1, v.shape[2]) if log_decay is None else log_decay
-    found = decays(log_decay)
+    products = decays(log_decay)
     scores = (q @ k.mT).mul_(scale)
-    weights = _per_head(scores, v).mul_(found.between)
-    return _Chunk(q, k, v, found, weights)
+    weights = _per_head(scores, v).mul_(products.between)
+    return SSDSegment(q, k, v, products, weights)
 
 
 def _per_head(t: Tensor, v: Tensor) -> Tensor:
@@ -45,10 +45,10 @@ def _per_group(t: Tensor, q: Tensor) -> Tensor:
 
 
 def _forward(state: State, inputs: Tensors, parameters: Tensors, scale: float) -> tuple[Tensor, State]:
-    chunk, (S,) = _chunk(inputs, scale), state
-    E, k, v = chunk.decays, _per_head(chunk.k, chunk.v), chunk.v
-    y = chunk.weights @ v
-    y.addcmul_(_per_head(chunk.q, v) @ S, E.since_start[..., None], value=scale)
+    segment, (S,) = _segment(inputs, scale), state
+    E, k, v = segment.decays, _per_head(segment.k, segment.v), segment.v
+    y = segment.weights @ v
+    y.addcmul_(_per_head(segment.q, v) @ S, E.since_start[..., None], value=scale)
     update = k.mT @ (E.until_end[..., None] * v)
     return y, (update.addcmul_(S, E.since_start[..., -1:, None]),)
 
@@ -56,26 +56,26 @@ def _forward(state: State, inputs: Tensors, parameters: Tensors, scale: float) -
 def _backward(
     state: State, inputs: Tensors, parameters: Tensors, dy: Tensor, dstate: State, scale: float
 ) -> tuple[State, Tensors, Tensors]:
-    chunk, (S,), (dS,) = _chunk(inputs, scale), state, dstate
-    E, v = chunk.decays, chunk.v
-    q, k = _per_head(chunk.q, v), _per_head(chunk.k, v)
+    segment, (S,), (dS,) = _segment(inputs, scale), state, dstate
+    E, v = segment.decays, segment.v
+    q, k = _per_head(segment.q, v), _per_head(segment.k, v)
     through_start = (dy @ S.mT).mul_(E.since_start[..., None]).mul_(scale)
     through_end = (v @ dS.mT).mul_(E.until_end[..., None])
-    dv = torch.addcmul(chunk.weights.mT @ dy, k @ dS, E.until_end[..., None])
+    dv = torch.addcmul(segment.weights.mT @ dy, k @ dS, E.until_end[..., None])
     dweights = dy @ v.mT
     total = E.since_start[..., -1:]
     dlog_decay = None
     if inputs[3] is not None:
         dlog_decay = decay_gradient(
             inputs[3],
-            dweights * chunk.weights,
+            dweights * segment.weights,
             (through_start * q).sum(-1),
             (through_end * k).sum(-1),
             total.squeeze(-1) * (S * dS).sum((-2, -1)),
         )
-    dscores = _per_group(dweights.mul_(E.between), chunk.q).mul_(scale)
-    dq = dscores @ chunk.k + _per_group(through_start, chunk.q)
-    dk = dscores.mT @ chunk.q + _per_group(through_end, chunk.q)
+    dscores = _per_group(dweights.mul_(E.between), segment.q).mul_(scale)
+    dq = dscores @ segment.k + _per_group(through_start, segment.q)
+    dk = dscores.mT @ segment.q + _per_group(through_end, segment.q)
     dstart = q.mT @ (E.since_start[..., None] * dy).mul_(scale)
     return (dstart.addcmul_(dS, total[..., None]),), (dq, dk, dv, dlog_decay), ()
 
@@ -102,7 +102,7 @@ def forward(
     """`(y, final_state, chunk_states)`; see sinuous.core.ops.ssd."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     initial = chunked.initial_matrix(q, v, initial_state, cu_seqlens)
-    y, (final,), (kept,) = chunked.forward(
+    y, (final,), (chunk_states,) = chunked.forward(
         _recurrence(scale),
         (q, k, v, _over_time(log_decay, v)),
         (),
@@ -112,7 +112,7 @@ def forward(
         reverse,
         chunk_size,
     )
-    return y, final, kept
+    return y, final, chunk_states
 
 
 def backward(

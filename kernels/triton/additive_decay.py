@@ -108,7 +108,7 @@ def forward(
     if not causal or v.numel() == 0:
         return plain.forward(q, k, v, factor, initial_S, initial_z, cu_seqlens, scale, causal, reverse, chunk_size)
     q, k, v, factor = q.contiguous(), k.contiguous(), v.contiguous(), None if factor is None else factor.contiguous()
-    S, z = plain.initial_memory(q, v, initial_S, initial_z, cu_seqlens)
+    S, z = plain.initial_states(q, v, initial_S, initial_z, cu_seqlens)
     made = _softmax(k, v, factor, z.contiguous(), cu_seqlens, scale, reverse, chunk_size, shares=False)
     y, final, kept = Decaying(made.call, made.log_decay, None, False).forward(q, made.weights, v, S.contiguous())
     return y, final, made.last, kept, made.kept
@@ -146,7 +146,7 @@ def backward(
             grads, q, k, v, factor, initial_S, initial_z, cu_seqlens, kept_S, kept_z, scale, causal, reverse, chunk_size
         )
     q, k, v, factor = q.contiguous(), k.contiguous(), v.contiguous(), None if factor is None else factor.contiguous()
-    S, z = (t.contiguous() for t in plain.initial_memory(q, v, initial_S, initial_z, cu_seqlens))
+    S, z = (t.contiguous() for t in plain.initial_states(q, v, initial_S, initial_z, cu_seqlens))
     softmax = _softmax(k, v, factor, z, cu_seqlens, scale, reverse, chunk_size, shares=True)
     weights, shares = softmax.weights, softmax.shares
     assert shares is not None

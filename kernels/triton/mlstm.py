@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sinuous.kernels.torch.mlstm import initial_memory
+from sinuous.kernels.torch.mlstm import initial_states
 from sinuous.kernels.triton.matrix_state_kernels import FORGOTTEN, gradient_of_sums, row_of, segment_at
 from sinuous.kernels.triton.matrix_states import (
     Call,
@@ -177,7 +177,7 @@ def forward(
     """`(y, C, n, m, chunk_C, chunk_n, chunk_m)` as `sinuous.core.ops.mlstm` defines them."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     call = Call.of(q, v, cu_seqlens, scale, reverse, chunk_size)
-    C, n, m = initial_memory(q, v, (initial_C, initial_n, initial_m), cu_seqlens)
+    C, n, m = initial_states(q, v, (initial_C, initial_n, initial_m), cu_seqlens)
     if v.numel() == 0:
         return torch.empty_like(v), C.clone(), n.clone(), m.clone(), *(call.empty_states(t) for t in (C, n, m))
     made = _Gates(call, input_gate, forget_gate, m, eps, input_activation)
@@ -213,9 +213,9 @@ def backward(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     call = Call.of(q, v, cu_seqlens, scale, reverse, chunk_size)
     given = (initial_C, initial_n, initial_m)
-    C, n, m = initial_memory(q, v, given, cu_seqlens)
+    C, n, m = initial_states(q, v, given, cu_seqlens)
     dy = torch.zeros_like(v) if grads[0] is None else grads[0].contiguous()
-    dC, dn, dm = initial_memory(q, v, grads[1:], cu_seqlens)
+    dC, dn, dm = initial_states(q, v, grads[1:], cu_seqlens)
     if v.numel() == 0:
         zeros = [torch.zeros_like(t) for t in (q, k, v, input_gate, forget_gate)]
         return [*zeros, *(None if t is None else d for t, d in zip(given, (dC, dn, dm), strict=True))]
