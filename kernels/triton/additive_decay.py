@@ -21,28 +21,28 @@ from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import additive_decay as plain
 from sinuous.kernels.triton import INTERPRETED, linear_scan
 from sinuous.kernels.triton.additive_decay_kernels import carry_sums, share_out
-from sinuous.kernels.triton.gla import Decaying
-from sinuous.kernels.triton.matrix_states import Call
+from sinuous.kernels.triton.gla import GLACall
+from sinuous.kernels.triton.matrix_states import MatrixStatesCall
 from sinuous.kernels.triton.packing import on_device, packed_steps
 
 
-class Softmax(NamedTuple):
-    """What the keys become, each shaped like them.
+class KeySoftmax(NamedTuple):
+    """The softmax of the keys over time; tensors are shaped like them.
 
     Attributes:
         weights: their shares times the factor; the keys of gla.
         shares: without the factor, in the precision of the state, if asked for.
-        log_decay: z_{t-1} - z_t, 0 where z_{t-1} is -inf: there is nothing then that could decay.
+        log_decay: z_{t-1} - z_t, 0 where z_{t-1} is -inf and there is no state yet.
         last: z after each sequence, `[sequences, H, K]`.
-        kept: z before each chunk, `[B, chunks, H, K]`.
+        chunk_z: z before each chunk, `[B, chunks, H, K]`.
     """
 
-    call: Call
+    call: MatrixStatesCall
     weights: Tensor
     shares: Tensor | None
     log_decay: Tensor
     last: Tensor
-    kept: Tensor
+    chunk_z: Tensor
 
 
 def _softmax(
@@ -55,14 +55,14 @@ def _softmax(
     reverse: bool,
     chunk_size: int,
     shares: bool,
-) -> Softmax:
+) -> KeySoftmax:
     dtype = working_dtype(k.dtype)
     half = k.dtype == torch.bfloat16 and not INTERPRETED  # the interpreter truncates what it stores in it
     weights = torch.empty_like(k, dtype=k.dtype if half else dtype)
-    call = Call.of(weights, v, cu_seqlens, scale, reverse, chunk_size)
+    call = MatrixStatesCall.of(weights, v, cu_seqlens, scale, reverse, chunk_size)
     width = call.heads * call.keys
     starts = torch.empty(call.segments, width, dtype=torch.float64, device=k.device)
-    found = Softmax(
+    softmax = KeySoftmax(
         call,
         weights,
         torch.empty_like(k, dtype=dtype) if shares else None,
@@ -81,14 +81,14 @@ def _softmax(
     with on_device(k):
         blocks, sizes = over(32, 4)
         carry_sums[(blocks * call.sequences,)](
-            k, z, call.bounds, starts, found.kept, found.last, call.length, call.sequences, **sizes
+            k, z, call.bounds, starts, softmax.chunk_z, softmax.last, call.length, call.sequences, **sizes
         )
         blocks, sizes = over(64, 2)
         share_out[(blocks * call.segments,)](
-            k, factor, starts, call.table, weights, found.shares, found.log_decay, call.length, call.sequences,
+            k, factor, starts, call.table, weights, softmax.shares, softmax.log_decay, call.length, call.sequences,
             ACC=call.sizes["ACC"], **sizes,
         )  # fmt: skip
-    return found
+    return softmax
 
 
 def forward(
@@ -110,12 +110,12 @@ def forward(
     q, k, v, factor = q.contiguous(), k.contiguous(), v.contiguous(), None if factor is None else factor.contiguous()
     S, z = plain.initial_states(q, v, initial_S, initial_z, cu_seqlens)
     made = _softmax(k, v, factor, z.contiguous(), cu_seqlens, scale, reverse, chunk_size, shares=False)
-    y, final, kept = Decaying(made.call, made.log_decay, None, False).forward(q, made.weights, v, S.contiguous())
-    return y, final, made.last, kept, made.kept
+    y, final, chunk_S = GLACall(made.call, made.log_decay, None, False).forward(q, made.weights, v, S.contiguous())
+    return y, final, made.last, chunk_S, made.chunk_z
 
 
 def _next(t: Tensor, ends: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> Tensor:
-    """What `t` `[B, T, H, K]` is a step later in processing order; after the last of a sequence, its row of `ends`."""
+    """`t` `[B, T, H, K]` one step later in processing order; after the last step of a sequence, its row of `ends`."""
     if cu_seqlens is None:
         ends = ends.unsqueeze(1)
         return torch.cat([ends, t[:, :-1]] if reverse else [t[:, 1:], ends], 1)
@@ -150,7 +150,7 @@ def backward(
     softmax = _softmax(k, v, factor, z, cu_seqlens, scale, reverse, chunk_size, shares=True)
     weights, shares = softmax.weights, softmax.shares
     assert shares is not None
-    made = Decaying(softmax.call, softmax.log_decay, None, False)
+    made = GLACall(softmax.call, softmax.log_decay, None, False)
     prepared = made.prepare(q, weights)
     dy = torch.zeros_like(v) if grads[0] is None else grads[0].contiguous()
     dfinal = torch.zeros_like(S) if grads[1] is None else grads[1].to(S.dtype).contiguous()

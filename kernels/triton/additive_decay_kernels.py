@@ -1,11 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """additive_decay: the kernels of the softmax over time, which make of keys what gla takes.
 
-With z_t = log Σ_{s≤t} exp k_s per channel, a step has the share exp(k_t - z_t) in the softmax and leaves
-exp(z_{t-1} - z_t) of the others; z is in float64, since differences of long sums are all that is used of it. Channels
-of all heads lie side by side, D of them. `carry_sums` goes through the chunks of each sequence, `share_out` through the
-steps of each segment from the z that `carry_sums` found. No logarithm is below LOWEST, so that no difference is one of
-infinities.
+With z_t = log Σ_{s≤t} exp k_s per channel, a step has the share exp(k_t - z_t) in the softmax and leaves exp(z_{t-1} -
+z_t) of the others; z is in float64, since only differences of long sums are used of it. Channels of all heads lie side
+by side, D of them. `carry_sums` goes through the chunks of each sequence, `share_out` through the steps of each segment
+from the z that `carry_sums` left there. No logarithm is below LOWEST, so that no difference is one of infinities.
 """
 
 from __future__ import annotations
@@ -14,17 +13,17 @@ import triton
 import triton.language as tl
 
 from sinuous.kernels.torch import chunked
-from sinuous.kernels.triton.gla_kernels import place_of
+from sinuous.kernels.triton.gla_kernels import slot_of
 from sinuous.kernels.triton.linear_scan import AHEAD
-from sinuous.kernels.triton.matrix_state_kernels import row_of, segment_at
-from sinuous.kernels.triton.packing import bounds_of
+from sinuous.kernels.triton.matrix_state_kernels import segment_at
+from sinuous.kernels.triton.packing import bounds_of, row_of
 
 LOWEST = tl.constexpr(chunked.LOWEST)
 
 
 @triton.jit
 def floored(t):
-    """In float64, and not below LOWEST; NaN stays."""
+    """`t` in float64, and not below LOWEST; NaN stays."""
     wide = t.to(tl.float64)
     return tl.where(wide < LOWEST, LOWEST, wide)
 
@@ -42,7 +41,7 @@ def log_add(a, b):
 
 @triton.jit(do_not_specialize=["length", "sequences"])
 def carry_sums(
-    k, edge, cu_seqlens, starts, kept, last, length, sequences,
+    k, edge, cu_seqlens, starts, chunk_z, last, length, sequences,
     D: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """z before each segment [segments, D], before each chunk [B, chunks, D] where no sequence starts between, and after
@@ -59,8 +58,8 @@ def carry_sums(
     for chunk in range(first_chunk, past_chunk):
         start, stop = tl.maximum(begin, chunk * CHUNK), tl.minimum(end, (chunk + 1) * CHUNK)
         if start == chunk * CHUNK:
-            tl.store(kept + (batch * chunks + chunk) * D + d, unfloored(z), mask=there)
-        place = place_of(batch, start, n, length, sequences, CHUNK, PACKED, REVERSE)
+            tl.store(chunk_z + (batch * chunks + chunk) * D + d, unfloored(z), mask=there)
+        place = slot_of(batch, start, n, length, sequences, CHUNK, PACKED, REVERSE)
         tl.store(starts + place * D + d, z, mask=there)
         row = row_of(start + i, batch, length, REVERSE)
         those = (start + i < stop)[:, None] & there[None, :]
@@ -85,7 +84,7 @@ def share_out(
     if start == stop:
         return
     there = d < D
-    place = place_of(batch, start, sequence, length, sequences, CHUNK, PACKED, REVERSE)
+    place = slot_of(batch, start, sequence, length, sequences, CHUNK, PACKED, REVERSE)
     z = tl.load(starts + place * D + d, mask=there, other=0)
     for p in tl.range(start, stop, num_stages=AHEAD):
         at = row_of(p, batch, length, REVERSE) * D + d

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sinuous.kernels.precision import working_dtype
-from sinuous.kernels.triton.packing import accumulator, bounds_of, on_device, packed_steps
+from sinuous.kernels.triton.packing import accumulator, bounds_of, on_device, packed_steps, row_of
 
 STEPS, CHANNELS = 32, 64
 """Steps and channels of a tile."""
@@ -30,13 +30,13 @@ def input_at(
 ):  # fmt: skip
     """The inputs [BT, BD] of processing steps `p`, which are number `position` of their `sequence`; a negative
     position, down to 1-W, is a row of the initial state."""
-    row = batch * length + (length - 1 - p if REVERSE else p)
-    given = tl.load(x + row[:, None] * width + d[None, :], mask=(position >= 0)[:, None] & there, other=0).to(ACC)
+    row = row_of(p, batch, length, REVERSE)
+    inputs = tl.load(x + row[:, None] * width + d[None, :], mask=(position >= 0)[:, None] & there, other=0).to(ACC)
     if STATEFUL:
         row = sequence.to(tl.int64) * (W - 1) + (W - 1 + position)
         earlier = (position < 0)[:, None] & there
-        given += tl.load(initial + row[:, None] * width + d[None, :], mask=earlier, other=0).to(ACC)
-    return given
+        inputs += tl.load(initial + row[:, None] * width + d[None, :], mask=earlier, other=0).to(ACC)
+    return inputs
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def convolve(
     )  # fmt: skip
     if SILU:
         pre = pre / (1 + tl.exp(-pre))
-    row = batch * length + (length - 1 - p if REVERSE else p)
+    row = row_of(p, batch, length, REVERSE)
     tl.store(y + row[:, None] * width + d[None, :], pre, mask=there)
 
 
@@ -125,7 +125,7 @@ def filter_gradients(
         position = tl.load(before + p, mask=p < length, other=0)
         sequence = tl.load(sequences + p, mask=p < length, other=0).to(tl.int64)
     there = (p < length)[:, None] & (d < width)[None, :]
-    row = batch * length + (length - 1 - p if REVERSE else p)
+    row = row_of(p, batch, length, REVERSE)
     at = row[:, None] * width + d[None, :]
     g = tl.load(grad_y + at, mask=there, other=0).to(ACC)
     if SILU:
@@ -163,16 +163,16 @@ def input_gradients(
         after = tl.load(afterwards + p, mask=p < length, other=0)
         sequence = tl.load(sequences + p, mask=p < length, other=0).to(tl.int64)
     there = (p < length)[:, None] & (d < width)[None, :]
-    kept = sequence * (W - 1) + (W - 2 - after)
+    state_row = sequence * (W - 1) + (W - 2 - after)
     total = tl.load(
-        grad_final + kept[:, None] * width + d[None, :], mask=(after < W - 1)[:, None] & there, other=0
+        grad_final + state_row[:, None] * width + d[None, :], mask=(after < W - 1)[:, None] & there, other=0
     ).to(ACC)  # fmt: skip
     for k in tl.static_range(W):
-        row = batch * length + (length - 1 - (p + k) if REVERSE else p + k)
+        row = row_of(p + k, batch, length, REVERSE)
         mask = (after >= k)[:, None] & there
         g = tl.load(grad_pre + row[:, None] * width + d[None, :], mask=mask, other=0).to(ACC)
         total += tl.load(weight + d * W + (W - 1 - k), mask=d < width, other=0).to(ACC)[None, :] * g
-    row = batch * length + (length - 1 - p if REVERSE else p)
+    row = row_of(p, batch, length, REVERSE)
     tl.store(dx + row[:, None] * width + d[None, :], total, mask=there)
 
 
@@ -191,16 +191,16 @@ def initial_state_gradients(
     first, steps, batch = bounds_of(n, cu_seqlens, length, PACKED, REVERSE)
     there = (i < W - 1)[:, None] & (d < width)[None, :]
     steps_of = tl.where(d < width, steps, 0)
-    kept = n * (W - 1) + i
+    state_row = n * (W - 1) + i
     total = tl.load(
-        grad_final + (kept - steps)[:, None] * width + d[None, :], mask=(i >= steps)[:, None] & there, other=0
+        grad_final + (state_row - steps)[:, None] * width + d[None, :], mask=(i >= steps)[:, None] & there, other=0
     ).to(ACC)  # fmt: skip
     for q in tl.static_range(W - 1):
-        row = batch * length + (length - 1 - (first + q) if REVERSE else first + q)
+        row = row_of(first + q, batch, length, REVERSE)
         g = tl.load(grad_pre + row * width + d, mask=steps_of > q, other=0).to(ACC)
         tap = tl.load(weight + d[None, :] * W + (i - q)[:, None], mask=(i >= q)[:, None] & there, other=0)
         total += tap.to(ACC) * g[None, :]
-    tl.store(dinitial + kept[:, None] * width + d[None, :], total, mask=there)
+    tl.store(dinitial + state_row[:, None] * width + d[None, :], total, mask=there)
 
 
 def forward(

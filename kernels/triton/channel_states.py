@@ -25,16 +25,16 @@ import triton.language as tl
 from torch import Tensor
 
 from sinuous.kernels.precision import working_dtype
-from sinuous.kernels.triton.packing import accumulator, on_device, packed_steps
+from sinuous.kernels.triton.packing import accumulator, on_device, packed_steps, row_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 SERIAL_PROGRAMS = 2048
-"""From this many programs on, time is not split: some fifteen of them for each multiprocessor of a large GPU."""
+"""Number of programs from which on time is not split: some fifteen for each multiprocessor of a large GPU."""
 
 
 class Blocks(NamedTuple):
-    """How channels are shared among programs; a block lies within one group of B and C.
+    """The shares of channels among programs; a block lies within one group of B and C.
 
     Attributes:
         channels: channels of a block, a power of two.
@@ -83,7 +83,7 @@ def implicit_step(raw, norm):
 
 @triton.jit
 def step_size(raw, norm, row, SOFTPLUS: tl.constexpr, IMPLICIT: tl.constexpr):
-    """That of the implicit step; or softplus(raw), the identity above 20 as in torch; or raw itself."""
+    """Step size Δ: of the implicit step; or softplus(raw), the identity above 20 as in torch; or raw itself."""
     if IMPLICIT:
         raw, _ = implicit_step(raw, tl.load(norm + row))
     elif SOFTPLUS:
@@ -117,7 +117,7 @@ def rates_of(A, dn, there_dn, BD: tl.constexpr, BN: tl.constexpr, IMPLICIT: tl.c
 
 @triton.jit
 def nothing_passed(BD: tl.constexpr, BN: tl.constexpr, IMPLICIT: tl.constexpr, ACC: tl.constexpr):
-    """What a chunk of no steps does to a state: Σ Δ = 0, or a product of decays of 1."""
+    """The effect of no steps on a state: Σ Δ = 0, or a product of decays of 1."""
     passed = tl.zeros([BD], ACC)
     if IMPLICIT:
         passed = tl.full([BD, BN], 1, ACC)
@@ -148,7 +148,7 @@ def chunk_ends(
     SOFTPLUS: tl.constexpr, IMPLICIT: tl.constexpr, BIASED: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The state each chunk reaches from zero, to `ends` [B, chunks, D, N], and what it does to the one before it, to
+    """The state each chunk reaches from zero, to `ends` [B, chunks, D, N], and its effect on the one before it, to
     `across`: Σ Δ [B, chunks, D], or where IMPLICIT the product of decays [B, chunks, D, N]."""
     blocks = GROUPS * tl.cdiv(width // GROUPS, BD)
     chunks = tl.cdiv(length, CHUNK)
@@ -169,7 +169,7 @@ def chunk_ends(
             start = tl.load(starts + p)
             if start >= 0:
                 h = tl.load(initial + start.to(tl.int64) * width * N + dn, mask=there_dn, other=0)
-        row = batch * length + (length - 1 - p if REVERSE else p)
+        row = row_of(p, batch, length, REVERSE)
         raw = tl.load(dt + row * width + d, mask=there, other=0).to(ACC) + bias
         delta = step_size(raw, norm, row, SOFTPLUS, IMPLICIT)
         x = delta * tl.load(u + row * width + d, mask=there, other=0).to(ACC)
@@ -187,11 +187,11 @@ def carry_chunks(
     N: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,
     IMPLICIT: tl.constexpr, PACKED: tl.constexpr, ADJOINT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Replace what each chunk yields from zero by what comes into it, in place, in `carried` [B, chunks, D, N].
+    """Replace, in `carried` [B, chunks, D, N], the state that each chunk reaches from zero by the one before it.
 
-    Forward that is the state before the chunk; for the adjoint, run from the last chunk to the first, it is the
-    gradient of the state after it. `incoming` is what comes into the whole sequence; a packed chunk that is `cut` by a
-    boundary lets nothing through, and one that begins with a sequence gets that sequence's own initial state.
+    The adjoint runs from the last chunk to the first, and has there the gradient of the state after the chunk.
+    `incoming` is the state before each sequence; a packed chunk that is `cut` by a boundary lets no state through, and
+    one that begins with a sequence starts from that sequence's initial state.
     """
     blocks = tl.cdiv(width, BD)
     chunks = tl.cdiv(length, CHUNK)
@@ -266,7 +266,7 @@ def outputs(
             if SERIAL:  # noqa: SIM102 (settled at compile time; Triton would evaluate both sides of an `and`)
                 if p == first:
                     tl.store(here, h, mask=there_dn)
-            row = batch * length + (length - 1 - p if REVERSE else p)
+            row = row_of(p, batch, length, REVERSE)
             raw = tl.load(dt + row * width + d, mask=there, other=0).to(ACC) + bias
             delta = step_size(raw, norm, row, SOFTPLUS, IMPLICIT)
             u_t = tl.load(u + row * width + d, mask=there, other=0).to(ACC)
@@ -288,7 +288,8 @@ def outputs(
 
 
 class Boundaries(NamedTuple):
-    """Per step in processing order: the sequence that starts (or stops) there, or -1; per chunk, whether one does."""
+    """The sequence that starts (or stops) at each step in processing order, or -1; and for each chunk, whether one
+    does."""
 
     starts: Tensor
     stops: Tensor

@@ -35,13 +35,13 @@ from sinuous.kernels.triton.channel_states import (
     step_size,
     store_passed,
 )
-from sinuous.kernels.triton.packing import accumulator, on_device
+from sinuous.kernels.triton.packing import accumulator, on_device, row_of
 
 LN_2 = tl.constexpr(0.6931471805599453)
 SUB = 16
 """Steps whose states are held in scratch at once; it divides the chunk size."""
 PROGRAMS = 1024
-"""About as many programs share the chunks, of four warps each: more than fit on a GPU at once. Their number must not
+"""Approximate number of programs that share the chunks, of four warps each: more than fit on a GPU at once. It must not
 depend on the device, since it fixes the order of sums."""
 
 
@@ -52,7 +52,7 @@ def adjoint_ends(
     SOFTPLUS: tl.constexpr, IMPLICIT: tl.constexpr, BIASED: tl.constexpr, GATED: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """What each chunk alone contributes to the gradient of the state before it, to `ends` [B, chunks, D, N]; `across`
+    """The part of each chunk alone in the gradient of the state before it, to `ends` [B, chunks, D, N]; `across`
     as in the forward pass."""
     blocks = GROUPS * tl.cdiv(width // GROUPS, BD)
     chunks = tl.cdiv(length, CHUNK)
@@ -75,7 +75,7 @@ def adjoint_ends(
             ending = tl.load(stops + p)
             if ending >= 0:
                 m = tl.load(grad_final + ending.to(tl.int64) * width * N + dn, mask=there_dn, other=0)
-        row = batch * length + (length - 1 - p if REVERSE else p)
+        row = row_of(p, batch, length, REVERSE)
         raw = tl.load(dt + row * width + d, mask=there, other=0).to(ACC) + bias
         delta = step_size(raw, norm, row, SOFTPLUS, IMPLICIT)
         g = tl.load(grad_y + row * width + d, mask=there, other=0).to(ACC)
@@ -99,7 +99,7 @@ def gradients(
     SOFTPLUS: tl.constexpr, IMPLICIT: tl.constexpr, BIASED: tl.constexpr, SKIP: tl.constexpr, GATED: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """All gradients. A program takes every `slots`-th chunk of its block of channels.
+    """Gradients of all inputs. A program takes every `slots`-th chunk of its block of channels.
 
     Partial sums: dA `[slots, D, N]`, dD and dbias `[slots, D]`, dB and dC `[blocks, B, T, N]`.
     """
@@ -138,7 +138,7 @@ def gradients(
                 start = tl.load(starts + p)
                 if start >= 0:
                     h = tl.load(initial + start.to(tl.int64) * width * N + dn, mask=there_dn, other=0)
-            row = batch * length + (length - 1 - p if REVERSE else p)
+            row = row_of(p, batch, length, REVERSE)
             raw = tl.load(dt + row * width + d, mask=there, other=0).to(ACC) + bias
             delta = step_size(raw, norm, row, SOFTPLUS, IMPLICIT)
             x = delta * tl.load(u + row * width + d, mask=there, other=0).to(ACC)
@@ -158,7 +158,7 @@ def gradients(
                     if start >= 0:
                         h = tl.load(initial + start.to(tl.int64) * width * N + dn, mask=there_dn, other=0)
                 tl.store(states + (p - begin) * BD * BN, h)
-                row = batch * length + (length - 1 - p if REVERSE else p)
+                row = row_of(p, batch, length, REVERSE)
                 raw = tl.load(dt + row * width + d, mask=there, other=0).to(ACC) + bias
                 delta = step_size(raw, norm, row, SOFTPLUS, IMPLICIT)
                 x = delta * tl.load(u + row * width + d, mask=there, other=0).to(ACC)
@@ -171,7 +171,7 @@ def gradients(
                     ending = tl.load(stops + p)
                     if ending >= 0:
                         m = tl.load(grad_final + ending.to(tl.int64) * width * N + dn, mask=there_dn, other=0)
-                row = batch * length + (length - 1 - p if REVERSE else p)
+                row = row_of(p, batch, length, REVERSE)
                 at = row * width + d
                 raw = tl.load(dt + at, mask=there, other=0).to(ACC) + bias
                 delta = step_size(raw, norm, row, SOFTPLUS, IMPLICIT)
@@ -260,8 +260,8 @@ def backward(
     # Sequences without a step end where they begin.
     dinitial = grad_final.clone()
     if u.numel() == 0:
-        given = (u, dt, A, B, C, D, z, dt_bias)
-        return [*(None if t is None else torch.zeros_like(t) for t in given), dinitial if carries else None]
+        inputs = (u, dt, A, B, C, D, z, dt_bias)
+        return [*(None if t is None else torch.zeros_like(t) for t in inputs), dinitial if carries else None]
     grad_y = torch.zeros_like(u) if grad_y is None else grad_y
     groups, b_shape = (B.shape[2] if B.ndim == 4 else 1), B.shape
     u, dt, B, C, grad_y = (t.contiguous() for t in (u, dt, B, C, grad_y))

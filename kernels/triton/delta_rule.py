@@ -14,13 +14,13 @@ from torch import Tensor
 from sinuous.kernels.torch import delta_rule as plain
 from sinuous.kernels.torch.chunked import initial_matrix
 from sinuous.kernels.triton.delta_rule_kernels import carry, carry_adjoint, prepare, read, sides
-from sinuous.kernels.triton.matrix_states import Call, segments
+from sinuous.kernels.triton.matrix_states import MatrixStatesCall, segments
 from sinuous.kernels.triton.packing import on_device
 from sinuous.kernels.triton.ssd import decay_gradient, over_time, weights_of
 
 
 def fits(q: Tensor) -> bool:
-    """Whether the keys fit the registers of a program; else the plain form runs, whose kept states are the same."""
+    """Whether the keys fit the registers of a program; else the plain form runs, whose chunk states are the same."""
     return q.shape[-1] <= (256 if q.dtype in (torch.bfloat16, torch.float16) else 128)
 
 
@@ -46,7 +46,7 @@ def tiles(kernel: object, dtype: torch.dtype, keys: int, values: int) -> dict[st
     return {"CHUNK": rows, "BK": block_k, "BV": max(16, block_v), **options}
 
 
-class _Rows:
+class DeltaRuleCall:
     """A call with its factors as rows, and the launches that it is made of."""
 
     def __init__(
@@ -66,7 +66,7 @@ class _Rows:
         self.q, self.k, self.v, self.beta = q.contiguous(), self.as_rows(k), self.as_rows(v), self.as_rows(beta)
         bounds = None if cu_seqlens is None else cu_seqlens * self.factors
         rows = tiles(prepare, q.dtype, q.shape[-1], v.shape[-1])["CHUNK"]
-        self.call = Call.of(self.q, self.v, bounds, scale, reverse, rows)
+        self.call = MatrixStatesCall.of(self.q, self.v, bounds, scale, reverse, rows)
         self.span = chunk_size * self.factors
         self.log_decay = over_time(log_decay if self.factors == 1 else self._on_first_rows(log_decay), self.v)
         self.initial = self.state(initial_state)
@@ -88,10 +88,10 @@ class _Rows:
         rows[:, :, 0] = log_decay
         return self.as_rows(rows)
 
-    def state(self, given: Tensor | None) -> Tensor:
-        """A state per sequence; zeros if absent."""
-        (found,) = initial_matrix(self.q, self.v, given, self.call.bounds)
-        return found
+    def state(self, state: Tensor | None) -> Tensor:
+        """A state per sequence; zeros for None."""
+        (matrix,) = initial_matrix(self.q, self.v, state, self.call.bounds)
+        return matrix
 
     def _over(self, kernel: Any) -> tuple[int, int, dict[str, Any]]:
         """Blocks of keys, blocks of values, and compile-time arguments, of a kernel."""
@@ -118,34 +118,39 @@ class _Rows:
             )  # fmt: skip
 
     def carry(self) -> tuple[Tensor, Tensor]:
-        """The state after each sequence, and those the op keeps."""
-        call, final, kept = self.call, torch.empty_like(self.initial), self.call.empty_states(self.initial)
-        self._carry(call.sequences, None, None, kept, final)
-        self.states = kept
-        return final, kept[:, :: self.span // call.form["CHUNK"]]
+        """The state after each sequence, and the states that the op keeps."""
+        call, final, states = self.call, torch.empty_like(self.initial), self.call.empty_states(self.initial)
+        self._carry(call.sequences, None, None, states, final)
+        self.states = states
+        return final, states[:, :: self.span // call.form["CHUNK"]]
 
     def carry_again(self, chunk_states: Tensor) -> None:
-        """What `carry` left, from the states that the op kept."""
+        """Compute again what `carry` left, from the states that the op kept."""
         call = self.call
-        pieces, table = call.batch * triton.cdiv(call.length, self.span), call.table
+        spans, table = call.batch * triton.cdiv(call.length, self.span), call.table
         whole = self.span == call.form["CHUNK"]
         if call.bounds is not None and not whole:
             table = segments(call.bounds, call.length, self.span, self.reverse)
         if table is not None:
-            pieces = table.shape[0]
-        kept = None if whole else call.empty_states(self.initial)
-        self._carry(pieces, chunk_states, table, kept, None)
-        self.states = chunk_states if kept is None else kept
+            spans = table.shape[0]
+        states = None if whole else call.empty_states(self.initial)
+        self._carry(spans, chunk_states, table, states, None)
+        self.states = chunk_states if states is None else states
 
     def _carry(
-        self, pieces: int, chunk_states: Tensor | None, table: Tensor | None, kept: Tensor | None, final: Tensor | None
+        self,
+        spans: int,
+        chunk_states: Tensor | None,
+        table: Tensor | None,
+        states: Tensor | None,
+        final: Tensor | None,
     ) -> None:
         call, (_, value_blocks, sizes) = self.call, self._over(carry)
         self.residual = torch.empty_like(self.v, dtype=call.factor_dtype)
         with on_device(self.q):
-            carry[(pieces * call.heads * value_blocks,)](
+            carry[(spans * call.heads * value_blocks,)](
                 self.k, self.v, self.beta, self.inverse, self.decays.since_start, self.decays.until_end,
-                self.initial, chunk_states, call.bounds, table, kept, self.residual, final, call.length,
+                self.initial, chunk_states, call.bounds, table, states, self.residual, final, call.length,
                 AGAIN=final is None, **sizes,
             )  # fmt: skip
 
@@ -202,13 +207,13 @@ def forward(
     arguments = (q, k, v, beta, log_decay, initial_state, cu_seqlens, scale, reverse, chunk_size)
     if not fits(q):
         return plain.forward(*arguments)
-    rows = _Rows(*arguments)
+    rows = DeltaRuleCall(*arguments)
     if v.numel() == 0:
-        y, kept = v.new_empty(*q.shape[:3], v.shape[-1]), rows.call.empty_states(rows.initial)
-        return y, rows.initial.clone(), kept
+        y, chunk_states = v.new_empty(*q.shape[:3], v.shape[-1]), rows.call.empty_states(rows.initial)
+        return y, rows.initial.clone(), chunk_states
     rows.prepare()
-    final, kept = rows.carry()
-    return rows.read(), final, kept
+    final, chunk_states = rows.carry()
+    return rows.read(), final, chunk_states
 
 
 def backward(
@@ -229,7 +234,7 @@ def backward(
     arguments = (q, k, v, beta, log_decay, initial_state, cu_seqlens)
     if not fits(q):
         return plain.backward(grads, *arguments, chunk_states, scale, reverse, chunk_size)
-    rows = _Rows(*arguments, scale, reverse, chunk_size)
+    rows = DeltaRuleCall(*arguments, scale, reverse, chunk_size)
     dfinal = rows.state(grads[1])
     if v.numel() == 0:
         zeros = [None if t is None else torch.zeros_like(t) for t in (q, k, v, beta, log_decay)]

@@ -6,7 +6,7 @@ its query on the last, so that `FACTORS` only says which rows read. Time is cut 
 `matrix_state_kernels`. Within one, with S the state before it, E_tj the decay from row j to row t, L its strict lower
 part of K Kᵀ ⊙ E and since, until the decays from the start and until the end,
 
-    r = v - since · K S - L diag(β) r           what a row finds wrong
+    r = v - since · K S - L diag(β) r           the error at each row
     y = scale · ((Q Kᵀ ⊙ E) diag(β) r + since · Q S)
     S ← since_c S + (until · K)ᵀ diag(β) r
 
@@ -21,8 +21,8 @@ With P = scale · Q Kᵀ ⊙ E and Λ the gradient of the state after the segmen
     dq = scale · ((dy Uᵀ ⊙ E) K + since · dy Sᵀ)                                U = diag(β) r
     dk = scale · (dy Uᵀ ⊙ E)ᵀ Q - (F + Fᵀ) K - since · dv Sᵀ + until · U Λᵀ      F = strict lower part of dv Uᵀ ⊙ E
 
-Forward are launched `prepare`, `carry` and `read`; backward `prepare`, `carry` again from the kept states, all at once,
-`carry_adjoint`, and `sides` for queries and for keys. Nothing is added up atomically.
+Forward are launched `prepare`, `carry` and `read`; backward `prepare`, `carry` again from the chunk states, all at
+once, `carry_adjoint`, and `sides` for queries and for keys. Nothing is added up atomically.
 
 Source: Yang et al. (arXiv 2406.06484), section 3, and (arXiv 2412.06464), section 3; in this form with X, our own.
 """
@@ -32,8 +32,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sinuous.kernels.triton.matrix_state_kernels import products, row_of, segment_at
-from sinuous.kernels.triton.packing import bounds_of
+from sinuous.kernels.triton.matrix_state_kernels import products, segment_at
+from sinuous.kernels.triton.packing import bounds_of, row_of
 
 
 @triton.jit
@@ -80,14 +80,14 @@ def resolvent(L, beta, CHUNK: tl.constexpr, LEVELS: tl.constexpr, ACC: tl.conste
     """X = L (1 + diag(beta) L)⁻¹ of a strictly lower triangular L: by rows in blocks of 16, which are then joined."""
     BLOCKS: tl.constexpr = CHUNK // 16
     i, block = tl.arange(0, 16), tl.arange(0, BLOCKS)
-    own = block[:, None, None, None] == block[None, None, :, None]
-    D = tl.sum(tl.where(own, tl.reshape(L, [BLOCKS, 16, BLOCKS, 16]), 0.0), 2)
+    on_diagonal = block[:, None, None, None] == block[None, None, :, None]
+    D = tl.sum(tl.where(on_diagonal, tl.reshape(L, [BLOCKS, 16, BLOCKS, 16]), 0.0), 2)
     scaled = D * tl.reshape(beta, [BLOCKS, 16])[:, None, :]
     for j in range(15):
         done = tl.sum(tl.where(i[None, :, None] == j, D, 0.0), 1)
         column = tl.sum(tl.where(i[None, None, :] == j, scaled, 0.0), 2)
         D -= column[:, :, None] * done[:, None, :]
-    X = tl.reshape(tl.where(own, D[:, :, None, :], 0.0), [CHUNK, CHUNK])
+    X = tl.reshape(tl.where(on_diagonal, D[:, :, None, :], 0.0), [CHUNK, CHUNK])
     for level in tl.static_range(LEVELS):
         for first in tl.static_range(0, CHUNK >> (4 + level), 2):
             X += joint(X, L, beta, first, CHUNK >> (4 + level), 16 << level, ACC, PRECISION)
@@ -133,14 +133,15 @@ def prepare(
 @triton.jit(do_not_specialize=["length"])
 def carry(
     k, v, beta, inverse, since_start, until_end, initial, chunk_states, cu_seqlens, table,
-    kept, residual, final, length,
+    states, residual, final, length,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, CHUNK: tl.constexpr,
     SPAN: tl.constexpr, AGAIN: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """r of all segments of a sequence, the state before each chunk and the one at the end.
 
-    AGAIN: of a piece of SPAN rows, whose state was kept. A block holds all keys, since a row needs their sum.
+    AGAIN: of SPAN rows, from the state before them in `chunk_states`. A block holds all keys, since a row needs their
+    sum.
     """
     v_blocks: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
@@ -164,9 +165,9 @@ def carry(
     past_chunk = tl.where(steps > 0, tl.cdiv(end, CHUNK), first_chunk)
     for j in range(first_chunk, past_chunk):
         start, stop = tl.maximum(begin, j * CHUNK), tl.minimum(end, (j + 1) * CHUNK)
-        if kept is not None:  # noqa: SIM102 (settled at compile time)
+        if states is not None:  # noqa: SIM102 (settled at compile time)
             if start == j * CHUNK:
-                tl.store(kept + ((batch * chunks + j) * H + h) * K * V + cv, S, mask=there_cv)
+                tl.store(states + ((batch * chunks + j) * H + h) * K * V + cv, S, mask=there_cv)
         p = start + i
         there, row = p < stop, row_of(p, batch, length, REVERSE)
         at = row * H + h
@@ -229,7 +230,7 @@ def read(
 @triton.jit(do_not_specialize=["length"])
 def carry_adjoint(
     q, k, beta, dy, weights, inverse, since_start, until_end, last_gradient, cu_seqlens,
-    kept, through, dv, first_gradient, length,
+    adjoint_states, through, dv, first_gradient, length,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, CHUNK: tl.constexpr,
     FACTORS: tl.constexpr, SCALE: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -249,7 +250,7 @@ def carry_adjoint(
         j = first_chunk + past_chunk - 1 - back
         start, stop = tl.maximum(begin, j * CHUNK), tl.minimum(end, (j + 1) * CHUNK)
         if stop < end:
-            tl.store(kept + ((batch * chunks + j) * H + h) * K * V + cv, A, mask=there_cv)
+            tl.store(adjoint_states + ((batch * chunks + j) * H + h) * K * V + cv, A, mask=there_cv)
         p = start + i
         there, row = p < stop, row_of(p, batch, length, REVERSE)
         step, reads = readers(p, row, there, FACTORS)
@@ -289,9 +290,10 @@ def sides(
     FACTORS: tl.constexpr, SCALE: tl.constexpr, KEYS: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of a segment: dq, dβ and the part of dk where keys read (`dk_rows`); or with KEYS that where they are read, and
-    dk. Per block of K, `dots` [blocks, B, rows, H] is the inner product with that gradient of what reads or is read,
-    and `ends` [blocks, segments, H] the gradient of a factor of the whole state after the segment."""
+    """Gradients in a segment: dq, dβ and the part of dk where keys read (`dk_rows`); or with KEYS the part where they
+    are read, and dk. Per block of K, `dots` [blocks, B, rows, H] is the inner product of each reader, or of each key
+    that is read, with its gradient, and `ends` [blocks, segments, H] the gradient of a factor of the state after the
+    segment."""
     k_blocks: tl.constexpr = (K + BK - 1) // BK
     pid = tl.program_id(0)
     k_block, h, unit = pid % k_blocks, pid // k_blocks % H, (pid // (k_blocks * H)).to(tl.int64)

@@ -12,15 +12,15 @@ from torch import Tensor
 from sinuous.kernels.torch import dplr as plain
 from sinuous.kernels.triton.delta_rule import fits
 from sinuous.kernels.triton.dplr_kernels import carry, pass_through, sides, solve
-from sinuous.kernels.triton.gla import Decaying
-from sinuous.kernels.triton.matrix_states import Call
+from sinuous.kernels.triton.gla import GLACall
+from sinuous.kernels.triton.matrix_states import MatrixStatesCall
 from sinuous.kernels.triton.packing import on_device
 
 Pair = tuple[Tensor, Tensor]
-"""What reads the state and what is written to it, or their values."""
+"""The side that reads the state and the side that is written to it, or their values."""
 
 CHANNELS, STEPS = False, True
-"""What the columns are of what passes through the transitions of a segment."""
+"""Meaning of the columns of a matrix that passes through the transitions of a segment."""
 
 
 def tiles(kernel: object, dtype: torch.dtype, keys: int, values: int) -> dict[str, int]:
@@ -38,8 +38,8 @@ def tiles(kernel: object, dtype: torch.dtype, keys: int, values: int) -> dict[st
     return {"ROWS": rows, "BK": block_k, "BV": max(16, block_v), **options}
 
 
-class _Met(NamedTuple):
-    """What gla's `prepare` makes of readers and writers."""
+class DPLRPrepared(NamedTuple):
+    """The results of gla's `prepare` for readers and writers."""
 
     weights: Tensor
     queries: Tensor
@@ -47,15 +47,15 @@ class _Met(NamedTuple):
     totals: Tensor
 
     @classmethod
-    def of(cls, decaying: Decaying, reader: Tensor, writer: Tensor) -> _Met:
+    def of(cls, decaying: GLACall, reader: Tensor, writer: Tensor) -> DPLRPrepared:
         weights, queries, keys, totals = decaying.prepare(reader, writer)
         assert weights is not None
         assert queries is not None
         return cls(weights, queries, keys, totals)
 
 
-class _Through(NamedTuple):
-    """What passes through the transitions of a segment, in the letters of dplr_kernels, and its decay."""
+class DPLRTransitions(NamedTuple):
+    """The matrices of a segment behind all its transitions, in the letters of dplr_kernels, and its decay."""
 
     P: Tensor
     q: Tensor
@@ -68,7 +68,7 @@ class _Through(NamedTuple):
     b: Tensor | None
 
 
-class _LowRank:
+class DPLRCall:
     """One call, and the launches that it is made of."""
 
     def __init__(
@@ -86,19 +86,19 @@ class _LowRank:
         chunk_size: int,
     ) -> None:
         self.q, self.k, self.v, self.a, self.b = (t.contiguous() for t in (q, k, v, a, b))
-        self.call = Call.of(self.q, self.v, cu_seqlens, scale, reverse, chunk_size)
-        self.queries = Decaying(self.call, log_decay, None, transposed=False)
-        # a reads ahead of the decay of its own step, and nothing of what that writes.
+        self.call = MatrixStatesCall.of(self.q, self.v, cu_seqlens, scale, reverse, chunk_size)
+        self.queries = GLACall(self.call, log_decay, None, transposed=False)
+        # a reads ahead of the decay of its own step, and before that step writes.
         self.readers = copy.copy(self.queries)
         self.readers.bonus = torch.zeros(q.shape[2:], dtype=self.call.dtype, device=q.device)
         self.readers.sizes = {**self.queries.sizes, "BONUS": True, "SCALE": 1.0}
         self.initial = self.state(initial_state)
 
-    def state(self, given: Tensor | None) -> Tensor:
-        """A state per sequence; zeros if absent."""
+    def state(self, state: Tensor | None) -> Tensor:
+        """A state per sequence; zeros for None."""
         call = self.call
-        if given is not None:
-            return given.to(call.dtype).contiguous()
+        if state is not None:
+            return state.to(call.dtype).contiguous()
         shape = (call.sequences, call.heads, call.keys, call.values)
         return torch.zeros(shape, dtype=call.dtype, device=self.q.device)
 
@@ -113,10 +113,10 @@ class _LowRank:
         counts = triton.cdiv(call.keys, block["BK"]), triton.cdiv(call.values, block["BV"])
         return *counts, {**taken, **options}
 
-    def through(self, *, gradient: bool) -> _Through:
+    def through(self, *, gradient: bool) -> DPLRTransitions:
         """Everything within segments; M, N and b̂ only for the gradient."""
-        qk, qb = (_Met.of(self.queries, self.q, t) for t in (self.k, self.b))
-        ak, ab = (_Met.of(self.readers, self.a, t) for t in (self.k, self.b))
+        qk, qb = (DPLRPrepared.of(self.queries, self.q, t) for t in (self.k, self.b))
+        ak, ab = (DPLRPrepared.of(self.readers, self.a, t) for t in (self.k, self.b))
         solution, call = torch.empty_like(ab.weights), self.call
         _, _, sizes = self._over(solve)
         with on_device(self.q):
@@ -129,7 +129,7 @@ class _LowRank:
         self._pass(solution, qb.weights, ak.weights, qk.weights, M, P, STEPS)
         self._pass(solution, qb.weights, ab.queries, qk.queries, a, q, CHANNELS)
         self._pass(solution, ak.weights, ab.keys, qk.keys, b, k, CHANNELS, turned=True)
-        return _Through(P, q, k, a, ab.keys, qk.totals, M, N, b)
+        return DPLRTransitions(P, q, k, a, ab.keys, qk.totals, M, N, b)
 
     def _pass(
         self,
@@ -154,24 +154,24 @@ class _LowRank:
     ) -> tuple[Tensor, Tensor]:
         """The state after each sequence and before each chunk, or its gradient before the one and after the other."""
         call, (_, value_blocks, sizes) = self.call, self._over(carry)
-        other, kept = torch.empty_like(edge), call.empty_states(edge)
+        other, chunk_states = torch.empty_like(edge), call.empty_states(edge)
         with on_device(left):
             carry[(call.sequences * call.heads * value_blocks,)](
-                left, right, onto, reads, totals, edge, call.bounds, kept, other, call.length, call.sequences,
+                left, right, onto, reads, totals, edge, call.bounds, chunk_states, other, call.length, call.sequences,
                 ADJOINT=adjoint, **sizes,
             )  # fmt: skip
-        return other, kept
+        return other, chunk_states
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         made = self.through(gradient=False)
-        final, kept = self.carry(made.k, self.v, made.written, made.a, made.totals, self.initial, adjoint=False)
-        return self.queries.read(made.P, made.q, self.v, kept, self.initial, keys=False), final, kept
+        final, chunk_states = self.carry(made.k, self.v, made.written, made.a, made.totals, self.initial, adjoint=False)
+        return self.queries.read(made.P, made.q, self.v, chunk_states, self.initial, keys=False), final, chunk_states
 
-    def gradients(self, dy: Tensor, dfinal: Tensor, kept: Tensor) -> list[Tensor]:
-        """Of q, k, v, log_decay, a, b and the initial state."""
+    def gradients(self, dy: Tensor, dfinal: Tensor, chunk_states: Tensor) -> list[Tensor]:
+        """Gradients of q, k, v, log_decay, a, b and the initial state."""
         made = self.through(gradient=True)
         dinitial, after = self.carry(made.q, dy, made.a, made.written, made.totals, dfinal, adjoint=True)
-        states, adjoint, read = (kept, self.initial), (after, dfinal), self.queries.read
+        states, adjoint, read = (chunk_states, self.initial), (after, dfinal), self.queries.read
         dv = read(made.P, made.k, dy, *adjoint, keys=True)
         # In the type of factors, which is another than that of v where bfloat16 is interpreted.
         factor = self.queries.factor
@@ -187,7 +187,7 @@ class _LowRank:
 
     def _sides(
         self,
-        of: Decaying,
+        of: GLACall,
         sides_of: Pair,
         others: Pair,
         values: Pair,
@@ -225,7 +225,7 @@ def forward(
     arguments = (q, k, v, log_decay, a, b, initial_state, cu_seqlens, scale, reverse, chunk_size)
     if not fits(q):
         return plain.forward(*arguments)
-    made = _LowRank(*arguments)
+    made = DPLRCall(*arguments)
     if v.numel() == 0:
         return torch.empty_like(v), made.initial.clone(), made.call.empty_states(made.initial)
     return made.forward()
@@ -250,11 +250,11 @@ def backward(
     arguments = (q, k, v, log_decay, a, b, initial_state, cu_seqlens)
     if not fits(q):
         return plain.backward(grads, *arguments, chunk_states, scale, reverse, chunk_size)
-    made = _LowRank(*arguments, scale, reverse, chunk_size)
+    made = DPLRCall(*arguments, scale, reverse, chunk_size)
     dfinal = made.state(grads[1])
     if v.numel() == 0:
         zeros = [torch.zeros_like(t) for t in (q, k, v, log_decay, a, b)]
         return [*zeros, None if initial_state is None else dfinal]
     dy = torch.zeros_like(made.v) if grads[0] is None else grads[0].contiguous()
-    *found, dinitial = made.gradients(dy, dfinal, chunk_states.contiguous())
-    return [*found, None if initial_state is None else dinitial]
+    *dinputs, dinitial = made.gradients(dy, dfinal, chunk_states.contiguous())
+    return [*dinputs, None if initial_state is None else dinitial]

@@ -15,8 +15,8 @@ in which q̃ and ã are decayed since the start, k̃ and b̃ until the end. With
 
     u = M v + â S           y = P v + q̂ S         S ← e^G S + k̂ᵀ v + b̃ᵀ (â S)
 
-These are what a step sees of another through all the transitions between, and no larger than they. The backward pass is
-the same, mirrored. With Λ the gradient of the state after the segment and λ that of u,
+They are the weights and keys behind all transitions between two steps, and no larger than those transitions. The
+backward pass is the same, mirrored. With Λ the gradient of the state after the segment and λ that of u,
 
     λ = Nᵀ dy + b̂ Λ         dv = Pᵀ dy + k̂ Λ      Λ ← e^G Λ + q̂ᵀ dy + âᵀ (b̃ Λ)
 
@@ -36,9 +36,9 @@ import triton
 import triton.language as tl
 
 from sinuous.kernels.triton.delta_rule_kernels import resolvent
-from sinuous.kernels.triton.gla_kernels import decay, decay_since_start, ends_at, place_of
-from sinuous.kernels.triton.matrix_state_kernels import FORGOTTEN, row_of, segment_at
-from sinuous.kernels.triton.packing import bounds_of
+from sinuous.kernels.triton.gla_kernels import decay, decay_since_start, ends_at, slot_of
+from sinuous.kernels.triton.matrix_state_kernels import FORGOTTEN, segment_at
+from sinuous.kernels.triton.packing import bounds_of, row_of
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -90,28 +90,28 @@ def pass_through(
         at, there = i[:, None] * (STRIDE * WIDTH) + c[None, :], (i < count)[:, None] & (c < WIDTH)[None, :]
     at += head * WIDTH
     square += head * CHUNK
-    given = tl.load(x + at, mask=there, other=0)
+    columns = tl.load(x + at, mask=there, other=0)
     X = tl.load(solution + square, mask=there_square, other=0).to(DOT)
-    found = given.to(ACC) - tl.dot(X, given.to(DOT), input_precision=PRECISION, out_dtype=ACC)
+    passed = columns.to(ACC) - tl.dot(X, columns.to(DOT), input_precision=PRECISION, out_dtype=ACC)
     if inner is not None:
-        tl.store(inner + at, found, mask=there)
+        tl.store(inner + at, passed, mask=there)
     if outer is not None:
         A = tl.load(across + square, mask=there_square, other=0).to(DOT)
         result = tl.load(y + at, mask=there, other=0).to(ACC)
-        result = tl.dot(A, found.to(DOT), result, input_precision=PRECISION, out_dtype=ACC)
+        result = tl.dot(A, passed.to(DOT), result, input_precision=PRECISION, out_dtype=ACC)
         tl.store(outer + at, result, mask=there)
 
 
 @triton.jit(do_not_specialize=["length", "sequences"])
 def carry(
-    left, right, onto, reads, totals, edge, cu_seqlens, kept, other, length, sequences,
+    left, right, onto, reads, totals, edge, cu_seqlens, chunk_states, other, length, sequences,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr, ADJOINT: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """S ← diag(totals) S + leftᵀ right + ontoᵀ (reads S) over the segments of a sequence, from `edge` to `other`.
 
-    `kept` is as in gla. A block holds all keys, since what reads needs their sum, and takes ROWS steps at once.
+    `chunk_states` is as in gla. A block holds all keys, since readers need their sum, and takes ROWS steps at once.
     """
     STEP: tl.constexpr = -H if REVERSE else H
     v_blocks: tl.constexpr = (V + BV - 1) // BV
@@ -129,9 +129,9 @@ def carry(
         start, stop = tl.maximum(begin, chunk * CHUNK), tl.minimum(end, (chunk + 1) * CHUNK)
         whole = stop < end if ADJOINT else start == chunk * CHUNK
         if whole:
-            tl.store(kept + ((batch * chunks + chunk) * H + h) * K * V + cv, S, mask=there_cv)
+            tl.store(chunk_states + ((batch * chunks + chunk) * H + h) * K * V + cv, S, mask=there_cv)
         head = row_of(start, batch, length, REVERSE) * H + h
-        place = place_of(batch, start, n, length, sequences, CHUNK, PACKED, REVERSE)
+        place = slot_of(batch, start, n, length, sequences, CHUNK, PACKED, REVERSE)
         after = tl.load(totals + (place * H + h) * K + c, mask=c < K, other=0)[:, None] * S
         for part in range(0, CHUNK, ROWS):
             at, there = head + (part + i) * STEP, start + part + i < stop
@@ -150,7 +150,7 @@ def carry(
 
 @triton.jit
 def mixed(of_later, of_earlier, at, there, later, ACC: tl.constexpr):
-    """Of two matrices, the rows of later blocks and those of earlier ones."""
+    """Rows of two matrices: those of later blocks of the first, and of earlier ones of the second."""
     rows = tl.load(of_later + at, mask=there & later, other=0).to(ACC)
     return rows + tl.load(of_earlier + at, mask=there & ~later, other=0).to(ACC)
 
@@ -159,7 +159,7 @@ def mixed(of_later, of_earlier, at, there, later, ACC: tl.constexpr):
 def levelled(
     sums, log_decay, level, i, count, c, K: tl.constexpr, STRIDE: tl.constexpr, TWO: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """E_l of what reads ahead of the decay of its own step, or is written; and that decay, in later blocks."""
+    """E_l of steps that read ahead of their own decay, or are written; and that decay, 1 but in later blocks."""
     begin, end = ends_at(level, i, count, True)
     E = decay(sums, begin, end, c, K, STRIDE * (2 if TWO else 1), False, TWO)
     there = ((i >> level & 1) == 1) & (i < count)
@@ -227,15 +227,16 @@ def sides(
     dg = tl.dot(before, (y * writes).to(DOT), dg, input_precision=PRECISION, out_dtype=ACC)
     diagonal = t * (STRIDE // K * CHUNK + 1)
     if AHEAD:
-        own = tl.load(earlier_pairs + diagonal, mask=there, other=0).to(ACC)
-        writes += own * tl.load(other_reader + at, mask=there_k, other=0).to(ACC)
+        weight = tl.load(earlier_pairs + diagonal, mask=there, other=0).to(ACC)
+        writes += weight * tl.load(other_reader + at, mask=there_k, other=0).to(ACC)
     else:
-        own = tl.load(pairs + diagonal, mask=there, other=0).to(ACC)
-        writes += own * x
-        reads += own * y
-        own = tl.load(later_pairs + diagonal, mask=there, other=0).to(ACC)
-        reads += own * tl.load(other_writer + at, mask=there_k, other=0).to(ACC)
-    # What is the same at every level is loaded at each: kept over the loop, it takes more registers than there are.
+        weight = tl.load(pairs + diagonal, mask=there, other=0).to(ACC)
+        writes += weight * x
+        reads += weight * y
+        weight = tl.load(later_pairs + diagonal, mask=there, other=0).to(ACC)
+        reads += weight * tl.load(other_writer + at, mask=there_k, other=0).to(ACC)
+    # Values that are the same at every level are loaded at each: held over the loop, they take more registers than
+    # there are.
     for level in tl.range(levels, disable_licm=True):
         Z = tl.zeros([CHUNK, BK], ACC)
         for part in range(0, CHUNK, ROWS):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sinuous.kernels.torch.chunked import initial_matrix
 from sinuous.kernels.triton.gla_kernels import carry, outer, prepare, read, sides, sum_gates
-from sinuous.kernels.triton.matrix_states import Call
+from sinuous.kernels.triton.matrix_states import MatrixStatesCall
 from sinuous.kernels.triton.packing import on_device
 
 
@@ -43,7 +43,7 @@ def tiles(kernel: object, dtype: torch.dtype, keys: int, values: int) -> dict[st
 
 
 class Prepared(NamedTuple):
-    """What `prepare` makes of the inputs; the first two of keys alone are absent."""
+    """The results of `prepare`; of keys alone there are no weights and queries."""
 
     weights: Tensor | None
     queries: Tensor | None
@@ -51,10 +51,10 @@ class Prepared(NamedTuple):
     totals: Tensor
 
 
-class Decaying:
+class GLACall:
     """One call, its gates, and the launches that it is made of; K are the channels that decay, V the others."""
 
-    def __init__(self, call: Call, log_decay: Tensor, bonus: Tensor | None, transposed: bool) -> None:
+    def __init__(self, call: MatrixStatesCall, log_decay: Tensor, bonus: Tensor | None, transposed: bool) -> None:
         self.call, self.log_decay = call, log_decay.contiguous()
         self.bonus = None if bonus is None else bonus.contiguous()
         # Factors of products, in their type; the interpreter multiplies bfloat16 in single precision.
@@ -108,22 +108,29 @@ class Decaying:
     ) -> tuple[Tensor, Tensor]:
         """The state after each sequence and before each chunk, or its gradient before the one and after the other."""
         call, (key_blocks, value_blocks, sizes) = self.call, self._of(carry)
-        other, kept = torch.empty_like(edge), call.empty_states(edge)
+        other, chunk_states = torch.empty_like(edge), call.empty_states(edge)
         with on_device(left):
             carry[(call.sequences * call.heads * key_blocks * value_blocks,)](
-                left, right, totals, edge, call.bounds, kept, other, call.length, call.sequences,
+                left, right, totals, edge, call.bounds, chunk_states, other, call.length, call.sequences,
                 ADJOINT=adjoint, **sizes,
             )  # fmt: skip
-        return other, kept
+        return other, chunk_states
 
     def read(
-        self, weights: Tensor | None, left: Tensor | None, right: Tensor, kept: Tensor, edge: Tensor, *, keys: bool
+        self,
+        weights: Tensor | None,
+        left: Tensor | None,
+        right: Tensor,
+        chunk_states: Tensor,
+        edge: Tensor,
+        *,
+        keys: bool,
     ) -> Tensor:
         """Outputs, or the gradients of the values."""
         call, out, (_, value_blocks, sizes) = self.call, torch.empty_like(right), self._of(read)
         with on_device(right):
             read[(value_blocks * call.heads * call.segments,)](
-                weights, left, right, kept, edge, call.table, out, call.length, KEYS=keys, **sizes
+                weights, left, right, chunk_states, edge, call.table, out, call.length, KEYS=keys, **sizes
             )
         return out
 
@@ -135,12 +142,12 @@ class Decaying:
             outer[(call.heads * call.segments,)](left, right, call.table, pairs, call.length, **sizes)
         return pairs
 
-    def outputs_of_sides(self, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, initial: Tensor) -> Tensor:
+    def outputs_of_sides(self, q: Tensor, k: Tensor, v: Tensor, chunk_states: Tensor, initial: Tensor) -> Tensor:
         """Outputs where values decay."""
         call, y, (key_blocks, _, sizes) = self.call, torch.empty_like(v), self._of(sides)
         with on_device(q):
             sides[(key_blocks * call.heads * call.segments,)](
-                None, v, q, k, self.sums, None, self.outer(q, k), kept, initial, None, None, call.table,
+                None, v, q, k, self.sums, None, self.outer(q, k), chunk_states, initial, None, None, call.table,
                 y, None, None, None, call.length, self.levels, GRADIENT=False, **sizes,
             )  # fmt: skip
         return y
@@ -148,8 +155,8 @@ class Decaying:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, initial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs, final states and those before each chunk, where keys decay."""
         prepared = self.prepare(q, k)
-        final, kept = self.carry(prepared.keys, v, prepared.totals, initial, adjoint=False)
-        return self.read(prepared.weights, prepared.queries, v, kept, initial, keys=False), final, kept
+        final, chunk_states = self.carry(prepared.keys, v, prepared.totals, initial, adjoint=False)
+        return self.read(prepared.weights, prepared.queries, v, chunk_states, initial, keys=False), final, chunk_states
 
     def adjoint(self, prepared: Prepared, dy: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the states before each sequence and after each chunk, and of the values."""
@@ -195,13 +202,13 @@ def _of_call(
     on_values: bool,
     reverse: bool,
     chunk_size: int,
-) -> tuple[Decaying, Tensor]:
+) -> tuple[GLACall, Tensor]:
     """The call and its initial state."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     decaying, other = (v, k) if on_values else (k, v)
-    call = Call.of(decaying, other, cu_seqlens, scale, reverse, chunk_size)
+    call = MatrixStatesCall.of(decaying, other, cu_seqlens, scale, reverse, chunk_size)
     (initial,) = initial_matrix(q, v, initial_state, cu_seqlens)
-    return Decaying(call, log_decay, bonus, on_values), initial
+    return GLACall(call, log_decay, bonus, on_values), initial
 
 
 def forward(
@@ -226,8 +233,8 @@ def forward(
         return torch.empty_like(v), initial.clone(), made.call.empty_states(initial)
     if on_values:
         prepared = made.prepare(None, v)
-        final, kept = made.carry(prepared.keys, k, prepared.totals, initial, adjoint=False)
-        return made.outputs_of_sides(q, k, v, kept, initial), final, kept
+        final, chunk_states = made.carry(prepared.keys, k, prepared.totals, initial, adjoint=False)
+        return made.outputs_of_sides(q, k, v, chunk_states, initial), final, chunk_states
     return made.forward(q, k, v, initial)
 
 

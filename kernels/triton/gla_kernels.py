@@ -32,15 +32,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sinuous.kernels.triton.matrix_state_kernels import FORGOTTEN, row_of, segment_at
-from sinuous.kernels.triton.packing import bounds_of
+from sinuous.kernels.triton.matrix_state_kernels import FORGOTTEN, segment_at
+from sinuous.kernels.triton.packing import bounds_of, row_of
 
 
 @triton.jit
-def place_of(
+def slot_of(
     batch, start, sequence, length, sequences, CHUNK: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr
 ):
-    """Where what is kept of a segment lies: segments are numbered by their chunk and sequence."""
+    """The slot of a segment in tensors with one entry per segment, numbered by its chunk and sequence."""
     if PACKED:
         return start // CHUNK + (sequences - 1 - sequence if REVERSE else sequence)
     return batch * tl.cdiv(length, CHUNK) + start // CHUNK
@@ -115,7 +115,7 @@ def prepare(
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A [B, T, H, CHUNK] of a segment, scale · q times its decay since the start, k times its decay until the end, and
-    the decay over all of it [segments, H, K]. Without QUERIES, only what is of keys."""
+    the decay over all of it [segments, H, K]. Without QUERIES, only the last two."""
     STRIDE: tl.constexpr = -H * K if REVERSE else H * K
     PARTS: tl.constexpr = 2 if TWO else 1
     pid = tl.program_id(0)
@@ -125,11 +125,11 @@ def prepare(
         return
     i, count = tl.arange(0, CHUNK), stop - start
     there, head = i < count, row_of(start, batch, length, REVERSE) * H + h
-    place = place_of(batch, start, sequence, length, sequences, CHUNK, PACKED, REVERSE)
+    place = slot_of(batch, start, sequence, length, sequences, CHUNK, PACKED, REVERSE)
     k, sums, keys = k + head * K, sums + head * (K * PARTS), keys + head * K
     if QUERIES:
         q, queries = q + head * K, queries + head * K
-    scores, own = tl.zeros([CHUNK, CHUNK], ACC), tl.zeros([CHUNK], ACC)
+    scores, on_diagonal = tl.zeros([CHUNK, CHUNK], ACC), tl.zeros([CHUNK], ACC)
     for k_block in range(0, K, BK):
         c = k_block + tl.arange(0, BK)
         at, there_k = i[:, None] * STRIDE + c[None, :], there[:, None] & (c < K)[None, :]
@@ -145,7 +145,7 @@ def prepare(
             pair = query * key
             if BONUS:
                 pair *= tl.load(bonus + h * K + c, mask=c < K, other=0).to(ACC)[None, :]
-            own += tl.sum(pair, 1)
+            on_diagonal += tl.sum(pair, 1)
             # Loaded again the other way round: compilers for Hopper have mistaken the transpose of what they computed.
             at_across = i[None, :] * STRIDE + c[:, None]
             key_across = tl.load(k + at_across, mask=(c < K)[:, None] & there[None, :], other=0).to(ACC)
@@ -158,22 +158,22 @@ def prepare(
                 partner = tl.where((block & 1) == 1, block - 1, -1)
                 scores += tl.where(partner[:, None] == block[None, :], products, 0.0)
     if QUERIES:
-        scores = tl.where(i[:, None] == i[None, :], own[:, None], scores) * SCALE
+        scores = tl.where(i[:, None] == i[None, :], on_diagonal[:, None], scores) * SCALE
         at_weights = head * CHUNK + i[:, None] * (STRIDE // K * CHUNK) + i[None, :]
         tl.store(weights + at_weights, scores, mask=there[:, None])
 
 
 @triton.jit(do_not_specialize=["length", "sequences"])
 def carry(
-    left, right, totals, edge, cu_seqlens, kept, other, length, sequences,
+    left, right, totals, edge, cu_seqlens, chunk_states, other, length, sequences,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, CHUNK: tl.constexpr,
     ADJOINT: tl.constexpr, TRANSPOSED: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """S ← diag(totals) S + leftᵀ right over the segments of a sequence, from `edge` to `other`.
 
-    Forward, `kept` [B, chunks, H, K, V] gets the state before each chunk; the adjoint runs from the last segment to the
-    first and keeps the gradient of the state after each chunk, where no sequence ends.
+    Forward, `chunk_states` [B, chunks, H, K, V] gets the state before each chunk; the adjoint runs from the last
+    segment to the first and writes the gradient of the state after each chunk, where no sequence ends.
     """
     v_blocks: tl.constexpr = (V + BV - 1) // BV
     k_blocks: tl.constexpr = (K + BK - 1) // BK
@@ -193,12 +193,12 @@ def carry(
         start, stop = tl.maximum(begin, chunk * CHUNK), tl.minimum(end, (chunk + 1) * CHUNK)
         whole = stop < end if ADJOINT else start == chunk * CHUNK
         if whole:
-            tl.store(kept + ((batch * chunks + chunk) * H + h) * K * V + cv, S, mask=there_cv)
+            tl.store(chunk_states + ((batch * chunks + chunk) * H + h) * K * V + cv, S, mask=there_cv)
         there, head = start + i < stop, row_of(start, batch, length, REVERSE) * H + h
         at_a, at_b = step[None, :] * (H * K) + c[:, None], step[:, None] * (H * V) + v[None, :]
         a = tl.load(left + head * K + at_a, mask=(c < K)[:, None] & there[None, :], other=0).to(DOT)
         b = tl.load(right + head * V + at_b, mask=there[:, None] & (v < V)[None, :], other=0).to(DOT)
-        place = place_of(batch, start, n, length, sequences, CHUNK, PACKED, REVERSE)
+        place = slot_of(batch, start, n, length, sequences, CHUNK, PACKED, REVERSE)
         total = tl.load(totals + (place * H + h) * K + c, mask=c < K, other=0)
         S = tl.dot(a, b, total[:, None] * S, input_precision=PRECISION, out_dtype=ACC)
     tl.store(other + (n * H + h) * K * V + cv, S, mask=there_cv)
@@ -333,9 +333,8 @@ def sides(
         dg = tl.dot(seeing, (query * dq).to(DOT), input_precision=PRECISION, out_dtype=ACC)
         dg += tl.dot(tl.where(u < t, 1.0, 0.0).to(DOT), (key * dk).to(DOT), input_precision=PRECISION, out_dtype=ACC)
         dg += (tl.exp(tl.load(sums + (count - 1) * (STRIDE * PARTS) + c, mask=c < K, other=0)) * whole)[None, :]
-    # What is the same at every level is computed again at each, and queries and keys are loaded again; the barrier
-    # keeps compilers from loading them ahead of the loop. Held through it, all that takes more registers than there
-    # are.
+    # Values that are the same at every level are computed again at each, and queries and keys loaded again; the barrier
+    # keeps compilers from loading them ahead of the loop. Held through it, they take more registers than there are.
     for level in tl.range(levels, disable_licm=True):
         tl.debug_barrier()
         begin, end = ends_at(level, i, count, BONUS)
@@ -356,14 +355,14 @@ def sides(
             dg += tl.dot(lies, (side * Z).to(DOT), input_precision=PRECISION, out_dtype=ACC)
     key = tl.load(k + at, mask=there_k, other=0).to(ACC)
     query = tl.load(q + head * K + at, mask=there_k, other=0).to(ACC) if GRADIENT else tl.zeros([CHUNK, BK], ACC)
-    own = tl.load(pairs + i * (STRIDE // K * CHUNK + 1), mask=there, other=0).to(ACC)[:, None]
+    on_diagonal = tl.load(pairs + i * (STRIDE // K * CHUNK + 1), mask=there, other=0).to(ACC)[:, None]
     if BONUS:
         if GRADIENT:
-            tl.store(of_bonus + (unit * H + h) * K + c, tl.sum(own * query * key, 0), mask=c < K)
-        own = own * tl.load(bonus + h * K + c, mask=c < K, other=0).to(ACC)[None, :]
+            tl.store(of_bonus + (unit * H + h) * K + c, tl.sum(on_diagonal * query * key, 0), mask=c < K)
+        on_diagonal = on_diagonal * tl.load(bonus + h * K + c, mask=c < K, other=0).to(ACC)[None, :]
     if of_queries is not None:
-        tl.store(of_queries + head * K + at, dq + own * key, mask=there_k)
+        tl.store(of_queries + head * K + at, dq + on_diagonal * key, mask=there_k)
     if GRADIENT:
-        tl.store(of_keys + head * K + at, dk + own * query, mask=there_k)
+        tl.store(of_keys + head * K + at, dk + on_diagonal * query, mask=there_k)
     if of_gates is not None:
         tl.store(of_gates + head * K + at, dg, mask=there_k)

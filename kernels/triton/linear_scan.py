@@ -1,12 +1,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 r"""Linear scan, forward and backward: time is cut into chunks so that a small batch fills a GPU too.
 
-Forward, three launches: what every chunk would reach from zero and the product of its factors; the short recurrence
-over chunks, which turns those into the states the chunks start from; and the outputs of each chunk. Where batch and
-channels alone fill the device, the last launch walks all chunks by itself. Backward the same with the adjoint, which
-runs the other way; the states before each step, which the gradient of a needs, wait in the memory of the gradient of x
-until that is known. Each program walks its steps one by one with the states of a block of channels in registers, so
-that its loads, which depend on nothing, are issued some steps ahead.
+Forward, three launches: the state every chunk would reach from zero and the product of its factors; the short
+recurrence over chunks, which turns those into the states the chunks start from; and the outputs of each chunk. Where
+batch and channels alone fill the device, the last launch walks all chunks by itself. Backward the same with the
+adjoint, which runs the other way; the states before each step, which the gradient of a needs, wait in the memory of the
+gradient of x until that is known. Each program walks its steps one by one with the states of a block of channels in
+registers, so that its loads, which depend on nothing, are issued some steps ahead.
 
 A complex number is loaded as its two parts, which lie next to each other. In the products of factors over a chunk an
 exact zero stops whatever comes, be it NaN, as a reset does.
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.triton.channel_states import SERIAL_PROGRAMS, boundaries
-from sinuous.kernels.triton.packing import accumulator, on_device
+from sinuous.kernels.triton.complex_product import times
+from sinuous.kernels.triton.packing import accumulator, on_device, row_of
 
 CHANNELS = 64
 """Channels of a program, two for each thread of its warp. A single warp needs no barrier to read what it wrote."""
@@ -55,19 +56,8 @@ def write(p, at, re, im, there, COMPLEX: tl.constexpr):
 
 
 @triton.jit
-def times(a_re, a_im, b_re, b_im, COMPLEX: tl.constexpr, CONJUGATED: tl.constexpr):
-    """a b, or conj(a) b."""
-    re, im = a_re * b_re, b_im
-    if COMPLEX:
-        if CONJUGATED:
-            a_im = -a_im
-        re, im = re - a_im * b_im, a_re * b_im + a_im * b_re
-    return re, im
-
-
-@triton.jit
 def passing(re, im, reset, row, RESETS: tl.constexpr):
-    """What is carried over the border before step `row`: nothing if there is a reset."""
+    """The state carried over the border before step `row`: 0 if there is a reset."""
     if RESETS:
         keep = tl.load(reset + row) == 0
         re, im = tl.where(keep, re, 0.0), tl.where(keep, im, 0.0)
@@ -76,7 +66,7 @@ def passing(re, im, reset, row, RESETS: tl.constexpr):
 
 @triton.jit
 def block_of(pid, width, BD: tl.constexpr):
-    """Channels of a program, which of them exist, and the number of what else it is for."""
+    """Channels of a program, which of them exist, and its number among those with the same channels."""
     blocks = tl.cdiv(width, BD)
     d = (pid % blocks) * BD + tl.arange(0, BD)
     return d, d < width, pid // blocks
@@ -88,11 +78,11 @@ def chunk_ends(
     BD: tl.constexpr, CHUNK: tl.constexpr, COMPLEX: tl.constexpr, CONSTANT: tl.constexpr, RESETS: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, ADJOINT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """What each chunk yields from zero, to `ends`, and the product of its factors, to `through`, both [B, chunks, D].
+    """The state after each chunk that starts from zero, to `ends`, and the product of the chunk's factors, to
+    `through`, both [B, chunks, D].
 
-    Forward that is the state after the chunk. The adjoint runs backwards over the gradient of y, in `x`, and yields the
-    gradient of the state before the chunk. Where `marks` names a sequence, a sequence enters with its row of
-    `incoming`, and what came before is dropped.
+    The adjoint runs backwards over the gradient of y, in `x`, and yields the gradient of the state before the chunk.
+    Where `marks` names a sequence, the state becomes that sequence's row of `incoming`.
     """
     d, there, chunk = block_of(tl.program_id(0), width, BD)
     chunks = tl.cdiv(length, CHUNK)
@@ -110,7 +100,7 @@ def chunk_ends(
             if mark >= 0:
                 h_re, h_im = read(incoming, mark.to(tl.int64) * width + d, there, COMPLEX, ACC)
                 t_re, t_im = tl.zeros([BD], ACC), tl.zeros([BD], ACC)
-        row = batch * length + (length - 1 - p if REVERSE else p)
+        row = row_of(p, batch, length, REVERSE)
         x_re, x_im = read(x, row * width + d, there, COMPLEX, ACC)
         if not CONSTANT:
             a_re, a_im = read(a, row * width + d, there, COMPLEX, ACC)
@@ -135,10 +125,10 @@ def carry_chunks(
     BD: tl.constexpr, CHUNK: tl.constexpr, COMPLEX: tl.constexpr,
     PACKED: tl.constexpr, ADJOINT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Replace what each chunk yields from zero by what comes into it, in place, in `carried` [B, chunks, D].
+    """Replace, in `carried` [B, chunks, D], the state that each chunk reaches from zero by the one before it.
 
-    `incoming` is what comes into the whole sequence; a packed chunk that begins with a sequence (`marks`) gets that
-    sequence's own.
+    `incoming` is the state before each sequence; a packed chunk that begins with a sequence (`marks`) starts from that
+    sequence's. For the adjoint, states are gradients, and time runs backwards.
     """
     d, there, batch = block_of(tl.program_id(0), width, BD)
     chunks = tl.cdiv(length, CHUNK)
@@ -197,7 +187,7 @@ def outputs(
                 start = tl.load(starts + p)
                 if start >= 0:
                     h_re, h_im = read(initial, start.to(tl.int64) * width + d, there, COMPLEX, ACC)
-            row = batch * length + (length - 1 - p if REVERSE else p)
+            row = row_of(p, batch, length, REVERSE)
             x_re, x_im = read(x, row * width + d, there, COMPLEX, ACC)
             if not CONSTANT:
                 a_re, a_im = read(a, row * width + d, there, COMPLEX, ACC)
@@ -221,7 +211,7 @@ def gradients(
     BD: tl.constexpr, CHUNK: tl.constexpr, COMPLEX: tl.constexpr, CONSTANT: tl.constexpr, RESETS: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one chunk; that of a constant a is one partial sum per chunk, `[B, chunks, D]`."""
+    """Gradients of all inputs in one chunk; that of a constant a is one partial sum per chunk, `[B, chunks, D]`."""
     d, there, chunk = block_of(tl.program_id(0), width, BD)
     chunks = tl.cdiv(length, CHUNK)
     batch, j = (chunk // chunks).to(tl.int64), chunk % chunks
@@ -238,7 +228,7 @@ def gradients(
             start = tl.load(starts + p)
             if start >= 0:
                 h_re, h_im = read(initial, start.to(tl.int64) * width + d, there, COMPLEX, ACC)
-        row = batch * length + (length - 1 - p if REVERSE else p)
+        row = row_of(p, batch, length, REVERSE)
         x_re, x_im = read(x, row * width + d, there, COMPLEX, ACC)
         if not CONSTANT:
             a_re, a_im = read(a, row * width + d, there, COMPLEX, ACC)
@@ -255,7 +245,7 @@ def gradients(
             ending = tl.load(stops + p)
             if ending >= 0:
                 m_re, m_im = read(grad_final, ending.to(tl.int64) * width + d, there, COMPLEX, ACC)
-        row = batch * length + (length - 1 - p if REVERSE else p)
+        row = row_of(p, batch, length, REVERSE)
         g_re, g_im = read(grad_y, row * width + d, there, COMPLEX, ACC)
         before_re, before_im = read(dx, row * width + d, there, COMPLEX, ACC)
         if not CONSTANT:
@@ -284,12 +274,12 @@ def gradients(
 
 
 def _real(t: Tensor) -> Tensor:
-    """What a kernel gets for a tensor, contiguous: the two parts of complex numbers, each after the other."""
+    """A tensor as kernels take it: contiguous, complex numbers as pairs of real ones."""
     return torch.view_as_real(t.contiguous()) if t.is_complex() else t.contiguous()
 
 
-class _Call:
-    """What forward and backward launch their kernels with."""
+class LinearScanCall:
+    """The arguments that forward and backward give to their kernels."""
 
     def __init__(
         self,
@@ -328,7 +318,7 @@ class _Call:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def into_chunks(self, inputs: Tensor, incoming: Tensor, marks: Tensor | None, adjoint: bool) -> Tensor:
-        """What comes into every chunk, `[B, chunks, D]`: states, or gradients of the states after it."""
+        """The state before every chunk, `[B, chunks, D]`, or the gradient of the state after it."""
         carried, through = (self.empty(self.batch, self.chunks, self.width) for _ in range(2))
         chunk_ends[(self.batch * self.chunks * self.blocks,)](
             inputs, self.a, self.reset, _real(incoming), marks, _real(carried), _real(through), self.length, self.width,
@@ -351,7 +341,7 @@ def forward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)` as `sinuous.core.ops.linear_scan` defines them."""
-    call = _Call(x, a, reset, initial_state, cu_seqlens, reverse, chunk_size)
+    call = LinearScanCall(x, a, reset, initial_state, cu_seqlens, reverse, chunk_size)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     # Sequences without a step end where they begin.
     final = call.initial.clone()
@@ -382,7 +372,7 @@ def backward(
     chunk_size: int,
 ) -> list[Tensor | None]:
     """Gradients of x, a and initial_state, given those of y and of the final state."""
-    call = _Call(x, a, reset, initial_state, cu_seqlens, reverse, chunk_size)
+    call = LinearScanCall(x, a, reset, initial_state, cu_seqlens, reverse, chunk_size)
     grad_y, grad_final = grads
     grad_final = call.empty(*call.states).zero_() if grad_final is None else grad_final.to(call.dtype).contiguous()
     # Sequences without a step end where they begin.

@@ -22,11 +22,11 @@ from sinuous.kernels.triton.packing import accumulator, on_device
 
 CHUNK = 64
 PROGRAMS = 2048
-"""About as many programs share the chunks of a pass that sums over them. Their number must not depend on the device,
+"""Approximate number of programs that share the chunks of a pass that sums over them. It must not depend on the device,
 since it fixes the order of sums."""
 
 
-class _System(NamedTuple):
+class DiagonalSystem(NamedTuple):
     """λ, b and r = 2 conj(C), `[D, M, 2]`, in double precision."""
 
     factor: Tensor
@@ -34,16 +34,16 @@ class _System(NamedTuple):
     readout: Tensor
 
     @classmethod
-    def of(cls, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, discretization: str) -> _System:
+    def of(cls, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, discretization: str) -> DiagonalSystem:
         factor, into, _, _ = discretize(dt.double(), A.double(), B.double(), None, discretization)
         return cls(factor, into.expand_as(factor), (2 * conj(C.double())).expand_as(factor))
 
 
-class _Call:
-    """What forward and backward launch their kernels with."""
+class LTIConvCall:
+    """The arguments that forward and backward give to their kernels."""
 
     def __init__(
-        self, u: Tensor, exact: _System, D: Tensor | None, initial: Tensor | None, cu_seqlens: Tensor | None,
+        self, u: Tensor, exact: DiagonalSystem, D: Tensor | None, initial: Tensor | None, cu_seqlens: Tensor | None,
         reverse: bool,
     ) -> None:  # fmt: skip
         self.batch, self.length, self.width = u.shape
@@ -67,7 +67,7 @@ class _Call:
         return (None, None) if self.marks is None else (self.marks.starts, self.marks.stops)
 
     def blocks(self, per_warp: int) -> tuple[int, dict[str, Any]]:
-        """How many blocks of channels there are, and their compile-time arguments."""
+        """The number of blocks of channels, and their compile-time arguments."""
         shape = blocks(self.width, 1, self.modes, per_warp)
         sizes = {"M": self.modes, "BD": shape.channels, "BM": shape.state, "CHUNK": CHUNK}
         return shape.total, {**sizes, **self.form, **shape.options}
@@ -75,11 +75,11 @@ class _Call:
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
-    def states(self, given: Tensor | None) -> Tensor:
-        """One for each sequence; zeros where none are given."""
-        if given is None:
+    def states(self, states: Tensor | None) -> Tensor:
+        """States `[sequences, D, M, 2]` as kernels take them; zeros for None."""
+        if states is None:
             return self.empty(self.count, self.width, self.modes, 2).zero_()
-        return given.to(self.dtype).contiguous()
+        return states.to(self.dtype).contiguous()
 
     def across(self, steps: int, adjoint: bool) -> Tensor:
         """λ^steps, or its conjugate, by squaring: pow() on a GPU may make a NaN of a factor that is 0."""
@@ -90,7 +90,7 @@ class _Call:
         return (conj(power) if adjoint else power).to(self.dtype).contiguous()
 
     def into_chunks(self, inputs: Tensor, incoming: Tensor, adjoint: bool) -> Tensor:
-        """What comes into every chunk, `[B, chunks, D, M, 2]`: states, or gradients of the states after it."""
+        """The state before every chunk, `[B, chunks, D, M, 2]`, or the gradient of the state after it."""
         carried = self.empty(self.batch, self.chunks, self.width, self.modes, 2)
         factor, into, marks, cut = self.factor, self.into, None, None
         if adjoint:
@@ -129,7 +129,7 @@ def forward(
     """`(y, final_state)`; see sinuous.core.ops.lti_conv."""
     if P is not None:
         return plain.forward(u, dt, A, B, C, P, D, initial_state, cu_seqlens, discretization, reverse)
-    call = _Call(u, _System.of(dt, A, B, C, discretization), D, initial_state, cu_seqlens, reverse)
+    call = LTIConvCall(u, DiagonalSystem.of(dt, A, B, C, discretization), D, initial_state, cu_seqlens, reverse)
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     # Sequences without a step end where they begin.
     final = call.initial.clone()
@@ -164,9 +164,9 @@ def backward(
         return plain.backward(grads, u, dt, A, B, C, P, D, initial_state, cu_seqlens, discretization, reverse)
     with autograd_inside_an_op():
         leaves = dt, A, B, C = tuple(t.detach().requires_grad_() for t in (dt, A, B, C))
-        system = _System.of(dt, A, B, C, discretization)
-    exact = _System(*(t.detach() for t in system))
-    call = _Call(u, exact, D, initial_state, cu_seqlens, reverse)
+        system = DiagonalSystem.of(dt, A, B, C, discretization)
+    exact = DiagonalSystem(*(t.detach() for t in system))
+    call = LTIConvCall(u, exact, D, initial_state, cu_seqlens, reverse)
     grad_y = torch.zeros_like(call.u) if grads[0] is None else grads[0].contiguous()
     grad_final = call.states(grads[1])
     # Sequences without a step end where they begin.
@@ -176,17 +176,17 @@ def backward(
     dfactor, dinto, dreadout = (call.empty(slots, call.width, call.modes, 2) for _ in range(3))
     dD = call.empty(slots, call.width) if D is not None else None
     if u.numel():
-        given = (call.u, call.factor, call.into, call.readout)
+        inputs = (call.u, call.factor, call.into, call.readout)
         sizes = (call.batch, call.length, call.width, slots)
         with on_device(u):
             states = call.into_chunks(call.u, call.initial, adjoint=False)
             adjoints = call.into_chunks(grad_y, grad_final, adjoint=True)
             forward_sums[(slots * total,)](
-                *given, grad_y, call.initial, grad_final, *call.bounds, states, adjoints, dfactor, dreadout, *sizes,
+                *inputs, grad_y, call.initial, grad_final, *call.bounds, states, adjoints, dfactor, dreadout, *sizes,
                 REVERSE=reverse, **block,
             )  # fmt: skip
             adjoint_sums[(slots * total,)](
-                *given, call.D, grad_y, grad_final, *call.bounds, adjoints, du, dinto, dD, dinitial, *sizes,
+                *inputs, call.D, grad_y, grad_final, *call.bounds, adjoints, du, dinto, dD, dinitial, *sizes,
                 SKIP=D is not None, REVERSE=reverse, **block,
             )  # fmt: skip
         sums = [t.sum(0, dtype=torch.float64) for t in (dfactor, dinto, dreadout)]

@@ -8,7 +8,7 @@ before it to λ^c times that state, and needs no product of its own. The adjoint
 
     m̂_t = m_t + r g_t        m_{t-1} = conj(λ) ⊙ m̂_t        du_t = <b, m̂_t> + D g_t        db = Σ_t u_t m̂_t
 
-is the same recurrence backwards. What remains, dr = Σ_t g_t x_t and dλ, comes from a walk forwards that also carries
+is the same recurrence backwards. The other two, dr = Σ_t g_t x_t and dλ, come from a walk forwards that also carries
 s_t = ∂x_t/∂λ = λ s_{t-1} + x_{t-1}, from 0 in every chunk, whose end has the gradient m:
 
     dλ = Σ_t g_t conj(s_t) r + conj(s_c) m_c
@@ -21,7 +21,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sinuous.kernels.triton.packing import place_of
+from sinuous.kernels.triton.complex_product import times
+from sinuous.kernels.triton.packing import row_of
 
 
 @triton.jit
@@ -33,11 +34,6 @@ def read(at, there):
 def write(at, re, im, there):
     tl.store(at, re, mask=there)
     tl.store(at + 1, im, mask=there)
-
-
-@triton.jit
-def times(a_re, a_im, b_re, b_im):
-    return a_re * b_re - a_im * b_im, a_re * b_im + a_im * b_re
 
 
 @triton.jit
@@ -54,7 +50,8 @@ def chunk_ends(
     M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, ADJOINT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """What each chunk reaches from zero, to `ends` [B, chunks, D, M, 2]; with ADJOINT from its last step to its first.
+    """The state each chunk reaches from zero, to `ends` [B, chunks, D, M, 2]; with ADJOINT from its last step to its
+    first.
 
     `marks` has the sequence whose `incoming` state is the one before a step, or -1.
     """
@@ -72,7 +69,7 @@ def chunk_ends(
             mark = tl.load(marks + p)
             if mark >= 0:
                 h_re, h_im = read(incoming + mark.to(tl.int64) * width * M * 2 + dm, there_dm)
-        row = place_of(chunk // chunks, p, length, REVERSE)
+        row = row_of(p, chunk // chunks, length, REVERSE)
         x_t = tl.load(x + row * width + d, mask=there, other=0).to(ACC)[:, None]
         h_re, h_im = times(f_re, f_im, h_re, h_im)
         h_re += b_re * x_t
@@ -86,8 +83,9 @@ def carry_chunks(
     M: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr,
     PACKED: tl.constexpr, ADJOINT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Replace what each chunk reaches from zero by what comes into it, in place; λ^c is `across` a chunk, and another
-    one for the last, which may be shorter. Packed chunks that are `cut` by a boundary let nothing through."""
+    """Replace, in `carried`, the state that each chunk reaches from zero by the one before it. λ^c is `across` a chunk,
+    and `across_last` for the last, which may be shorter. A packed chunk that is `cut` by a boundary lets no state
+    through."""
     blocks, chunks = tl.cdiv(width, BD), tl.cdiv(length, CHUNK)
     _, _, dm, there = channels_of(tl.program_id(0) % blocks, width, M, BD, BM)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
@@ -99,15 +97,15 @@ def carry_chunks(
     for i in range(0, chunks):
         j = chunks - 1 - i if ADJOINT else i
         here = carried + (batch * chunks + j) * width * M * 2 + dm
-        own_re, own_im = read(here, there)
+        local_re, local_im = read(here, there)
         write(here, h_re, h_im, there)
         last = j == chunks - 1
         h_re, h_im = times(tl.where(last, l_re, a_re), tl.where(last, l_im, a_im), h_re, h_im)
         if PACKED:
             whole = tl.load(cut + j) == 0
             h_re, h_im = tl.where(whole, h_re, 0.0), tl.where(whole, h_im, 0.0)
-        h_re += own_re
-        h_im += own_im
+        h_re += local_re
+        h_im += local_im
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -141,7 +139,7 @@ def outputs(
             start = tl.load(starts + p)
             if start >= 0:
                 h_re, h_im = read(initial + start.to(tl.int64) * width * M * 2 + dm, there_dm)
-        row = place_of(batch, p, length, REVERSE)
+        row = row_of(p, batch, length, REVERSE)
         u_t = tl.load(u + row * width + d, mask=there, other=0).to(ACC)
         h_re, h_im = times(f_re, f_im, h_re, h_im)
         h_re += b_re * u_t[:, None]
@@ -184,7 +182,7 @@ def forward_sums(
                 start = tl.load(starts + p)
                 if start >= 0:
                     h_re, h_im = read(initial + start.to(tl.int64) * width * M * 2 + dm, there_dm)
-            row = place_of(batch, p, length, REVERSE)
+            row = row_of(p, batch, length, REVERSE)
             u_t = tl.load(u + row * width + d, mask=there, other=0).to(ACC)[:, None]
             g_t = tl.load(grad_y + row * width + d, mask=there, other=0).to(ACC)[:, None]
             s_re, s_im = times(f_re, f_im, s_re, s_im)
@@ -248,7 +246,7 @@ def adjoint_sums(
                 end = tl.load(stops + p)
                 if end >= 0:
                     m_re, m_im = read(grad_final + end.to(tl.int64) * width * M * 2 + dm, there_dm)
-            at = place_of(batch, p, length, REVERSE) * width + d
+            at = row_of(p, batch, length, REVERSE) * width + d
             u_t = tl.load(u + at, mask=there, other=0).to(ACC)
             g_t = tl.load(grad_y + at, mask=there, other=0).to(ACC)
             m_re += r_re * g_t[:, None]

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-r"""Recurrences whose state is a matrix per head, decayed by one factor per step: what their kernels share.
+r"""Recurrences whose state is a matrix per head, decayed by one factor per step: the kernels that they share.
 
-Time is cut into chunks, and a packed chunk at every boundary of a sequence: each piece is a *segment*. Within one, with
+Time is cut into chunks, and a packed chunk at every boundary of a sequence, into *segments*. Within one, with
 columns u, rows μ (logarithms), weights and a decay that a family derives from its gates,
 
     E_tj = exp(u_j - μ_t) for j ≤ t, else 0
@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sinuous.kernels.triton.packing import bounds_of
+from sinuous.kernels.triton.packing import bounds_of, row_of
 
 FORGOTTEN = tl.constexpr(-1e5)
 """Stands for the logarithm of a decay of 0: its exponential is 0 in every precision, and sums are exact to 1e-9."""
@@ -33,8 +33,8 @@ FORGOTTEN = tl.constexpr(-1e5)
 
 @triton.jit
 def segment_at(i, table, length, CHUNK: tl.constexpr, PACKED: tl.constexpr):
-    """Of segment `i`: batch row, first step, step after the last, the sequences that begin and end with it, or -1, and
-    its own sequence."""
+    """Batch row, first step and step after the last of segment `i`; the sequences that begin and end with it, or -1;
+    and the sequence that it lies in."""
     chunks = tl.cdiv(length, CHUNK)
     batch, j = i // chunks, i % chunks
     start = j * CHUNK
@@ -44,12 +44,6 @@ def segment_at(i, table, length, CHUNK: tl.constexpr, PACKED: tl.constexpr):
         start, stop, sequence = tl.load(table + i * 5), tl.load(table + i * 5 + 1), tl.load(table + i * 5 + 4)
         first, last, batch = tl.load(table + i * 5 + 2), tl.load(table + i * 5 + 3), i * 0
     return batch.to(tl.int64), start, stop, first.to(tl.int64), last.to(tl.int64), sequence.to(tl.int64)
-
-
-@triton.jit
-def row_of(p, batch, length, REVERSE: tl.constexpr):
-    """Where processing step `p` lies in memory."""
-    return batch * length + (length - 1 - p if REVERSE else p)
 
 
 @triton.jit
@@ -68,7 +62,7 @@ def products(rows, columns, reaches, ACC: tl.constexpr):
 @triton.jit(do_not_specialize=["length"])
 def carry_states(
     left, right, extra, weight, decay, initial, initial_vector, cu_seqlens,
-    kept, kept_vector, final, final_vector, length,
+    chunk_states, chunk_vectors, final, final_vector, length,
     H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     CHUNK: tl.constexpr, SCALE: tl.constexpr, VECTOR: tl.constexpr, ADJOINT: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr,
@@ -76,8 +70,8 @@ def carry_states(
 ):  # fmt: skip
     """S ← decay_c S + Σ_t weight_t left_t right_tᵀ over the segments of a sequence; n has `extra` in place of right.
 
-    Forward, `kept` [B, chunks, H, K, V] gets the state before each chunk; the adjoint runs from the last segment to the
-    first and keeps the gradient of the state after each chunk, where no sequence ends.
+    Forward, `chunk_states` [B, chunks, H, K, V] gets the state before each chunk; the adjoint runs from the last
+    segment to the first and writes the gradient of the state after each chunk, where no sequence ends.
     """
     v_blocks: tl.constexpr = (V + BV - 1) // BV
     k_blocks: tl.constexpr = (K + BK - 1) // BK
@@ -100,10 +94,10 @@ def carry_states(
         whole = stop < end if ADJOINT else start == j * CHUNK
         here = (batch * chunks + j) * H + h
         if whole:
-            tl.store(kept + here * K * V + kv, S, mask=there_kv)
+            tl.store(chunk_states + here * K * V + kv, S, mask=there_kv)
             if VECTOR:  # noqa: SIM102 (settled at compile time)
                 if v_block == 0:
-                    tl.store(kept_vector + here * K + k, vector, mask=k < K)
+                    tl.store(chunk_vectors + here * K + k, vector, mask=k < K)
         p = start + i
         there, row = p < stop, row_of(p, batch, length, REVERSE)
         w = tl.load(weight + row * H + h, mask=there, other=0).to(ACC)
@@ -275,12 +269,12 @@ def side_gradients(
                 through += normal[:, None] * tl.load(vector + k, mask=k < K, other=0)[None, :]
         row_log = tl.load(rows + at_h, mask=there, other=0)
         column_log = tl.load(columns + at_h, mask=there, other=0)
-        own = tl.load(mine + (row * G + g)[:, None] * K + k[None, :], mask=there_k, other=0).to(ACC)
+        side = tl.load(mine + (row * G + g)[:, None] * K + k[None, :], mask=there_k, other=0).to(ACC)
         if KEYS:
             through *= w[:, None]
             E = products(row_log[None, :], column_log[:, None], both & (i[None, :] >= i[:, None]), ACC)
             total = tl.load(decay + row_of(stop - 1, batch, length, REVERSE) * H + h).to(ACC)
-            end = total * tl.sum(common) + tl.sum(own * through)
+            end = total * tl.sum(common) + tl.sum(side * through)
             tl.store(ends + (block * segments + unit) * H + h, end)
             if VECTOR:  # noqa: SIM102 (settled at compile time)
                 if last >= 0:
@@ -291,7 +285,7 @@ def side_gradients(
         c = tl.load(theirs + (row * G + g)[:, None] * K + k[None, :], mask=there_k, other=0).to(DOT)
         weights *= SCALE * E
         gradient = tl.dot(weights.to(DOT), c, through, input_precision=PRECISION, out_dtype=ACC)
-        tl.store(dots + block * steps * H + at_h, tl.sum(own * gradient, 1), mask=there)
+        tl.store(dots + block * steps * H + at_h, tl.sum(side * gradient, 1), mask=there)
         total_gradient += gradient
     place = part.to(tl.int64) * steps * G + row * G + g
     tl.store(grad + place[:, None] * K + k[None, :], total_gradient, mask=there_k)

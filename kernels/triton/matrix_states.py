@@ -27,8 +27,8 @@ HEADS = 16
 
 
 def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
-    """How kernels compute with inputs of `dtype`. NVIDIA's tensor cores round float32 to ten bits unless told to take
-    three products; AMD's compute it as it is."""
+    """Compile-time arguments for the arithmetic with inputs of `dtype`. NVIDIA's tensor cores round float32 to ten bits
+    unless told to take three products; AMD's compute it as it is."""
     precision = "ieee" if torch.version.hip is not None or dtype == torch.float64 else "tf32x3"
     wide = accumulator(dtype)
     return {"ACC": wide, "DOT": DOT.get(dtype, wide), "PRECISION": precision}
@@ -72,12 +72,12 @@ def segments(cu_seqlens: Tensor, length: int, chunk_size: int, reverse: bool) ->
     return torch.stack([start, stop, first, last, name], 1).contiguous()
 
 
-class Call(NamedTuple):
-    """What all launches of a call have in common.
+class MatrixStatesCall(NamedTuple):
+    """The sizes and compile-time arguments that all launches of a call share.
 
     Attributes:
         table: the segments of packed input.
-        segments: how many there are.
+        segments: their number, packed or not.
         bounds: cu_seqlens.
         form: compile-time arguments of every kernel.
         sizes: those of the kernels over states, besides; blocks and compile options are added by `launch`.
@@ -101,7 +101,7 @@ class Call(NamedTuple):
     @classmethod
     def of(
         cls, q: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float | None, reverse: bool, chunk_size: int
-    ) -> Call:
+    ) -> MatrixStatesCall:
         batch, length, heads, values = v.shape
         groups, keys = q.shape[2:]
         table = None if cu_seqlens is None else segments(cu_seqlens, length, chunk_size, reverse)
@@ -142,7 +142,7 @@ class Call(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What a family makes of its gates, each `[B, T, H]`: μ and u in float64, and since_start and until_end."""
+    """A family's gates as kernels read them, each `[B, T, H]`: μ and u in float64, and since_start and until_end."""
 
     rows: Tensor
     columns: Tensor
@@ -154,20 +154,20 @@ State = tuple[Tensor, Tensor | None]
 """S, and n where there is one, per sequence or per chunk."""
 
 
-def carry(call: Call, left: Tensor, right: Tensor, weights: Weights, initial: State) -> tuple[State, State]:
+def carry(call: MatrixStatesCall, left: Tensor, right: Tensor, weights: Weights, initial: State) -> tuple[State, State]:
     """The state after each sequence, and before each chunk."""
     return _carry(call, left, right, None, weights.until_end, weights.since_start, initial, adjoint=False)
 
 
 def carry_adjoint(
-    call: Call, q: Tensor, dy: Tensor, extra: Tensor | None, weight: Tensor, weights: Weights, final: State
+    call: MatrixStatesCall, q: Tensor, dy: Tensor, extra: Tensor | None, weight: Tensor, weights: Weights, final: State
 ) -> tuple[State, State]:
     """The gradient of the state before each sequence, and after each chunk."""
     return _carry(call, q, dy, extra, weight, weights.since_start, final, adjoint=True)
 
 
 def _carry(
-    call: Call,
+    call: MatrixStatesCall,
     left: Tensor,
     right: Tensor,
     extra: Tensor | None,
@@ -178,33 +178,33 @@ def _carry(
     adjoint: bool,
 ) -> tuple[State, State]:
     (state, vector), (key_blocks, value_blocks, sizes) = edge, call.over_states(carry_states)
-    other, kept = torch.empty_like(state), call.empty_states(state)
-    other_vector, kept_vector = (
+    other, chunk_states = torch.empty_like(state), call.empty_states(state)
+    other_vector, chunk_vectors = (
         (None, None) if vector is None else (torch.empty_like(vector), call.empty_states(vector))
     )
     with on_device(left):
         carry_states[(call.sequences * call.heads * key_blocks * value_blocks,)](
-            left, right, extra, weight, decay, state, vector, call.bounds, kept, kept_vector, other, other_vector,
-            call.length, VECTOR=vector is not None, ADJOINT=adjoint, **sizes,
+            left, right, extra, weight, decay, state, vector, call.bounds, chunk_states, chunk_vectors, other,
+            other_vector, call.length, VECTOR=vector is not None, ADJOINT=adjoint, **sizes,
         )  # fmt: skip
-    return (other, other_vector), (kept, kept_vector)
+    return (other, other_vector), (chunk_states, chunk_vectors)
 
 
 class Normaliser(NamedTuple):
-    """The floor of the denominator, `[B, T, H]`, and what is added to it."""
+    """The floor of the denominator, `[B, T, H]`, and the eps that is added to it."""
 
     floor: Tensor
     eps: float
 
 
 def read(
-    call: Call,
+    call: MatrixStatesCall,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     weights: Weights,
     initial: State,
-    kept: State,
+    chunk_states: State,
     normaliser: Normaliser | None,
 ) -> Tensor:
     """The outputs."""
@@ -213,22 +213,22 @@ def read(
     _, value_blocks, sizes = call.over_states(read_states)
     with on_device(q):
         read_states[(value_blocks * call.heads * call.segments,)](
-            q, k, v, weights.rows, weights.columns, weights.since_start, floor, None, *kept, *initial, call.table,
-            y, None, None, None, call.steps, call.length,
+            q, k, v, weights.rows, weights.columns, weights.since_start, floor, None, *chunk_states, *initial,
+            call.table, y, None, None, None, call.steps, call.length,
             EPS=eps, KEYS=False, NORMALIZE=floor is not None, GRADIENT=False, **sizes,
         )  # fmt: skip
     return y
 
 
 def read_normaliser(
-    call: Call,
+    call: MatrixStatesCall,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     dy: Tensor,
     weights: Weights,
     initial: State,
-    kept: State,
+    chunk_states: State,
     normaliser: Normaliser,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """scale · n · q, the denominator made of it, and dy · numerator, each `[B, T, H]`."""
@@ -238,15 +238,15 @@ def read_normaliser(
     inner = torch.empty(value_blocks, *shape, dtype=call.dtype, device=q.device)
     with on_device(q):
         read_states[(value_blocks * call.heads * call.segments,)](
-            q, k, v, weights.rows, weights.columns, weights.since_start, normaliser.floor, dy, *kept, *initial,
+            q, k, v, weights.rows, weights.columns, weights.since_start, normaliser.floor, dy, *chunk_states, *initial,
             call.table, None, summed, denominator, inner, call.steps, call.length,
             EPS=normaliser.eps, KEYS=False, NORMALIZE=True, GRADIENT=True, **sizes,
         )  # fmt: skip
     return summed, denominator, inner.sum(0)
 
 
-class Gradients(NamedTuple):
-    """Gradients, and what those of the gates are made of: see `side_gradients`."""
+class MatrixStatesGradients(NamedTuple):
+    """Gradients of q, k and v, and the sums of which those of the gates are made; see `side_gradients`."""
 
     q: Tensor
     k: Tensor
@@ -258,7 +258,7 @@ class Gradients(NamedTuple):
 
 
 def gradients(
-    call: Call,
+    call: MatrixStatesCall,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -267,10 +267,10 @@ def gradients(
     weight: Tensor,
     weights: Weights,
     initial: State,
-    kept: State,
+    chunk_states: State,
     final_gradient: State,
-    kept_gradient: State,
-) -> Gradients:
+    chunk_gradients: State,
+) -> MatrixStatesGradients:
     """Gradients of q, k and v, given those of the states.
 
     Args:
@@ -283,10 +283,10 @@ def gradients(
     per_step = (key_blocks, call.batch, call.length, call.heads)
     ends = torch.zeros(2, key_blocks, call.segments, call.heads, dtype=call.dtype, device=q.device)
     dv = torch.empty_like(v)
-    found, dots = [], []
+    grads, dots = [], []
     with on_device(q):
         read_states[(value_blocks * call.heads * call.segments,)](
-            k, q, dy, weights.rows, weights.columns, weights.until_end, None, None, *kept_gradient, *final_gradient,
+            k, q, dy, weights.rows, weights.columns, weights.until_end, None, None, *chunk_gradients, *final_gradient,
             call.table, dv, None, None, None, call.steps, call.length,
             EPS=0.0, KEYS=True, NORMALIZE=False, GRADIENT=False, **sizes,
         )  # fmt: skip
@@ -296,11 +296,11 @@ def gradients(
             sides = (k, q, v, dy) if keys else (q, k, dy, v)
             side_gradients[(key_blocks * call.groups * parts * call.segments,)](
                 *sides, weights.rows, weights.columns, weights.until_end if keys else weight, weights.since_start,
-                extra, *kept, *initial, *kept_gradient, *final_gradient, call.table,
+                extra, *chunk_states, *initial, *chunk_gradients, *final_gradient, call.table,
                 grad, dot, *ends, call.segments, call.steps, call.length,
                 PARTS=parts, KEYS=keys, VECTOR=extra is not None, **side_sizes,
             )  # fmt: skip
-            found.append(grad.view(q.shape) if parts == 1 else grad.sum(0))
+            grads.append(grad.view(q.shape) if parts == 1 else grad.sum(0))
             dots.append(dot)
-    (dq, dk), (query_dots, key_dots), (sums, last_sums) = found, dots, ends
-    return Gradients(dq, dk, dv, query_dots, key_dots, sums, last_sums)
+    (dq, dk), (query_dots, key_dots), (sums, last_sums) = grads, dots, ends
+    return MatrixStatesGradients(dq, dk, dv, query_dots, key_dots, sums, last_sums)

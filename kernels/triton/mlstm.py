@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sinuous.kernels.torch.mlstm import initial_states
-from sinuous.kernels.triton.matrix_state_kernels import FORGOTTEN, gradient_of_sums, row_of, segment_at
+from sinuous.kernels.triton.matrix_state_kernels import FORGOTTEN, gradient_of_sums, segment_at
 from sinuous.kernels.triton.matrix_states import (
-    Call,
+    MatrixStatesCall,
     Normaliser,
     State,
     Weights,
@@ -29,7 +29,7 @@ from sinuous.kernels.triton.matrix_states import (
     read,
     read_normaliser,
 )
-from sinuous.kernels.triton.packing import bounds_of, on_device
+from sinuous.kernels.triton.packing import bounds_of, on_device, row_of
 
 LOWEST = tl.constexpr(-1e30)
 NOTHING = tl.constexpr(-2e30)
@@ -49,7 +49,7 @@ def _larger(a, b):
 @triton.jit(do_not_specialize=["length"])
 def gates(
     input_gate, forget_gate, initial_m, cu_seqlens, rows, columns, since_start, until_end, floor,
-    kept_m, final_m, source, length,
+    chunk_m, final_m, source, length,
     H: tl.constexpr, BH: tl.constexpr, CHUNK: tl.constexpr, STABILISED: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +69,7 @@ def gates(
     for j in range(first_chunk, past_chunk):
         start, stop = tl.maximum(begin, j * CHUNK), tl.minimum(end, (j + 1) * CHUNK)
         if start == j * CHUNK:
-            tl.store(kept_m + (batch * chunks + j) * H + h, m, mask=h < H)
+            tl.store(chunk_m + (batch * chunks + j) * H + h, m, mask=h < H)
         p = start + tl.arange(0, CHUNK)
         there = (p < stop)[:, None] & (h < H)[None, :]
         at = row_of(p, batch, length, REVERSE)[:, None] * H + h[None, :]
@@ -134,11 +134,17 @@ def gate_gradients(
     tl.store(grad_forget + at, tl.where(reset, 0.0, into_forget).to(ACC), mask=there)
 
 
-class _Gates:
-    """The gates of a call and what `gates` makes of them."""
+class MLSTMGates:
+    """The gates of a call and the results of the kernel `gates`."""
 
     def __init__(
-        self, call: Call, input_gate: Tensor, forget_gate: Tensor, initial_m: Tensor, eps: float, activation: str
+        self,
+        call: MatrixStatesCall,
+        input_gate: Tensor,
+        forget_gate: Tensor,
+        initial_m: Tensor,
+        eps: float,
+        activation: str,
     ) -> None:
         self.input_gate, self.forget_gate = input_gate.contiguous(), forget_gate.contiguous()
         self.stabilised = activation == "exp"
@@ -146,14 +152,14 @@ class _Gates:
         since_start, until_end, floor = (torch.empty_like(logs[0], dtype=call.dtype) for _ in range(3))
         self.weights = Weights(logs[0], logs[1], since_start, until_end)
         self.normaliser = Normaliser(floor, eps)
-        self.kept_m, self.m = call.empty_states(initial_m), torch.empty_like(initial_m)
+        self.chunk_m, self.m = call.empty_states(initial_m), torch.empty_like(initial_m)
         self.source = torch.empty(initial_m.shape, dtype=torch.int32, device=initial_m.device)
         self.blocks, form = call.over_gates()
         self.form = {**form, "STABILISED": self.stabilised, "ACC": call.sizes["ACC"]}
         with on_device(input_gate):
             gates[(call.sequences * self.blocks,)](
                 self.input_gate, self.forget_gate, initial_m, call.bounds, *self.weights, floor,
-                self.kept_m, self.m, self.source, call.length, **self.form,
+                self.chunk_m, self.m, self.source, call.length, **self.form,
             )  # fmt: skip
 
 
@@ -176,16 +182,16 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """`(y, C, n, m, chunk_C, chunk_n, chunk_m)` as `sinuous.core.ops.mlstm` defines them."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    call = Call.of(q, v, cu_seqlens, scale, reverse, chunk_size)
+    call = MatrixStatesCall.of(q, v, cu_seqlens, scale, reverse, chunk_size)
     C, n, m = initial_states(q, v, (initial_C, initial_n, initial_m), cu_seqlens)
     if v.numel() == 0:
         return torch.empty_like(v), C.clone(), n.clone(), m.clone(), *(call.empty_states(t) for t in (C, n, m))
-    made = _Gates(call, input_gate, forget_gate, m, eps, input_activation)
-    (final_C, final_n), kept = carry(call, k, v, made.weights, (C, n))
-    y = read(call, q, k, v, made.weights, (C, n), kept, made.normaliser if normalize else None)
+    made = MLSTMGates(call, input_gate, forget_gate, m, eps, input_activation)
+    (final_C, final_n), chunk_states = carry(call, k, v, made.weights, (C, n))
+    y = read(call, q, k, v, made.weights, (C, n), chunk_states, made.normaliser if normalize else None)
     assert final_n is not None
-    assert kept[1] is not None
-    return y, final_C, final_n, made.m, kept[0], kept[1], made.kept_m
+    assert chunk_states[1] is not None
+    return y, final_C, final_n, made.m, chunk_states[0], chunk_states[1], made.chunk_m
 
 
 def backward(
@@ -211,44 +217,45 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, input_gate, forget_gate, initial_C, initial_n and initial_m."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    call = Call.of(q, v, cu_seqlens, scale, reverse, chunk_size)
-    given = (initial_C, initial_n, initial_m)
-    C, n, m = initial_states(q, v, given, cu_seqlens)
+    call = MatrixStatesCall.of(q, v, cu_seqlens, scale, reverse, chunk_size)
+    states = (initial_C, initial_n, initial_m)
+    C, n, m = initial_states(q, v, states, cu_seqlens)
     dy = torch.zeros_like(v) if grads[0] is None else grads[0].contiguous()
     dC, dn, dm = initial_states(q, v, grads[1:], cu_seqlens)
     if v.numel() == 0:
         zeros = [torch.zeros_like(t) for t in (q, k, v, input_gate, forget_gate)]
-        return [*zeros, *(None if t is None else d for t, d in zip(given, (dC, dn, dm), strict=True))]
-    made = _Gates(call, input_gate, forget_gate, m, eps, input_activation)
-    initial, kept, dfinal = (C, n), (chunk_C, chunk_n), (dC, dn)
+        return [*zeros, *(None if t is None else gradient for t, gradient in zip(states, (dC, dn, dm), strict=True))]
+    made = MLSTMGates(call, input_gate, forget_gate, m, eps, input_activation)
+    initial, chunk_states, dfinal = (C, n), (chunk_C, chunk_n), (dC, dn)
     weights, weight, extra = made.weights, made.weights.since_start, torch.zeros_like(made.weights.since_start)
     if normalize:
-        summed, denominator, inner = read_normaliser(call, q, k, v, dy, weights, initial, kept, made.normaliser)
+        summed, denominator, inner = read_normaliser(call, q, k, v, dy, weights, initial, chunk_states, made.normaliser)
         # Bounded, since the difference of two infinities is none.
         weights = weights._replace(rows=weights.rows + denominator.double().log().clamp(max=1e30))
         weight = weight / denominator
         extra = torch.where(summed.abs() > made.normaliser.floor, -summed.sign() * inner / denominator, extra)
     before, after = carry_adjoint(call, q, dy, extra, weight, weights, dfinal)
-    found = gradients(call, q, k, v, dy, extra, weight, weights, initial, kept, dfinal, after)
-    into_m = dm - found.last_ends[:, : call.sequences].sum(0)
+    d = gradients(call, q, k, v, dy, extra, weight, weights, initial, chunk_states, dfinal, after)
+    into_m = dm - d.last_ends[:, : call.sequences].sum(0)
     dinput_gate, dforget_gate = torch.empty_like(made.input_gate), torch.empty_like(made.forget_gate)
     with on_device(q):
         gate_gradients[(call.segments * made.blocks,)](
-            made.input_gate, made.forget_gate, found.query_dots, found.key_dots, found.ends, made.source, into_m,
-            call.table, dinput_gate, dforget_gate, call.segments, call.steps, call.length, found.ends.shape[0],
+            made.input_gate, made.forget_gate, d.query_dots, d.key_dots, d.ends, made.source, into_m,
+            call.table, dinput_gate, dforget_gate, call.segments, call.steps, call.length, d.ends.shape[0],
             **made.form,
         )  # fmt: skip
     dinitial = (*before, _initial_m_gradient(made, initial, before, dm, into_m, cu_seqlens))
     return [
-        found.q, found.k, found.v, dinput_gate, dforget_gate,
-        *(None if t is None else d for t, d in zip(given, dinitial, strict=True)),
+        d.q, d.k, d.v, dinput_gate, dforget_gate,
+        *(None if t is None else gradient for t, gradient in zip(states, dinitial, strict=True)),
     ]  # fmt: skip
 
 
 def _initial_m_gradient(
-    made: _Gates, initial: State, before: State, dm: Tensor, into_m: Tensor, cu_seqlens: Tensor | None
+    made: MLSTMGates, initial: State, before: State, dm: Tensor, into_m: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """What m does to the initial C and n, and to the last m where it is in that; `dm` for sequences without a step."""
+    """Gradient of the initial m, through the initial C and n and, where the last m is made of it, through that; `dm`
+    for sequences without a step."""
     if not made.stabilised:
         return dm
     total = into_m.masked_fill(made.source >= 0, 0)

@@ -1,5 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""What the kernels know of packed sequences: one entry per step, so that no kernel searches for a boundary."""
+"""Where steps lie: rows of memory, and packed sequences with an entry per step, so that no kernel searches for a
+bound."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 class Steps(NamedTuple):
-    """For every step of a packed axis in processing order, int32 `[ΣT]`: its sequence, and how many steps of that
-    sequence come before and after it."""
+    """Entries of every step of a packed axis in processing order, int32 `[ΣT]`: its sequence, and the number of steps
+    of that sequence before and after it."""
 
     sequence: Tensor
     before: Tensor
@@ -50,9 +51,9 @@ def bounds_of(n, cu_seqlens, length, PACKED: tl.constexpr, REVERSE: tl.constexpr
 
 
 @triton.jit
-def place_of(batch, step, length, REVERSE: tl.constexpr):
-    """The row of `[B T, …]` that is processed at `step`."""
-    return batch.to(tl.int64) * length + (length - 1 - step if REVERSE else step)
+def row_of(p, batch, length, REVERSE: tl.constexpr):
+    """The row of `[B T, …]` that is processed at step `p`."""
+    return batch.to(tl.int64) * length + (length - 1 - p if REVERSE else p)
 
 
 def on_device(t: Tensor) -> AbstractContextManager[object]:

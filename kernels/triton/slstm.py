@@ -21,13 +21,13 @@ from sinuous.kernels.triton.packing import on_device, packed_steps
 from sinuous.kernels.triton.slstm_kernels import CELLS, memories, walk, walk_back
 
 SEQUENCES = 16
-"""Of a program: the fewest rows of a matrix product."""
+"""Sequences of a program: the fewest rows of a matrix product."""
 CHANNELS = 64
-"""Of a program of the pass without products."""
+"""Channels of a program of the pass without products."""
 REMEMBERED = {"slstm": "cnm", "lstm": "c", "gru": ""}
-"""What the gradients of a cell need of its state besides y."""
+"""Parts of a cell's state besides y that its gradients need."""
 TILES: dict[int, tuple[int, int, int]] = {16: (16, 4, 1), 32: (32, 4, 1), 64: (32, 4, 3), 128: (16, 8, 2)}
-"""By the width of a head: how many rows of the weights are read at a time, warps, and stages of that reading. These
+"""Rows of the weights that are read at a time, warps, and stages of that reading, by the width of a head. These
 spill on no target of docs/benchmarks/aot.md; no choice for heads of 256 does not."""
 WIDEST_MASKED = 32
 """Ragged heads up to here are masked. Wider ones are padded to a whole tile: masks make them spill at some widths."""
@@ -35,7 +35,7 @@ WIDEST_DOUBLE = 32
 
 
 def fits(gates: Tensor) -> bool:
-    """Whether a head fits the registers of a program; else the plain form runs, whose kept states are the same."""
+    """Whether a head fits the registers of a program; else the plain form runs, whose chunk states are the same."""
     return gates.shape[4] <= (WIDEST_DOUBLE if gates.dtype == torch.float64 else max(TILES))
 
 
@@ -55,8 +55,8 @@ def _padded(tensors: Sequence[Tensor | None], missing: int) -> list[Any]:
     return [None if t is None else F.pad(t, (0, missing)) for t in tensors]
 
 
-class _Call:
-    """What forward and backward launch their kernels with."""
+class SLSTMCall:
+    """The arguments that forward and backward give to their kernels."""
 
     def __init__(
         self, gates: Tensor, R: Tensor, bias: Tensor, initial: Sequence[Tensor | None], cu_seqlens: Tensor | None,
@@ -107,25 +107,25 @@ def forward(
     chunk_size: int,
 ) -> tuple[Tensor, ...]:
     """`(y, final states, hidden, chunk states)`; see sinuous.core.ops.slstm."""
-    given = (initial_y, initial_c, initial_n, initial_m)
+    initial = (initial_y, initial_c, initial_n, initial_m)
     if not fits(gates):
-        return plain.forward(gates, R, bias, *given, cu_seqlens, cell, reverse, chunk_size)
+        return plain.forward(gates, R, bias, *initial, cu_seqlens, cell, reverse, chunk_size)
     if missing := _missing(gates):
-        x, b, y, c, n, m = _padded((gates, bias, *given), missing)
+        x, b, y, c, n, m = _padded((gates, bias, *initial), missing)
         weights = F.pad(R, (0, missing, 0, missing))
         outputs = forward(x, weights, b, y, c, n, m, cu_seqlens, cell, reverse, chunk_size)
         return tuple(t[..., :-missing].contiguous() for t in outputs)
-    call = _Call(gates, R, bias, given, cu_seqlens, cell, reverse)
+    call = SLSTMCall(gates, R, bias, initial, cu_seqlens, cell, reverse)
     hidden, final = call.empty(call.batch, call.length, call.heads, call.units), call.states()
     chunks = triton.cdiv(call.length, chunk_size)
-    kept = [call.empty(call.batch, chunks, call.heads, call.units) for _ in range(4)]
+    chunk_states = [call.empty(call.batch, chunks, call.heads, call.units) for _ in range(4)]
     if call.count * call.width:
         with on_device(gates):
             walk[call.programs](
                 call.gates, call.R.transpose(2, 3).contiguous(), call.bias, *call.initial, call.bounds, hidden, *final,
-                *kept, call.length, call.count, CHUNK=chunk_size, **call.products(),
+                *chunk_states, call.length, call.count, CHUNK=chunk_size, **call.products(),
             )  # fmt: skip
-    return hidden.to(gates.dtype, copy=True), *final, hidden, *kept
+    return hidden.to(gates.dtype, copy=True), *final, hidden, *chunk_states
 
 
 def backward(
@@ -148,21 +148,23 @@ def backward(
     chunk_size: int,
 ) -> list[Tensor | None]:
     """Gradients of gates, R, bias and the four initial states."""
-    given, kept = (initial_y, initial_c, initial_n, initial_m), (chunk_y, chunk_c, chunk_n, chunk_m)
+    initial, chunk_states = (initial_y, initial_c, initial_n, initial_m), (chunk_y, chunk_c, chunk_n, chunk_m)
     if not fits(gates):
-        return plain.backward(grads, gates, R, bias, *given, cu_seqlens, hidden, *kept, cell, reverse, chunk_size)
+        return plain.backward(
+            grads, gates, R, bias, *initial, cu_seqlens, hidden, *chunk_states, cell, reverse, chunk_size
+        )
     if missing := _missing(gates):
         grads = _padded(grads, missing)
-        x, b, y, c, n, m = _padded((gates, bias, *given), missing)
-        ys, of_y, of_c, of_n, of_m = _padded((hidden, *kept), missing)
+        x, b, y, c, n, m = _padded((gates, bias, *initial), missing)
+        ys, of_y, of_c, of_n, of_m = _padded((hidden, *chunk_states), missing)
         weights = F.pad(R, (0, missing, 0, missing))
-        found = backward(
+        gradients = backward(
             grads, x, weights, b, y, c, n, m, cu_seqlens, ys, of_y, of_c, of_n, of_m, cell, reverse, chunk_size
         )
-        found = [None if t is None else t[..., :-missing].contiguous() for t in found]
-        assert found[1] is not None
-        return [found[0], found[1][..., :-missing, :].contiguous(), *found[2:]]
-    call = _Call(gates, R, bias, given, cu_seqlens, cell, reverse)
+        gradients = [None if t is None else t[..., :-missing].contiguous() for t in gradients]
+        assert gradients[1] is not None
+        return [gradients[0], gradients[1][..., :-missing, :].contiguous(), *gradients[2:]]
+    call = SLSTMCall(gates, R, bias, initial, cu_seqlens, cell, reverse)
     dfinal, dinitial = [call.state(t) for t in grads[1:]], call.states()
     before = plain.outputs_before(hidden, initial_y, cu_seqlens, reverse)
     dgates = call.empty(*gates.shape)
@@ -176,7 +178,7 @@ def backward(
                 table = (None, None) if cu_seqlens is None else packed_steps(cu_seqlens, call.length, reverse)[:2]
                 chunks = call.batch * triton.cdiv(call.length, chunk_size)
                 memories[(chunks * triton.cdiv(call.width, CHANNELS),)](
-                    p, *call.initial[1:], *(t.contiguous() for t in kept[1:]), *table, *passed, call.length,
+                    p, *call.initial[1:], *(t.contiguous() for t in chunk_states[1:]), *table, *passed, call.length,
                     WIDTH=call.width, BD=CHANNELS, CHUNK=chunk_size, num_warps=2, enable_fp_fusion=True, **call.form,
                 )  # fmt: skip
             walk_back[call.programs](
@@ -184,5 +186,5 @@ def backward(
                 **call.products(),
             )  # fmt: skip
     dR = torch.einsum("btghd,bthe->ghde", dgates, before)
-    states = [None if t is None else d for t, d in zip(given, dinitial, strict=True)]
+    states = [None if t is None else d for t, d in zip(initial, dinitial, strict=True)]
     return [dgates, dR, dgates.sum((0, 1)), *states]

@@ -3,8 +3,8 @@
 
 A program of a walk takes one head and a block of sequences through all their steps; packed sequences are rows of a
 block as others are, each with its own first step, and stand still when they are done. State and adjoint stay in
-registers, and so do the weights where they fit (`BK == BD`), and then what a step reads of memory is asked for a step
-ahead; else the weights are read at every step, `BK` rows at a time, from the cache.
+registers, and so do the weights where they fit (`BK == BD`), and then a step's inputs are loaded one step ahead; else
+the weights are read at every step, `BK` rows at a time, from the cache.
 
 The equations are in `sinuous.core.ops.slstm`; the persistent program per head is that of FlashRNN (arXiv 2412.07752).
 """
@@ -14,11 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sinuous.kernels.triton.packing import place_of
+from sinuous.kernels.triton.packing import row_of
 
 CELLS = {"slstm": 0, "lstm": 1, "gru": 2}
 LEAST = tl.constexpr(-1e30)
-"""Of a stabiliser: what is e^-inf in units of it is 0 and not NaN."""
+"""Lower bound of a stabiliser, in units of which e^-inf is 0 and not NaN."""
 
 
 @triton.jit
@@ -35,7 +35,8 @@ def tanh(x):
 
 @triton.jit
 def exponential_gates(p_i, p_f, n, m):
-    """Both gates in units of e^m, m itself, what carries m over, and which of the two attains it, if it is no bound."""
+    """Both gates in units of e^m, m itself, the logarithm carried over, and which of the two attains m, if not the
+    bound."""
     carried = tl.minimum(p_f, 0.0) - tl.log(1 + tl.exp(-tl.abs(p_f))) + m
     wins = (n == 0) | (p_i >= carried)
     highest = tl.where(wins, p_i, carried)
@@ -71,7 +72,7 @@ def output(p_i, p_f, p_z, p_o, y, c, n, CELL: tl.constexpr):
 
 @triton.jit
 def sequences_of(n, count, cu_seqlens, length, PACKED: tl.constexpr, REVERSE: tl.constexpr):
-    """First step of sequences `n` in processing order, how many there are, none beyond `count`, and the batch row."""
+    """First step of sequences `n` in processing order, their number of steps (0 beyond `count`), and the batch row."""
     first, steps, batch = n * 0, n * 0 + length, n
     if PACKED:
         left = tl.load(cu_seqlens + n, mask=n < count, other=0).to(tl.int32)
@@ -82,7 +83,7 @@ def sequences_of(n, count, cu_seqlens, length, PACKED: tl.constexpr, REVERSE: tl
 
 @triton.jit
 def have(t, steps):
-    """Which sequences have a step `t`, as a column."""
+    """Column of booleans: whether each sequence has a step `t`."""
     t += steps * 0
     return ((t >= 0) & (t < steps))[:, None]
 
@@ -107,12 +108,12 @@ def part(t, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length", "count"])
 def walk(
-    gates, into_gates, bias, y_0, c_0, n_0, m_0, cu_seqlens, hidden, y_1, c_1, n_1, m_1, kept_y, kept_c, kept_n, kept_m,
-    length, count,
+    gates, into_gates, bias, y_0, c_0, n_0, m_0, cu_seqlens, hidden, y_1, c_1, n_1, m_1, chunk_y, chunk_c, chunk_n,
+    chunk_m, length, count,
     H: tl.constexpr, D: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
-    CELL: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CELL: tl.constexpr, PACKED: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Outputs of all steps, the states before each chunk and the one after each sequence."""
     h, n = tl.program_id(0) % H, (tl.program_id(0) // H) * BB + tl.arange(0, BB)
     d, k = tl.arange(0, BD), tl.arange(0, BK)
     width, square = H * D, H * D * D
@@ -120,18 +121,18 @@ def walk(
     first, steps, batch = sequences_of(n, count, cu_seqlens, length, PACKED, REVERSE)
     unit = h * D + d[None, :]
     at = n.to(tl.int64)[:, None] * width + unit
-    given = (n < count)[:, None] & (d < D)[None, :]
-    y, c = tl.load(y_0 + at, mask=given, other=0), tl.load(c_0 + at, mask=given, other=0)
-    norm, m = tl.load(n_0 + at, mask=given, other=0), tl.load(m_0 + at, mask=given, other=0)
+    existing = (n < count)[:, None] & (d < D)[None, :]
+    y, c = tl.load(y_0 + at, mask=existing, other=0), tl.load(c_0 + at, mask=existing, other=0)
+    norm, m = tl.load(n_0 + at, mask=existing, other=0), tl.load(m_0 + at, mask=existing, other=0)
     weight = into_gates + h * D * D + k[:, None] * D + d[None, :]
     there = (k < D)[:, None] & (d < D)[None, :]
     if BK == BD:
         w_i, w_f, w_z, w_o = four(weight, square, there)
     if BK == BD:
-        row = place_of(batch, first, length, REVERSE)[:, None]
-        x_i, x_f, x_z, x_o = four(gates + row * 4 * width + unit, width, given & have(0, steps))
+        row = row_of(first, batch, length, REVERSE)[:, None]
+        x_i, x_f, x_z, x_o = four(gates + row * 4 * width + unit, width, existing & have(0, steps))
     for t in range(0, tl.max(steps)):
-        live = given & have(t, steps)
+        live = existing & have(t, steps)
         step = first + t
         due = t % CHUNK
         if PACKED:
@@ -139,18 +140,18 @@ def walk(
         if due == 0:  # at few steps, since stores want the state in another layout
             slot = (batch.to(tl.int64) * chunks + step // CHUNK)[:, None] * width + unit
             keep = live & (step % CHUNK == 0)[:, None]
-            tl.store(kept_y + slot, y, mask=keep)
-            tl.store(kept_c + slot, c, mask=keep)
-            tl.store(kept_n + slot, norm, mask=keep)
-            tl.store(kept_m + slot, m, mask=keep)
+            tl.store(chunk_y + slot, y, mask=keep)
+            tl.store(chunk_c + slot, c, mask=keep)
+            tl.store(chunk_n + slot, norm, mask=keep)
+            tl.store(chunk_m + slot, m, mask=keep)
         if BK != BD:
-            row = place_of(batch, step, length, REVERSE)[:, None]
+            row = row_of(step, batch, length, REVERSE)[:, None]
             x_i, x_f, x_z, x_o = four(gates + row * 4 * width + unit, width, live)
         b_i, b_f, b_z, b_o = four(bias + unit, width, (d < D)[None, :])
         p_i, p_f, p_z, p_o = x_i.to(ACC) + b_i, x_f.to(ACC) + b_f, x_z.to(ACC) + b_z, x_o.to(ACC) + b_o
         if BK == BD:
-            row = place_of(batch, step + 1, length, REVERSE)[:, None]
-            x_i, x_f, x_z, x_o = four(gates + row * 4 * width + unit, width, given & have(t + 1, steps))
+            row = row_of(step + 1, batch, length, REVERSE)[:, None]
+            x_i, x_f, x_z, x_o = four(gates + row * 4 * width + unit, width, existing & have(t + 1, steps))
         if BK == BD:
             p_i = tl.dot(y, w_i, p_i, input_precision=PRECISION, out_dtype=ACC)
             p_f = tl.dot(y, w_f, p_f, input_precision=PRECISION, out_dtype=ACC)
@@ -167,30 +168,30 @@ def walk(
         c_t, n_t, m_t = remember(p_i, p_f, p_z, c, norm, m, CELL)
         y = tl.where(live, output(p_i, p_f, p_z, p_o, y, c_t, n_t, CELL), y)
         c, norm, m = tl.where(live, c_t, c), tl.where(live, n_t, norm), tl.where(live, m_t, m)
-        row = place_of(batch, step, length, REVERSE)[:, None]
+        row = row_of(step, batch, length, REVERSE)[:, None]
         tl.store(hidden + row * width + unit, y, mask=live)
-    tl.store(y_1 + at, y, mask=given)
-    tl.store(c_1 + at, c, mask=given)
-    tl.store(n_1 + at, norm, mask=given)
-    tl.store(m_1 + at, m, mask=given)
+    tl.store(y_1 + at, y, mask=existing)
+    tl.store(c_1 + at, c, mask=existing)
+    tl.store(n_1 + at, norm, mask=existing)
+    tl.store(m_1 + at, m, mask=existing)
 
 
 @triton.jit(do_not_specialize=["length"])
 def memories(
-    p, c_0, n_0, m_0, kept_c, kept_n, kept_m, sequence_of, steps_before, c_before, n_before, m_before, length,
+    p, c_0, n_0, m_0, chunk_c, chunk_n, chunk_m, sequence_of, steps_before, c_before, n_before, m_before, length,
     WIDTH: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, CELL: tl.constexpr, PACKED: tl.constexpr,
     REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """c, n and m before each step of a chunk, from its pre-activations and the state that was kept of its start."""
+    """c, n and m before each step of a chunk, from its pre-activations and the state before it."""
     blocks, chunks = tl.cdiv(WIDTH, BD), tl.cdiv(length, CHUNK)
     chunk = tl.program_id(0) // blocks
     d = (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
     there, first = d < WIDTH, (chunk % chunks) * CHUNK
     at = chunk.to(tl.int64) * WIDTH + d
-    c = tl.load(kept_c + at, mask=there, other=0)
+    c = tl.load(chunk_c + at, mask=there, other=0)
     n, m = c, c
     if CELL == 0:
-        n, m = tl.load(kept_n + at, mask=there, other=0), tl.load(kept_m + at, mask=there, other=0)
+        n, m = tl.load(chunk_n + at, mask=there, other=0), tl.load(chunk_m + at, mask=there, other=0)
     for step in range(first, tl.minimum(first + CHUNK, length)):
         if PACKED:
             begins = tl.where(there, tl.load(steps_before + step), 1) == 0
@@ -199,7 +200,7 @@ def memories(
             if CELL == 0:
                 n = tl.where(begins, tl.load(n_0 + start, mask=begins, other=0), n)
                 m = tl.where(begins, tl.load(m_0 + start, mask=begins, other=0), m)
-        row = place_of(chunk // chunks, step, length, REVERSE)
+        row = row_of(step, chunk // chunks, length, REVERSE)
         tl.store(c_before + row * WIDTH + d, c, mask=there)
         if CELL == 0:
             tl.store(n_before + row * WIDTH + d, n, mask=there)
@@ -212,7 +213,7 @@ def memories(
 def values_at(
     p, dy, before, c_before, n_before, m_before, row, unit, width, live, CELL: tl.constexpr
 ):  # fmt: skip
-    """What the gradients of a step are made of: pre-activations, the gradient of its output, and the state before."""
+    """The terms of a step's gradients: pre-activations, the gradient of its output, and the state before it."""
     here = row * width + unit
     p_i, p_f, p_z, p_o = four(p + row * 4 * width + unit, width, live)
     g = tl.load(dy + here, mask=live, other=0)
@@ -235,30 +236,31 @@ def walk_back(
     H: tl.constexpr, D: tl.constexpr, BB: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, CELL: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of the gates of all steps, and of the state before each sequence."""
     h, sequence = tl.program_id(0) % H, (tl.program_id(0) // H) * BB + tl.arange(0, BB)
     d, k = tl.arange(0, BD), tl.arange(0, BK)
     width, square = H * D, H * D * D
     first, steps, batch = sequences_of(sequence, count, cu_seqlens, length, PACKED, REVERSE)
     unit = h * D + d[None, :]
     at = sequence.to(tl.int64)[:, None] * width + unit
-    given = (sequence < count)[:, None] & (d < D)[None, :]
-    l_y, l_c = tl.load(dy_1 + at, mask=given, other=0), tl.load(dc_1 + at, mask=given, other=0)
-    l_n, l_m = tl.load(dn_1 + at, mask=given, other=0), tl.load(dm_1 + at, mask=given, other=0)
+    existing = (sequence < count)[:, None] & (d < D)[None, :]
+    l_y, l_c = tl.load(dy_1 + at, mask=existing, other=0), tl.load(dc_1 + at, mask=existing, other=0)
+    l_n, l_m = tl.load(dn_1 + at, mask=existing, other=0), tl.load(dm_1 + at, mask=existing, other=0)
     weight = R + h * D * D + k[:, None] * D + d[None, :]
     there = (k < D)[:, None] & (d < D)[None, :]
     if BK == BD:
         w_i, w_f, w_z, w_o = four(weight, square, there)
     longest = tl.max(steps)
     if BK == BD:
-        row = place_of(batch, first + longest - 1, length, REVERSE)[:, None]
+        row = row_of(first + longest - 1, batch, length, REVERSE)[:, None]
         p_i, p_f, p_z, p_o, g_y, c, n, m = values_at(
-            p, dy, before, c_before, n_before, m_before, row, unit, width, given & have(longest - 1, steps), CELL
+            p, dy, before, c_before, n_before, m_before, row, unit, width, existing & have(longest - 1, steps), CELL
         )
     for back in range(0, longest):
         t = longest - 1 - back
-        live = given & have(t, steps)
+        live = existing & have(t, steps)
         if BK != BD:
-            row = place_of(batch, first + t, length, REVERSE)[:, None]
+            row = row_of(first + t, batch, length, REVERSE)[:, None]
             p_i, p_f, p_z, p_o, g_y, c, n, m = values_at(
                 p, dy, before, c_before, n_before, m_before, row, unit, width, live, CELL
             )
@@ -295,15 +297,15 @@ def walk_back(
             dp_i, dp_o = dp_z * p_o * i * (1 - i), dp_z * i
             dp_f = g_y * (c - z) * f * (1 - f)
             direct = g_y * f
-        x = dgates + place_of(batch, first + t, length, REVERSE)[:, None] * 4 * width + unit
+        x = dgates + row_of(first + t, batch, length, REVERSE)[:, None] * 4 * width + unit
         tl.store(x, dp_i, mask=live)
         tl.store(x + width, dp_f, mask=live)
         tl.store(x + 2 * width, dp_z, mask=live)
         tl.store(x + 3 * width, dp_o, mask=live)
         if BK == BD:
-            row = place_of(batch, first + t - 1, length, REVERSE)[:, None]
+            row = row_of(first + t - 1, batch, length, REVERSE)[:, None]
             p_i, p_f, p_z, p_o, g_y, c, n, m = values_at(
-                p, dy, before, c_before, n_before, m_before, row, unit, width, given & have(t - 1, steps), CELL
+                p, dy, before, c_before, n_before, m_before, row, unit, width, existing & have(t - 1, steps), CELL
             )
         if BK == BD:
             direct = tl.dot(dp_i, w_i, direct, input_precision=PRECISION, out_dtype=ACC)
@@ -311,16 +313,16 @@ def walk_back(
             direct = tl.dot(dp_z, w_z, direct, input_precision=PRECISION, out_dtype=ACC)
             direct = tl.dot(dp_o, w_o, direct, input_precision=PRECISION, out_dtype=ACC)
         else:
-            pieces: tl.constexpr = (D + BK - 1) // BK
-            for piece in range(0, 4 * pieces):
-                g, e = piece // pieces, (piece % pieces) * BK
+            parts: tl.constexpr = (D + BK - 1) // BK
+            for n in range(0, 4 * parts):
+                g, e = n // parts, (n % parts) * BK
                 inner = (e + k < D)[:, None] & (d < D)[None, :]
                 w = tl.load(weight + g * square + e * D, mask=inner, other=0)
                 dp = tl.where(g == 0, dp_i, tl.where(g == 1, dp_f, tl.where(g == 2, dp_z, dp_o)))
                 direct = tl.dot(part(dp, e, BB, BK), w, direct, input_precision=PRECISION, out_dtype=ACC)
         l_y, l_c = tl.where(live, direct, l_y), tl.where(live, g_c, l_c)
         l_n, l_m = tl.where(live, g_n, l_n), tl.where(live, g_m, l_m)
-    tl.store(dy_0 + at, l_y, mask=given)
-    tl.store(dc_0 + at, l_c, mask=given)
-    tl.store(dn_0 + at, l_n, mask=given)
-    tl.store(dm_0 + at, l_m, mask=given)
+    tl.store(dy_0 + at, l_y, mask=existing)
+    tl.store(dc_0 + at, l_c, mask=existing)
+    tl.store(dn_0 + at, l_n, mask=existing)
+    tl.store(dm_0 + at, l_m, mask=existing)

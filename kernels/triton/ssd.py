@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sinuous.kernels.torch.chunked import initial_matrix
-from sinuous.kernels.triton.matrix_state_kernels import FORGOTTEN, gradient_of_sums, row_of, segment_at
-from sinuous.kernels.triton.matrix_states import Call, Weights, carry, carry_adjoint, gradients, read
-from sinuous.kernels.triton.packing import on_device
+from sinuous.kernels.triton.matrix_state_kernels import FORGOTTEN, gradient_of_sums, segment_at
+from sinuous.kernels.triton.matrix_states import MatrixStatesCall, Weights, carry, carry_adjoint, gradients, read
+from sinuous.kernels.triton.packing import on_device, row_of
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -66,7 +66,7 @@ def decay_gradients(
     tl.store(grad + row[:, None] * H + h[None, :], tl.where(reset, 0.0, into_logs), mask=there)
 
 
-def weights_of(call: Call, log_decay: Tensor) -> Weights:
+def weights_of(call: MatrixStatesCall, log_decay: Tensor) -> Weights:
     """Products of `log_decay`, `[B, T, H]` with any strides."""
     logs = torch.empty(log_decay.shape, dtype=torch.float64, device=log_decay.device)
     since_start, until_end = (torch.empty_like(logs, dtype=call.dtype) for _ in range(2))
@@ -79,7 +79,9 @@ def weights_of(call: Call, log_decay: Tensor) -> Weights:
     return Weights(logs, logs, since_start, until_end)
 
 
-def decay_gradient(call: Call, log_decay: Tensor, query_dots: Tensor, key_dots: Tensor, ends: Tensor) -> Tensor:
+def decay_gradient(
+    call: MatrixStatesCall, log_decay: Tensor, query_dots: Tensor, key_dots: Tensor, ends: Tensor
+) -> Tensor:
     """Gradient of `log_decay`, `[B, T, H]` with any strides, of what `side_gradients` writes."""
     grad = torch.empty(log_decay.shape, dtype=call.dtype, device=log_decay.device)
     blocks, form = call.over_gates()
@@ -109,13 +111,13 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)` as `sinuous.core.ops.ssd` defines them."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    call = Call.of(q, v, cu_seqlens, scale, reverse, chunk_size)
+    call = MatrixStatesCall.of(q, v, cu_seqlens, scale, reverse, chunk_size)
     (initial,) = initial_matrix(q, v, initial_state, cu_seqlens)
     if v.numel() == 0:
         return torch.empty_like(v), initial.clone(), call.empty_states(initial)
     weights = weights_of(call, over_time(log_decay, v))
-    (final, _), kept = carry(call, k, v, weights, (initial, None))
-    return read(call, q, k, v, weights, (initial, None), kept, None), final, kept[0]
+    (final, _), chunk_states = carry(call, k, v, weights, (initial, None))
+    return read(call, q, k, v, weights, (initial, None), chunk_states, None), final, chunk_states[0]
 
 
 def backward(
@@ -133,7 +135,7 @@ def backward(
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, log_decay and initial_state."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    call = Call.of(q, v, cu_seqlens, scale, reverse, chunk_size)
+    call = MatrixStatesCall.of(q, v, cu_seqlens, scale, reverse, chunk_size)
     (initial,) = initial_matrix(q, v, initial_state, cu_seqlens)
     dy = torch.zeros_like(v) if grads[0] is None else grads[0].contiguous()
     dfinal = torch.zeros_like(initial) if grads[1] is None else grads[1].to(call.dtype).contiguous()
@@ -143,12 +145,12 @@ def backward(
     stepwise = over_time(log_decay, v)
     weights = weights_of(call, stepwise)
     before, after = carry_adjoint(call, q, dy, None, weights.since_start, weights, (dfinal, None))
-    found = gradients(
+    d = gradients(
         call, q, k, v, dy, None, weights.since_start, weights,
         (initial, None), (chunk_states, None), (dfinal, None), after,
     )  # fmt: skip
     dlog_decay = None
     if log_decay is not None:
-        dlog_decay = decay_gradient(call, stepwise, found.query_dots, found.key_dots, found.ends)
+        dlog_decay = decay_gradient(call, stepwise, d.query_dots, d.key_dots, d.ends)
         dlog_decay = dlog_decay.sum((0, 1)) if log_decay.ndim == 1 else dlog_decay
-    return [found.q, found.k, found.v, dlog_decay, None if initial_state is None else before[0]]
+    return [d.q, d.k, d.v, dlog_decay, None if initial_state is None else before[0]]
