@@ -32,7 +32,7 @@ lint: $(STAMP)  ## ruff, mypy and the floors of the house
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) tools/typecheck_view.py
-	MYPYPATH=typecheck_view $(RUN) -m mypy -p sinuous.core -p sinuous.kernels -p sinuous.vision -p sinuous.apps
+	MYPYPATH=typecheck_view $(RUN) -m mypy -p sinuous
 	PYTHONPATH=typecheck_view $(VENV)/bin/lint-imports --no-logo
 
 format: $(STAMP)  ## let ruff mend what it can

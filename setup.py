@@ -1,8 +1,11 @@
 """Maps the top-level folders onto `sinuous.<folder>`; everything else is in pyproject.toml."""
 
+import tomllib
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
-TOP = ("core", "kernels", "vision", "audio", "video", "genomics", "apps")
+TOP = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["tool"]["sinuous"]["folders"]
 
 names = [name for top in TOP for name in (top, *(f"{top}.{sub}" for sub in find_packages(top)))]
 

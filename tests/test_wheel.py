@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TOP = ("core", "kernels", "vision", "audio", "video", "genomics", "apps")
+TOP = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["sinuous"]["folders"]
 
 
 @pytest.fixture(scope="module")

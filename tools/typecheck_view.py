@@ -7,11 +7,12 @@ linked folders make some checkers silently read nothing; links to files in real 
 from __future__ import annotations
 
 import shutil
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VIEW = ROOT / "typecheck_view" / "sinuous"
-TOP = ("core", "kernels", "vision", "audio", "video", "genomics", "apps")
+TOP = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["sinuous"]["folders"]
 
 
 def main() -> None:
