@@ -49,7 +49,7 @@ def longhorn_launches(
 
 
 def scan_arguments(dtype: torch.dtype, batch: int, length: int, width: int, state: int, packed: bool) -> dict[str, Any]:
-    """All arguments of a selective scan."""
+    """Arguments of a selective scan, none left out."""
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

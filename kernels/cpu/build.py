@@ -51,7 +51,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def threads() -> int:
-    """How many threads a kernel may use: torch's number, and one in a forked child."""
+    """Number of threads that a kernel may use: torch's number, and one in a forked child."""
     return 1 if _forked else torch.get_num_threads()
 
 
@@ -60,15 +60,15 @@ def _compiler() -> tuple[str, ...]:
     # gcc first: its OpenMP runtime is the one that torch brings, and a second one would fight for the cores.
     for command in (os.environ.get("CC", ""), "gcc", "cc", "clang"):
         words = command.split()
-        found = shutil.which(words[0]) if words else None
-        if found:
-            return (found, *words[1:])
+        path = shutil.which(words[0]) if words else None
+        if path:
+            return (path, *words[1:])
     raise BuildError("no C compiler was found (install gcc, or name one in CC)")
 
 
 def _executables(compiler: tuple[str, ...]) -> list[str]:
     """The files that a command runs, behind their links: of `ccache gcc` both."""
-    return [os.path.realpath(found) for word in compiler if (found := shutil.which(word))]
+    return [os.path.realpath(path) for word in compiler if (path := shutil.which(word))]
 
 
 def _variants(compiler: tuple[str, ...]) -> list[tuple[str, ...]]:

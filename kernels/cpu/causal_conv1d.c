@@ -54,7 +54,7 @@ INLINE void shift(vec *window, vec newest, const int64_t W) {
     window[W - 1] = newest;
 }
 
-/* What is carried from chunk to chunk for one vector of channels. */
+/* The values carried from chunk to chunk for one vector of channels. */
 typedef struct {
     vec window[MAX_WIDTH]; /* the last inputs */
     vec later[MAX_WIDTH];  /* gradients before the activation, of the last outputs */

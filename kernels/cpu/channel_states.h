@@ -149,7 +149,7 @@ static int forward_task(const Scan *s, int64_t index) {
     return 0;
 }
 
-/* What one task of the backward pass works on. */
+/* The memory of one task of the backward pass. */
 typedef struct {
     vec *A, *adjoint, *dA;     /* [vectors][N]: A, dL/dh after the chunk, sum of dL/dA */
     vec *dD, *dbias;           /* [vectors] */

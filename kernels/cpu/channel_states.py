@@ -18,8 +18,8 @@ _FIELDS = fields(
 )
 
 
-class Gradients(NamedTuple):
-    """In the kernel's precision; None where the argument is. B and C are `[B, T, G, N]`."""
+class ChannelStatesGradients(NamedTuple):
+    """Gradients in the kernel's precision; None for an argument that is None. B and C are `[B, T, G, N]`."""
 
     u: Tensor
     dt: Tensor
@@ -34,7 +34,7 @@ class Gradients(NamedTuple):
 
 
 class ChannelStatesCall(SequenceCall):
-    """The arguments that forward and backward share, and both.
+    """The arguments that forward and backward share, and the two calls.
 
     Args:
         family: name of the source.
@@ -107,7 +107,7 @@ class ChannelStatesCall(SequenceCall):
         self.run(self.library.forward)
         return y.to(self.u.dtype), self.in_order(final), chunk_states
 
-    def backward(self, grads: tuple[Tensor | None, Tensor | None], chunk_states: Tensor) -> Gradients:
+    def backward(self, grads: tuple[Tensor | None, Tensor | None], chunk_states: Tensor) -> ChannelStatesGradients:
         dy, dfinal = grads
         self.over_time("dy", torch.zeros_like(self.u) if dy is None else dy)
         self.states("dfinal", dfinal)
@@ -121,7 +121,7 @@ class ChannelStatesCall(SequenceCall):
         dD, dbias = (self.output(name, self.sequences, self.channels) for name in ("dD", "dbias"))
         dinitial = self.output("dinitial", self.sequences, self.channels, self.state_size)
         self.run(self.library.backward)
-        return Gradients(
+        return ChannelStatesGradients(
             du,
             ddt,
             None if dA is None else dA.sum(0),

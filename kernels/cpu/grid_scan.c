@@ -238,7 +238,7 @@ INLINE void add_sums(vec *v, real *to) {
     *(eight *)to += sums;
 }
 
-/* What a tile of the backward pass reads and adds to; vectors run over keys, rows over values. */
+/* The memory that a tile of the backward pass reads and adds to; vectors run over keys, rows over values. */
 typedef struct {
     const real *gates, *rows; /* [cells, GATES], [cells, 2, ROWS]: values and gradients of y */
     const vec *lanes;         /* [cells, 2]: keys and queries */

@@ -18,10 +18,10 @@ _FIELDS = fields(
 )
 
 GROUPS = 4
-"""Most parts of the keys that have tasks, and copies of the gradients of values and gates, of their own."""
+"""Greatest number of parts of the keys; each has a task and a copy of the gradients of values and gates."""
 
 TASKS = 16
-"""As many pairs of a sequence and a head leave no core without work: keys are not parted then."""
+"""Pairs of a sequence and a head from which on no core is without work, and keys are not parted."""
 
 
 class GridScanCall(Call):

@@ -59,7 +59,7 @@ def self_test(dtype: torch.dtype) -> str | None:
     """Compile, load and compare one step with its closed form; None if all is well."""
     one, zero = torch.ones(1, 1, 1, dtype=dtype), torch.zeros(1, 1, 1, dtype=dtype)
     y, state, _ = forward(one, zero, one * 2, one, None, None, None, zero + 3, None, False, 64)
-    wanted = (3 + 0.5 * 2) / (1 + 0.5 * 4) * one  # the minimum of (s - 3)² + β (2 s - 1)² for β = 1/2
-    if not (torch.allclose(y, wanted) and torch.allclose(state, wanted)):
-        return f"the compiled longhorn is wrong on this machine (got {y.item():.6g}, wanted {wanted.item():.6g})"
+    exact = (3 + 0.5 * 2) / (1 + 0.5 * 4) * one  # the minimum of (s - 3)² + β (2 s - 1)² for β = 1/2
+    if not (torch.allclose(y, exact) and torch.allclose(state, exact)):
+        return f"the compiled longhorn is wrong on this machine (got {y.item():.6g}, wanted {exact.item():.6g})"
     return None

@@ -56,7 +56,7 @@ def self_test(dtype: torch.dtype) -> str | None:
     """Compile, load and compare one step with its closed form; None if all is well."""
     one, zero = torch.ones(1, 1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
     y, state, _ = forward(one, one, zero - 1, one, one, None, None, None, zero[None] + 2, None, False, False, 64)
-    wanted = 2 * torch.exp(-one) + 1
-    if not (torch.allclose(y, wanted) and torch.allclose(state, wanted)):
-        return f"the compiled scan is wrong on this machine (got {y.item():.6g}, wanted {wanted.item():.6g})"
+    exact = 2 * torch.exp(-one) + 1
+    if not (torch.allclose(y, exact) and torch.allclose(state, exact)):
+        return f"the compiled scan is wrong on this machine (got {y.item():.6g}, wanted {exact.item():.6g})"
     return None

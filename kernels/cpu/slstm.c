@@ -121,7 +121,7 @@ INLINE vec gate(vec x) {
     return choose(x < splat(0), e, splat(1)) * reciprocal(splat(1) + e);
 }
 
-/* What the gradients of a unit need of its values at one step; each kind of cell uses some. */
+/* The values of a unit at one step that its gradients need; each kind of cell uses some. */
 typedef struct {
     vec i, f, z, o, slope, ratio, inverse, live, y_before, c_before, n_before;
     ivec input, carried;

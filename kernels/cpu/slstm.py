@@ -164,7 +164,7 @@ def self_test(dtype: torch.dtype) -> str | None:
     gates, one = torch.tensor([0.5, -1, 0.3, 0.2], dtype=dtype).view(1, 1, 4, 1, 1), torch.ones(1, 1, 1, dtype=dtype)
     R, bias = torch.zeros(4, 1, 1, 1, dtype=dtype) + 0.25, torch.zeros(4, 1, 1, dtype=dtype)
     y, *_ = forward(gates, R, bias, one, None, None, None, None, "slstm", False, 32)
-    wanted = (gates[0, 0, 3] + 0.25).sigmoid() * (gates[0, 0, 2] + 0.25).tanh()
-    if not torch.allclose(y, wanted):
-        return f"the compiled sLSTM is wrong on this machine (got {y.item():.6g}, wanted {wanted.item():.6g})"
+    exact = (gates[0, 0, 3] + 0.25).sigmoid() * (gates[0, 0, 2] + 0.25).tanh()
+    if not torch.allclose(y, exact):
+        return f"the compiled sLSTM is wrong on this machine (got {y.item():.6g}, wanted {exact.item():.6g})"
     return None

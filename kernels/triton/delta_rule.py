@@ -98,11 +98,7 @@ class DeltaRuleCall:
         call = self.call
         block = tiles(kernel, call.input_dtype, call.keys, call.values)
         levels = (call.form["CHUNK"] // 16).bit_length() - 1
-        sizes = {**call.sizes, **block, "FACTORS": self.factors, "SPAN": self.span, "LEVELS": levels}
-        options = {name: block[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
-        taken = {name: size for name, size in sizes.items() if name in kernel.arg_names}
-        counts = triton.cdiv(call.keys, block["BK"]), triton.cdiv(call.values, block["BV"])
-        return *counts, {**taken, **options}
+        return call.over(kernel, block, FACTORS=self.factors, SPAN=self.span, LEVELS=levels)
 
     def prepare(self) -> None:
         """Decays, and the matrices P and X of all segments."""

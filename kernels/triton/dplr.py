@@ -107,11 +107,7 @@ class DPLRCall:
         call = self.call
         block = tiles(kernel, call.input_dtype, call.keys, call.values)
         levels = (call.form["CHUNK"] // 16).bit_length() - 1
-        sizes = {**self.queries.sizes, **block, "LEVELS": levels, **more}
-        options = {name: block[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
-        taken = {name: size for name, size in sizes.items() if name in kernel.arg_names}
-        counts = triton.cdiv(call.keys, block["BK"]), triton.cdiv(call.values, block["BV"])
-        return *counts, {**taken, **options}
+        return call.over(kernel, block, **{**self.queries.sizes, "LEVELS": levels, **more})
 
     def through(self, *, gradient: bool) -> DPLRTransitions:
         """Everything within segments; M, N and b̂ only for the gradient."""

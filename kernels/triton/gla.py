@@ -61,31 +61,22 @@ class GLACall:
         half = call.input_dtype != torch.float64 and call.sizes["DOT"] != call.sizes["ACC"]
         self.factor = call.input_dtype if half else call.dtype
         two = call.dtype != torch.float64
-        self.sizes = {
-            **call.sizes,
-            "BONUS": bonus is not None,
-            "TRANSPOSED": transposed,
-            "TWO": two,
-        }
+        self.sizes = {**call.sizes, "BONUS": bonus is not None, "TRANSPOSED": transposed, "TWO": two}
         *steps, keys = log_decay.shape
         self.sums = torch.empty(*steps, 1 + two, keys, dtype=call.dtype, device=log_decay.device)
         # Passed when run, so that their loop is not unrolled, which takes more registers than there are.
         self.levels = call.form["CHUNK"].bit_length() - 1
         if log_decay.numel():
-            key_blocks, _, sizes = self._of(sum_gates)
+            key_blocks, _, sizes = self._over(sum_gates)
             with on_device(log_decay):
                 sum_gates[(key_blocks * call.heads * call.segments,)](
                     self.log_decay, call.table, self.sums, call.length, **sizes
                 )
 
-    def _of(self, kernel: Any) -> tuple[int, int, dict[str, Any]]:
+    def _over(self, kernel: Any) -> tuple[int, int, dict[str, Any]]:
         """Blocks of keys, blocks of values, and compile-time arguments, of a kernel."""
         call = self.call
-        block = tiles(kernel, call.input_dtype, call.keys, call.values)
-        sizes = {name: size for name, size in {**self.sizes, **block}.items() if name in kernel.arg_names}
-        options = {name: block[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
-        counts = triton.cdiv(call.keys, block["BK"]), triton.cdiv(call.values, block["BV"])
-        return *counts, {**sizes, **options}
+        return call.over(kernel, tiles(kernel, call.input_dtype, call.keys, call.values), **self.sizes)
 
     def prepare(self, q: Tensor | None, k: Tensor) -> Prepared:
         call = self.call
@@ -95,7 +86,7 @@ class GLACall:
         if q is not None:
             scaled_queries = torch.empty_like(q, dtype=self.factor)
             weights = torch.empty(*q.shape[:3], call.form["CHUNK"], dtype=self.factor, device=q.device)
-        _, _, sizes = self._of(prepare)
+        _, _, sizes = self._over(prepare)
         with on_device(k):
             prepare[(call.heads * call.segments,)](
                 q, k, self.sums, self.bonus, call.table, weights, scaled_queries, scaled_keys, totals,
@@ -107,7 +98,7 @@ class GLACall:
         self, left: Tensor, right: Tensor, totals: Tensor, edge: Tensor, *, adjoint: bool
     ) -> tuple[Tensor, Tensor]:
         """The state after each sequence and before each chunk, or its gradient before the one and after the other."""
-        call, (key_blocks, value_blocks, sizes) = self.call, self._of(carry)
+        call, (key_blocks, value_blocks, sizes) = self.call, self._over(carry)
         other, chunk_states = torch.empty_like(edge), call.empty_states(edge)
         with on_device(left):
             carry[(call.sequences * call.heads * key_blocks * value_blocks,)](
@@ -127,7 +118,7 @@ class GLACall:
         keys: bool,
     ) -> Tensor:
         """Outputs, or the gradients of the values."""
-        call, out, (_, value_blocks, sizes) = self.call, torch.empty_like(right), self._of(read)
+        call, out, (_, value_blocks, sizes) = self.call, torch.empty_like(right), self._over(read)
         with on_device(right):
             read[(value_blocks * call.heads * call.segments,)](
                 weights, left, right, chunk_states, edge, call.table, out, call.length, KEYS=keys, **sizes
@@ -136,7 +127,7 @@ class GLACall:
 
     def outer(self, left: Tensor, right: Tensor) -> Tensor:
         """dA of dy and v."""
-        call, (_, _, sizes) = self.call, self._of(outer)
+        call, (_, _, sizes) = self.call, self._over(outer)
         pairs = torch.empty(*left.shape[:3], call.form["CHUNK"], dtype=self.factor, device=left.device)
         with on_device(left):
             outer[(call.heads * call.segments,)](left, right, call.table, pairs, call.length, **sizes)
@@ -144,7 +135,7 @@ class GLACall:
 
     def outputs_of_sides(self, q: Tensor, k: Tensor, v: Tensor, chunk_states: Tensor, initial: Tensor) -> Tensor:
         """Outputs where values decay."""
-        call, y, (key_blocks, _, sizes) = self.call, torch.empty_like(v), self._of(sides)
+        call, y, (key_blocks, _, sizes) = self.call, torch.empty_like(v), self._over(sides)
         with on_device(q):
             sides[(key_blocks * call.heads * call.segments,)](
                 None, v, q, k, self.sums, None, self.outer(q, k), chunk_states, initial, None, None, call.table,
@@ -177,7 +168,7 @@ class GLACall:
         gates: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of log_decay, unless without `gates`, and bonus, and in `dq` and `dk` of queries and keys."""
-        call, (key_blocks, _, sizes) = self.call, self._of(sides)
+        call, (key_blocks, _, sizes) = self.call, self._over(sides)
         dlog_decay = torch.empty_like(self.log_decay, dtype=call.dtype) if gates else None
         dbonus: Tensor | None = None
         if self.bonus is not None:

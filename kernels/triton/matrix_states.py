@@ -130,6 +130,18 @@ class MatrixStatesCall(NamedTuple):
         counts = triton.cdiv(self.keys, block["BK"]), triton.cdiv(self.values, block["BV"])
         return *counts, {**self.sizes, **block}
 
+    def over(self, kernel: Any, block: dict[str, int], **more: Any) -> tuple[int, int, dict[str, Any]]:
+        """Blocks of keys, blocks of values, and the compile-time arguments that a kernel takes.
+
+        Args:
+            block: sizes of blocks and compile options.
+            more: arguments that the family has besides those of every kernel.
+        """
+        options = {name: block[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+        sizes = {**self.sizes, **block, **more}
+        counts = triton.cdiv(self.keys, block["BK"]), triton.cdiv(self.values, block["BV"])
+        return *counts, {name: size for name, size in sizes.items() if name in kernel.arg_names} | options
+
     def over_gates(self) -> tuple[tuple[int, int], dict[str, Any]]:
         """Blocks of heads, and compile-time arguments, of a kernel over gates."""
         block = min(HEADS, triton.next_power_of_2(self.heads))

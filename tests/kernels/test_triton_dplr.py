@@ -51,7 +51,7 @@ def test_equals_the_definition(batch: int, length: int) -> None:
 
 @pytest.mark.parametrize(("variant", "length"), [("plain", 1), ("plain", 65), ("full", 67), ("one_channel", 131)])
 def test_float64(variant: str, length: int) -> None:
-    """Of one channel as well, whose transitions all but vanish, and their product is no better than its roundings."""
+    """With one channel, transitions all but vanish, and their product is no better than its roundings."""
     compare(draw(DPLR, variant, 1, length), 1e-10)
 
 
