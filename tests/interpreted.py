@@ -1,4 +1,4 @@
-"""What the tests of Triton kernels in Triton's interpreter share: marks, packed sequences, gates, the comparison."""
+"""Marks, packed sequences, gates and the comparison that the tests of Triton kernels in the interpreter share."""
 
 from __future__ import annotations
 
