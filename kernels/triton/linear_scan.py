@@ -8,6 +8,8 @@ adjoint, which runs the other way; the states before each step, which the gradie
 gradient of x until that is known. Each program walks its steps one by one with the states of a block of channels in
 registers, so that its loads, which depend on nothing, are issued some steps ahead.
 
+Rows are written out, where other families call `row_of`: with the call some of these loops take more registers.
+
 A complex number is loaded as its two parts, which lie next to each other. In the products of factors over a chunk an
 exact zero stops whatever comes, be it NaN, as a reset does.
 
@@ -26,7 +28,7 @@ from torch import Tensor
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.triton.channel_states import SERIAL_PROGRAMS, boundaries
 from sinuous.kernels.triton.complex_product import times
-from sinuous.kernels.triton.packing import accumulator, on_device, row_of
+from sinuous.kernels.triton.packing import accumulator, on_device
 
 CHANNELS = 64
 """Channels of a program, two for each thread of its warp. A single warp needs no barrier to read what it wrote."""
@@ -100,7 +102,7 @@ def chunk_ends(
             if mark >= 0:
                 h_re, h_im = read(incoming, mark.to(tl.int64) * width + d, there, COMPLEX, ACC)
                 t_re, t_im = tl.zeros([BD], ACC), tl.zeros([BD], ACC)
-        row = row_of(p, batch, length, REVERSE)
+        row = batch * length + (length - 1 - p if REVERSE else p)
         x_re, x_im = read(x, row * width + d, there, COMPLEX, ACC)
         if not CONSTANT:
             a_re, a_im = read(a, row * width + d, there, COMPLEX, ACC)
@@ -187,7 +189,7 @@ def outputs(
                 start = tl.load(starts + p)
                 if start >= 0:
                     h_re, h_im = read(initial, start.to(tl.int64) * width + d, there, COMPLEX, ACC)
-            row = row_of(p, batch, length, REVERSE)
+            row = batch * length + (length - 1 - p if REVERSE else p)
             x_re, x_im = read(x, row * width + d, there, COMPLEX, ACC)
             if not CONSTANT:
                 a_re, a_im = read(a, row * width + d, there, COMPLEX, ACC)
@@ -228,7 +230,7 @@ def gradients(
             start = tl.load(starts + p)
             if start >= 0:
                 h_re, h_im = read(initial, start.to(tl.int64) * width + d, there, COMPLEX, ACC)
-        row = row_of(p, batch, length, REVERSE)
+        row = batch * length + (length - 1 - p if REVERSE else p)
         x_re, x_im = read(x, row * width + d, there, COMPLEX, ACC)
         if not CONSTANT:
             a_re, a_im = read(a, row * width + d, there, COMPLEX, ACC)
@@ -245,7 +247,7 @@ def gradients(
             ending = tl.load(stops + p)
             if ending >= 0:
                 m_re, m_im = read(grad_final, ending.to(tl.int64) * width + d, there, COMPLEX, ACC)
-        row = row_of(p, batch, length, REVERSE)
+        row = batch * length + (length - 1 - p if REVERSE else p)
         g_re, g_im = read(grad_y, row * width + d, there, COMPLEX, ACC)
         before_re, before_im = read(dx, row * width + d, there, COMPLEX, ACC)
         if not CONSTANT:
