@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import signal
@@ -183,7 +184,8 @@ class BestWeights(ModelCheckpoint):
             metadata = {"model": self.model_name, "step": str(trainer.global_step)}
             if self.best_model_score is not None:
                 metadata[str(self.monitor)] = f"{float(self.best_model_score):.6f}"
-            save_safetensors(state, path, metadata)
+            facts = getattr(trainer.datamodule.data, "facts", dict)()  # type: ignore[attr-defined]
+            save_safetensors(state, path, metadata | {"data": json.dumps(facts)})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the best score so far, also of a run whose folder has moved; not of one whose best weights are

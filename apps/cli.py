@@ -11,6 +11,7 @@ import difflib
 import importlib
 import os
 import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -106,10 +107,23 @@ def explain(error: BaseException) -> str | None:
         package = error.name.partition(".")[0]
         extra = extra_with(package)
         return extra and f"this needs {package}, which is not installed: pip install '{extra}'"
+    if "OverrideParseException" in names:
+        key, _, value = str(getattr(error, "override", "")).partition("=")
+        word = shlex.quote(key + '="' + value.replace('"', '\\"') + '"')
+        return (
+            f"the value of {key} has a character that the grammar of options reads as its own; put it into quotes, "
+            f"within those of the shell: {word}"
+        )
     if missing := getattr(error, "missing_cfg_file", None):  # of Hydra's MissingConfigException
         from sinuous.apps.domain_configs import known
 
         return f"there is no configuration {missing}; {_near(str(missing).removesuffix('.yaml'), known())}"
+    if str(error).startswith("Config group override must be a string or a list"):
+        from sinuous.apps.composition import COMMAND
+
+        empty = [word for word in COMMAND if word.endswith("=null")]
+        group = empty[0].removesuffix("=null") if empty else "GROUP"
+        return f"{group}=null: a group is left out with '~{group}'"
     if "OutOfMemoryError" in names:
         return "the device has no memory left; lower data.batch_size or the size of the model"
     text, key = str(error), str(getattr(error, "full_key", None) or "")

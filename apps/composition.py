@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -32,6 +35,7 @@ class TrainSchema:
     output_dir: str = "${hydra:runtime.output_dir}"
     schedule: str = "saved"
     ema_decay: float | None = None
+    checkpointing: bool = False
     augment: bool = True
     test: bool = True
     model: Any = field(default_factory=dict)
@@ -52,6 +56,7 @@ class EvalSchema(TrainSchema):
     weights: str | None = None
     model_name: str = MISSING
     checkpoint_path: str | None = None
+    prefer: str = "model"
     pretrained: bool = False
     split: str = "test"
 
@@ -89,21 +94,59 @@ def _check_numbers(config_name: str) -> None:
             raise ValueError(f"{key} must be {kind}, such as {str(usual).lower()} (got {value!r})")
 
 
-def run_composed(work: Callable[[DictConfig], int], config_name: str, prog: str, argv: list[str]) -> int:
+@dataclass(frozen=True)
+class Outcome:
+    """Exit code of a job, and its score, which a sweeper may want to optimize."""
+
+    code: int
+    score: float | None = None
+
+
+COMMAND: list[str] = []
+"""Words behind the verb with which this process was started."""
+
+
+def command_line(prog: str, **replaced: object) -> str:
+    """The command of this process, to be pasted into a shell, with some options replaced."""
+    others = [word for word in COMMAND if word.partition("=")[0] not in replaced]
+    return shlex.join([*prog.split(), *others, *(f"{key}={_quoted(str(value))}" for key, value in replaced.items())])
+
+
+def _quoted(value: str) -> str:
+    """A value as Hydra's grammar takes it."""
+    plain = value.translate(str.maketrans("", "", "_/-+.$%*@?|:"))
+    return value if plain.isascii() and plain.isalnum() else '"' + value.replace('"', '\\"') + '"'
+
+
+def config_folders(argv: Sequence[str]) -> list[Path]:
+    """Folders that `--config-dir` or `-cd` name."""
+    named = [word.partition("=")[2] for word in argv if word.startswith("--config-dir=")]
+    named += [after for word, after in itertools.pairwise(argv) if word in ("--config-dir", "-cd")]
+    return [Path(name) for name in named]
+
+
+def run_composed(work: Callable[[DictConfig], Outcome], config_name: str, prog: str, argv: list[str]) -> int:
     """Compose `config_name` with the overrides in `argv`, call `work` on it (once per job of a sweep), return its code.
 
     Errors of Hydra's and of `work` come out as they were raised.
     """
     register()
+    COMMAND[:] = argv
+    domain_configs.EXTRA[:] = config_folders(argv)
+    if "--cfg" in argv or "-c" in argv:  # the run's folder is not chosen yet, and --resolve would ask for it
+        argv = [*argv, *([] if any(word.startswith("output_dir=") for word in argv) else ["output_dir=RUN_FOLDER"])]
     codes: list[int] = []
     failures: list[Exception] = []
 
-    def job(config: DictConfig) -> None:
+    def job(config: DictConfig) -> float | None:
         try:
             _check_numbers(config_name)
-            codes.append(work(config))
+            outcome = work(config)
+            codes.append(outcome.code)
+            return outcome.score
         except Exception as error:  # kept here, or Hydra would print a line of its own before raising it
             failures.append(error)
+            return None
 
     if int(os.environ.get("RANK", 0)) > 0:
         # Only the first process of torchrun makes a run folder; the others hear of it through the strategy.

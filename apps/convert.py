@@ -23,14 +23,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("target", type=Path, metavar="OUT", help="the safetensors file to write")
     parser.add_argument("--model", required=True, metavar="NAME", help="the model it is for; sinuous models lists them")
     parser.add_argument("--half", action="store_true", help="round to half precision (fp16), which halves the file")
+    parser.add_argument(
+        "--prefer", default="model", metavar="KEY", help="the weights to take of several, such as model_ema"
+    )
     parser.add_argument("--overwrite", action="store_true", help="write OUT even if it exists")
     options = parser.parse_args(argv)
     if options.target.suffix != ".safetensors":
         raise ValueError(f"OUT must end in .safetensors (got {options.target})")
     if options.target.exists() and not options.overwrite:
         raise ValueError(f"{options.target} exists; give --overwrite or another name")
-    theirs = load_state_dict(options.source)
-    ours = sinuous.create_model(options.model, checkpoint_path=options.source).state_dict()
+    theirs = load_state_dict(options.source, options.prefer)
+    ours = sinuous.create_model(options.model, checkpoint_path=options.source, prefer=options.prefer).state_dict()
     if options.half:
         ours = {name: _halved(name, tensor) for name, tensor in ours.items()}
     save_safetensors(ours, options.target, {"model": options.model, "source": options.source.name})

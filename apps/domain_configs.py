@@ -15,9 +15,13 @@ OWN = Path(__file__).parent / "configs"
 SHARED = Path(sinuous.core.tasks.__file__).parent / "configs"
 
 
+EXTRA: list[Path] = []
+"""Folders of the user's, given by --config-dir."""
+
+
 def folders() -> list[Path]:
-    """Every folder with configurations: the roots first, then the shared tasks, then the domains."""
-    return [OWN, SHARED, *(domain.configs for domain in domains().values() if domain.configs is not None)]
+    """Every folder with configurations: the user's, the roots, the shared tasks, the domains."""
+    return [*EXTRA, OWN, SHARED, *(domain.configs for domain in domains().values() if domain.configs is not None)]
 
 
 def known() -> list[str]:
@@ -31,8 +35,9 @@ class DomainConfigs(SearchPathPlugin):
     """Adds the folders to what Hydra searches."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        for folder in folders()[1:]:
-            search_path.append(provider="sinuous", path=f"file://{folder}")
+        for folder in folders():
+            if folder not in (OWN, *EXTRA):  # Hydra has those already
+                search_path.append(provider="sinuous", path=f"file://{folder}")
 
 
 def register() -> None:

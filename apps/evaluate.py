@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sinuous.apps.composition import run_composed
+from sinuous.apps.composition import COMMAND, Outcome, run_composed
 from sinuous.apps.resuming import LAST
 from sinuous.apps.run_folder import describe, keep_scores
 from sinuous.apps.train import check_parts, first_line, make_batches, make_run, make_trainer, quieten
+from sinuous.core.checkpoints import data_facts
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +43,35 @@ def with_experiment(argv: list[str]) -> list[str]:
     return [*overrides, f"checkpoint_path={weights.file}", *argv]
 
 
-def evaluate(config: DictConfig) -> int:
-    """Score the model of `config` and show what it does with its data; returns the exit code."""
+def adopt_facts(config: DictConfig, facts: dict[str, Any]) -> None:
+    """Make the data as the weights know theirs, where the command line says nothing else.
+
+    Raises:
+        ValueError: if the data has other classes than the weights know, or the same in another order.
+    """
+    given = {word.partition("=")[0].lstrip("+") for word in COMMAND}
+    if classes := facts.get("classes"):
+        facts = {**facts, "num_classes": len(classes)}
+    for name, value in facts.items():
+        key = f"data.{name}"
+        if name not in list(config.data) or config.data.get(name) == value:  # a missing value is in the list
+            continue
+        if key in given:
+            log.info("the weights know %s %s, and %s is given", key, value, config.data[name])
+        else:
+            log.info("%s is %s, as the weights know it", key, value)
+            config.data[name] = value
+    if classes:
+        present = list(make_batches(config).data.classes)
+        if present != list(classes):
+            raise ValueError(
+                f"the weights know the classes {', '.join(classes)}, and the data has {', '.join(present)}; give data "
+                "with the same classes, or weights that were trained on these"
+            )
+
+
+def evaluate(config: DictConfig) -> Outcome:
+    """Score the model of `config` and show what it does with its data; the score is the task's best."""
     quieten()
     by_name = "${model_name}" in OmegaConf.to_container(config.model, resolve=False).values()
     if by_name and OmegaConf.is_missing(config, "model_name"):
@@ -61,10 +90,14 @@ def evaluate(config: DictConfig) -> int:
         raise ValueError(f"{folder} holds a training, whose files stay as they are; give another hydra.run.dir")
     check_parts(config)
     OmegaConf.set_struct(config, False)
+    if config.checkpoint_path is not None:
+        adopt_facts(config, data_facts(config.checkpoint_path))
     config.update(optimizer={}, scheduler={}, ema_decay=None)  # which an experiment may have set
     if by_name:
         config.model.update(getattr(make_batches(config).data, "model_options", dict)())
     config.model.update(pretrained=config.pretrained, checkpoint_path=config.checkpoint_path)
+    if config.prefer != "model":
+        config.model.update(prefer=config.prefer)
     batches, training = make_run(config)
     trainer = make_trainer(config)
     if trainer.is_global_zero:
@@ -76,4 +109,5 @@ def evaluate(config: DictConfig) -> int:
         keep_scores(folder, config.split, training.scores())
         for line in training.report(batches.scored(), folder, config.split):
             log.info("%s", line)
-    return 0
+    best = str(config.task.get("best", {}).get("monitor", "")).partition("/")[2]
+    return Outcome(0, training.scores().get(best))

@@ -43,10 +43,19 @@ class WholeCheckpoints(TorchCheckpointIO):
 def describe(folder: Path, config: DictConfig) -> None:
     """Write `config.yaml`, the configuration with everything filled in, and `versions.json` into the run folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    _write(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     versions = {"python": platform.python_version(), "machine": platform.machine(), "threads": torch.get_num_threads()}
     versions |= {package: version for package, version in installed().items() if version is not None}
-    (folder / "versions.json").write_text(json.dumps(versions, indent=2) + "\n")
+    _write(folder / "versions.json", json.dumps(versions, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:  # of a full disk, which names no file
+        raise OSError(
+            f"cannot write {path}: {error.strerror}; make room there, or give another hydra.run.dir"
+        ) from error
 
 
 def keep_metrics(folder: Path) -> None:
@@ -59,4 +68,4 @@ def keep_metrics(folder: Path) -> None:
 
 def keep_scores(folder: Path, split: str, scores: Mapping[str, float]) -> None:
     """Write `scores.json`, every digit of the scores of a split, into the run folder."""
-    (folder / "scores.json").write_text(json.dumps({split: dict(scores)}, indent=2) + "\n")
+    _write(folder / "scores.json", json.dumps({split: dict(scores)}, indent=2) + "\n")

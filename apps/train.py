@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from sinuous.apps import backends
 from sinuous.apps.batches import Batches
 from sinuous.apps.callbacks import BestWeights, RunStopped, finite
-from sinuous.apps.composition import run_composed
+from sinuous.apps.composition import Outcome, command_line, run_composed
 from sinuous.apps.domain_configs import known
 from sinuous.apps.resuming import changed_settings, check_folder, enter, start_of
 from sinuous.apps.run_folder import WholeCheckpoints, describe, keep_metrics, keep_scores
@@ -35,8 +35,8 @@ def main(argv: list[str]) -> int:
     return run_composed(train, "train", "sinuous train", argv)
 
 
-def train(config: DictConfig) -> int:
-    """Train, test and draw what `config` describes; returns the exit code."""
+def train(config: DictConfig) -> Outcome:
+    """Train, test and draw what `config` describes; the score is the best of the validation (`task.best`)."""
     quieten()
     folder = Path(config.output_dir)
     start = start_of(config)
@@ -56,18 +56,18 @@ def train(config: DictConfig) -> int:
     try:
         trainer.fit(training, batches, ckpt_path=start, weights_only=True)
     except RunStopped as stop:
-        log.info("%s; go on with: sinuous train %sckpt_path=%s", stop, _overrides(), stop.checkpoint)
-        return 128 + int(signal.Signals(stop.signum))
+        log.info("%s; go on with: %s", stop, command_line("sinuous train", ckpt_path=stop.checkpoint))
+        return Outcome(128 + int(signal.Signals(stop.signum)))
     seconds = time.perf_counter() - began
     _keep_last_weights(trainer, training, folder)
     if config.test:
         _test(trainer, training, batches, folder, seconds)
-    return 0
+    return Outcome(0, _best_score(trainer))
 
 
-def _overrides() -> str:
-    overrides = hydra.core.hydra_config.HydraConfig.get().overrides.task
-    return "".join(f"{o} " for o in overrides if not o.startswith("ckpt_path="))
+def _best_score(trainer: L.Trainer) -> float | None:
+    scores = [c.best_model_score for c in trainer.checkpoint_callbacks if isinstance(c, BestWeights)]
+    return next((float(score) for score in scores if score is not None), None)
 
 
 def _keep_last_weights(trainer: L.Trainer, training: Training, folder: Path) -> None:
@@ -91,7 +91,7 @@ def _test(trainer: L.Trainer, training: Training, batches: Batches, folder: Path
     trainer.test(training, batches, ckpt_path=best.best_model_path if best else None, verbose=False, weights_only=True)
     if not trainer.is_global_zero:
         return
-    seen = trainer.global_step * batches.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    seen = training.batches_read * batches.batch_size * trainer.world_size
     noun = batches.data.noun
     log.info("trained for %.0f s in this run, %d steps, %s %s seen", seconds, trainer.global_step, f"{seen:,}", noun)
     keep_scores(folder, "test", training.scores())
@@ -173,12 +173,28 @@ def take_from_data(config: DictConfig, data: Any) -> None:
             config.task[name] = getattr(data, name)
 
 
+def checkpoint_blocks(model: torch.nn.Module) -> None:
+    """Let a model recompute its blocks in the backward pass.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    try:
+        cast("Any", model).set_grad_checkpointing(True)
+    except (AttributeError, AssertionError, NotImplementedError) as error:  # timm's models without it assert
+        raise ValueError(
+            f"checkpointing=true asks for set_grad_checkpointing, which {type(model).__name__} lacks; leave it out"
+        ) from error
+
+
 def make_training(config: DictConfig) -> Training:
     """The model and the task with, where there are any, optimizer and scheduler, as plain Python objects; the task's
     entry `best` is for the callbacks."""
     parts = {name: _resolved(config[name]) for name in ("model", "task", "optimizer", "scheduler") if config.get(name)}
     parts["task"].pop("best", None)
     made = {name: hydra.utils.instantiate(options, _convert_="all") for name, options in parts.items()}
+    if config.get("checkpointing"):
+        checkpoint_blocks(made["model"])
     made["task"].augment = config.get("augment", True)
     return Training(**made, ema_decay=config.get("ema_decay"), new_schedule=config.get("schedule") == "new")
 
@@ -190,8 +206,8 @@ def make_trainer(config: DictConfig) -> L.Trainer:
     if options.get("precision") == "auto":
         ampere = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
         options["precision"] = "bf16-mixed" if ampere and options["accelerator"] != "cpu" else "32-true"
-    callbacks = [hydra.utils.instantiate(c, _convert_="all") for c in config.get("callbacks", {}).values()]
-    loggers = [hydra.utils.instantiate(c, _convert_="all") for c in config.get("logger", {}).values()]
+    callbacks = [hydra.utils.instantiate(c, _convert_="all") for c in (config.get("callbacks") or {}).values()]
+    loggers = [hydra.utils.instantiate(c, _convert_="all") for c in (config.get("logger") or {}).values()]
     trainer: L.Trainer = hydra.utils.instantiate(
         options,
         callbacks=callbacks,

@@ -59,6 +59,7 @@ class Training(L.LightningModule):
         self._last_finite = "none was finite"
         self.ema: ModelEmaV3 | None = None
         self.seen: list[Any] = []
+        self.batches_read = 0
 
     @property
     def evaluated(self) -> nn.Module:
@@ -66,6 +67,7 @@ class Training(L.LightningModule):
         return self.model if self.ema is None else self.ema.module
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.batches_read += 1
         loss = self.task.loss(self.model, batch)
         # A look at a GPU's loss waits for the GPU: there, not at every step.
         if loss.device.type == "cpu" or self.global_step % self.trainer.log_every_n_steps == 0:

@@ -8,6 +8,7 @@ that many training scripts store beside their weights (hustvl/Vim among them). A
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -56,6 +57,25 @@ def load_state_dict(path: str | os.PathLike[str], prefer: str = "model") -> dict
     if "pytorch-lightning_version" in content:
         state = _of_lightning(state)
     return {_without_wrapping(name): tensor for name, tensor in state.items()}
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Read what a safetensors file says of itself; empty for other files and for one that is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError):
+        return {}
+
+
+def data_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what weights of `sinuous train` know of the data that they were trained on: sizes, names of classes, the
+    mean and deviation with which inputs are normalised. Empty for other files."""
+    try:
+        facts = json.loads(read_metadata(path).get("data", "{}"))
+    except json.JSONDecodeError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Any]:
@@ -105,8 +125,16 @@ def _unwrap(content: Mapping[str, Any], prefer: str, path: Path) -> dict[str, Te
     state = {name: value for name, value in inner.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not state:
         have = ", ".join(repr(key) for key in list(content)[:8]) or "nothing"
-        raise ValueError(f"{path} holds no weights: no dictionary of tensors under {' or '.join(keys)} (it has {have})")
+        other = next((key for key, value in content.items() if _holds_tensors(value)), None)
+        remedy = f"; give prefer={other!r} to take its {other!r}" if other else ""
+        raise ValueError(
+            f"{path} holds no weights: no dictionary of tensors under {' or '.join(keys)} (it has {have}){remedy}"
+        )
     return state
+
+
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(inner, Tensor) for inner in value.values())
 
 
 def _of_lightning(state: dict[str, Tensor]) -> dict[str, Tensor]:

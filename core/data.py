@@ -21,6 +21,8 @@ class Data(Protocol):
 
     - `collate(examples)` makes a batch; torch's default does if it is absent.
     - `augment`, a bool: whether training examples are changed at random; a run that wants them as they are sets it.
+    - `facts()` gives what weights trained on this data remember of it, in numbers, words and lists: `classes`, sizes,
+      `mean`; `sinuous eval` and loading use them, and refuse data that contradicts them.
     - `model_options()` gives keyword arguments that any model of this data needs (sizes, number of classes), for
       `sinuous eval model_name=…`.
 

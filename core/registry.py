@@ -29,7 +29,7 @@ from timm.models import PretrainedCfg
 from timm.models import register_model as register_with_timm
 from torch import Tensor, nn
 
-from sinuous.core.checkpoints import load_state_dict
+from sinuous.core.checkpoints import data_facts, load_state_dict
 from sinuous.core.domains import load_domains
 from sinuous.core.weights import read_card
 
@@ -246,7 +246,12 @@ def list_models(pattern: str = "", *, domain: str | None = None, pretrained: boo
 
 
 def create_model(
-    name: str, *, pretrained: bool = False, checkpoint_path: str | os.PathLike[str] | None = None, **kwargs: Any
+    name: str,
+    *,
+    pretrained: bool = False,
+    checkpoint_path: str | os.PathLike[str] | None = None,
+    prefer: str = "model",
+    **kwargs: Any,
 ) -> nn.Module:
     """Build a model, with random weights, weights of ours, or those of a file.
 
@@ -256,6 +261,7 @@ def create_model(
         checkpoint_path: load this file instead: of ours, of `sinuous train`, or as the authors publish it; keys are
             renamed and positions resampled as needed. Where `num_classes` and `in_chans` are not given, the file says;
             a head for another number of classes is left out with a warning.
+        prefer: which weights of the file to take where it has several, such as `"model_ema"` for averaged ones.
         **kwargs: for the model's constructor.
 
     Raises:
@@ -267,7 +273,7 @@ def create_model(
     if checkpoint_path is not None:
         if pretrained:
             raise ValueError("pretrained=True and checkpoint_path both say where weights come from; give one of them")
-        return _from_file(architecture, tag, entry, checkpoint_path, kwargs)
+        return _from_file(architecture, tag, entry, checkpoint_path, prefer, kwargs)
     if pretrained:
         _check_has_weights(architecture, tag, entry.cfgs)
     if entry.in_timm:
@@ -276,10 +282,19 @@ def create_model(
     return entry.build(pretrained=pretrained, pretrained_cfg=tag, **kwargs)
 
 
+_CFG_ENTRIES = {"mean": "mean", "std": "std", "classes": "label_names"}
+"""Entries of timm's configuration for facts that weights of `sinuous train` know of their data."""
+
+
 def _from_file(
-    architecture: str, tag: str, entry: Entry, checkpoint_path: str | os.PathLike[str], kwargs: dict[str, Any]
+    architecture: str,
+    tag: str,
+    entry: Entry,
+    checkpoint_path: str | os.PathLike[str],
+    prefer: str,
+    kwargs: dict[str, Any],
 ) -> nn.Module:
-    state = load_state_dict(checkpoint_path)
+    state = load_state_dict(checkpoint_path, prefer)
     if not entry.in_timm:
         model = entry.build(pretrained=False, pretrained_cfg=tag, **kwargs)
         model.load_state_dict(fitted(state, model, entry.build))
@@ -291,6 +306,10 @@ def _from_file(
         overlay["num_classes"] = head.shape[0]
     if stem is not None:
         overlay["input_size"] = (stem.shape[1], *cfg.input_size[1:])
+    facts = data_facts(checkpoint_path)
+    overlay |= {entry: facts[key] for key, entry in _CFG_ENTRIES.items() if key in facts}
+    if "img_size" in facts:
+        kwargs = {"img_size": facts["img_size"], "pretrained_model_args": {"img_size": facts["img_size"]}, **kwargs}
     name = f"{architecture}.{tag}" if tag else architecture
     built: nn.Module = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
     forget_weights(built)

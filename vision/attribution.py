@@ -135,9 +135,11 @@ def evidence(
         model: a classifier of mixers `vim_pair` or `mamba` with RMSNorm between them.
         images: `[B, C, H, W]`, normalised as the model wants them.
         baseline: x₀, the picture that has nothing to say, broadcastable to `images`: a pixel equal to it has no share.
-        classes: the class to explain for each picture `[B]`; the one with the highest score if absent.
+        classes: the class to explain for each picture `[B]`, or one for all `[1]`; the one with the highest score if
+            absent.
 
     Raises:
+        ValueError: if `classes` has another number of them.
         ValueError: if the model has mixers that do not become linear when their coefficients are held.
     """
     linear = (VimPair, Mamba, Bidirectional)
@@ -149,5 +151,11 @@ def evidence(
         source = images.detach().requires_grad_()
         logits = model(source)
     classes = logits.argmax(-1) if classes is None else classes
+    if classes.ndim != 1 or len(classes) not in (1, len(images)):
+        raise ValueError(
+            f"classes must have one class for each of the {len(images)} pictures, or one for all (got shape "
+            f"{list(classes.shape)})"
+        )
+    classes = classes.expand(len(images))
     (slope,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), source)
     return Evidence(logits.detach(), classes, (slope * (images - baseline)).sum(1))

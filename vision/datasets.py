@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from timm.layers import to_2tuple
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
 
 from sinuous.core.data import SPLITS, check_split
+from sinuous.vision.io import MODES, PictureTransform, read_image
 
 BUNDLED_FASHION_MNIST = Path(__file__).parent / "samples" / "fashion_mnist"
 
@@ -37,12 +39,15 @@ class LabelledImages:
         train_transform: a PIL image to a tensor, with augmentation.
         eval_transform: the same without.
         num_classes: number of classes, which the collection must have.
-        in_chans: channels of an image.
-        img_size: height and width of an image.
+        in_chans: channels of an image: 1, which makes coloured pictures gray, or 3.
+        img_size: height and width of an image, or one number for both.
         mean: per channel, to show pictures as they were.
         std: per channel, likewise.
         root: given to `dataset`, where it is not None.
         source: likewise.
+
+    Raises:
+        ValueError: for channels that no picture has, or another number of means than of channels.
     """
 
     noun = "images"
@@ -55,7 +60,7 @@ class LabelledImages:
         *,
         num_classes: int,
         in_chans: int,
-        img_size: int,
+        img_size: int | Sequence[int],
         mean: Sequence[float],
         std: Sequence[float],
         root: str | os.PathLike[str] | None = None,
@@ -64,7 +69,9 @@ class LabelledImages:
         places = {"root": root, "source": source}
         self.dataset = functools.partial(dataset, **{key: place for key, place in places.items() if place is not None})
         self.train_transform, self.eval_transform = train_transform, eval_transform
-        self.num_classes, self.in_chans, self.img_size = num_classes, in_chans, img_size
+        _check_channels(in_chans, mean, std)
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.img_size = to_2tuple(img_size)
         self.mean, self.std = tuple(mean), tuple(std)
         self.augment = True
 
@@ -75,7 +82,8 @@ class LabelledImages:
             ValueError: if the collection has another number of classes than `num_classes`.
         """
         augmented = name == "train" and self.augment
-        made = self.dataset(split=name, transform=self.train_transform if augmented else self.eval_transform)
+        transform = PictureTransform(self.train_transform if augmented else self.eval_transform, self.in_chans)
+        made = self.dataset(split=name, transform=transform)
         if len(made.classes) != self.num_classes:
             raise ValueError(
                 f"the {name} data has {len(made.classes)} classes and the model predicts {self.num_classes}; "
@@ -86,15 +94,38 @@ class LabelledImages:
     @property
     def classes(self) -> Sequence[str]:
         """Names of the classes, in the order of their numbers."""
-        classes: Sequence[str] = self.split("test").classes
+        classes: Sequence[str] = self.dataset(split="test", transform=None).classes
         return classes
 
     def example(self) -> Tensor:
-        return torch.zeros(1, self.in_chans, self.img_size, self.img_size)
+        return torch.zeros(1, self.in_chans, *self.img_size)
+
+    def facts(self) -> dict[str, Any]:
+        """What weights trained on these pictures remember of them."""
+        height, width = self.img_size
+        return {
+            "img_size": height if height == width else [height, width],
+            "in_chans": self.in_chans,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "classes": list(self.classes),
+        }
 
     def model_options(self) -> dict[str, Any]:
         """Keyword arguments of any model of these pictures."""
         return {"img_size": self.img_size, "in_chans": self.in_chans, "num_classes": self.num_classes}
+
+
+def _check_channels(in_chans: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    if in_chans not in MODES:
+        raise ValueError(f"data.in_chans must be 1 (gray) or 3 (colour) (got {in_chans})")
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != in_chans:
+            average = f"{sum(values) / max(len(values), 1):.4g}"
+            raise ValueError(
+                f"data.{name} must have one number for each of the {in_chans} channels of data.in_chans "
+                f"(got {list(values)}); give data.{name}=[{','.join([average] * in_chans)}]"
+            )
 
 
 def read_idx(folder: str | os.PathLike[str], name: str) -> NDArray[np.uint8]:
@@ -261,27 +292,13 @@ def cifar10(
     return InMemoryImages(data.data[rows], labels[rows], list(data.classes), transform)
 
 
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The picture in a file, in RGB.
-
-    Raises:
-        ValueError: if the file is no picture or is damaged.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"cannot read the picture {path} ({error}); replace it or take it out of the folder"
-        ) from error
-
-
 def image_folder(
     split: str = "train", *, root: str | os.PathLike[str] | None = None, transform: Transform | None = None
 ) -> datasets.ImageFolder:
     """Pictures sorted into folders: `root/train/CLASS/*.jpg`, `root/val/CLASS/*.jpg` and, if there is one, `root/test`.
 
-    This is ImageNet's usual layout. Without a `test` folder, `val` is the test set too.
+    This is ImageNet's usual layout. Without a `test` folder, `val` is the test set too. Classes are numbered as the
+    training folder's are, where there is one.
 
     Raises:
         FileNotFoundError: if a folder is missing or holds no pictures.
@@ -294,7 +311,38 @@ def image_folder(
         raise FileNotFoundError(
             f"{base.resolve()} has no folder {split!r}; pictures are expected at {split}/CLASS/*.jpg"
         )
-    return datasets.ImageFolder(str(folder), transform=transform, loader=read_image)
+    return ClassFolder(folder, base / "train" if (base / "train").is_dir() else folder, transform)
+
+
+class ClassFolder(datasets.ImageFolder):
+    """Pictures of one split, sorted into folders of classes, which are numbered as those of the training folder are.
+
+    A split may lack classes; its own are refused.
+
+    Args:
+        folder: of the split.
+        training: of the training split.
+        transform: applied to each PIL image.
+
+    Raises:
+        FileNotFoundError: if a class of the training folder has no pictures.
+        ValueError: if the split has classes that the training folder lacks.
+    """
+
+    def __init__(self, folder: Path, training: Path, transform: Transform | None) -> None:
+        self._training = training
+        allow_empty = folder != training
+        super().__init__(str(folder), transform=transform, loader=read_image, allow_empty=allow_empty)
+
+    def find_classes(self, directory: str | os.PathLike[str]) -> tuple[list[str], dict[str, int]]:
+        classes, numbers = super().find_classes(self._training)
+        present = {entry.name for entry in os.scandir(directory) if entry.is_dir() and not entry.name.startswith(".")}
+        if strangers := sorted(present - set(classes)):
+            raise ValueError(
+                f"{directory} has classes that {self._training} lacks: {', '.join(strangers)}; a model is trained on "
+                f"those of the training folder, which are {', '.join(classes)}"
+            )
+        return classes, numbers
 
 
 def synthetic(

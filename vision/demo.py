@@ -19,7 +19,8 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from sinuous.vision.attribution import evidence
-from sinuous.vision.datasets import fashion_mnist, read_image
+from sinuous.vision.datasets import fashion_mnist
+from sinuous.vision.io import as_seen, read_image
 
 MODEL = "vim_nano.fashion_mnist"
 
@@ -63,7 +64,7 @@ def prepare(image: Image.Image, size: int = 28) -> Image.Image:
     The border's median gray is taken for the background. What differs from it becomes light (so that dark clothing on
     a light ground is inverted), is cut out, and fills the square along its longer side.
     """
-    gray = np.asarray(image.convert("L"), dtype=np.float32)
+    gray = np.asarray(as_seen(image, 1), dtype=np.float32)
     border = np.concatenate((gray[0], gray[-1], gray[:, 0], gray[:, -1]))
     background = np.median(border)
     subject = background - gray if background > 127 else gray - background

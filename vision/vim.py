@@ -481,10 +481,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Vim) -> dict[str, Te
 
 def _grid_of_checkpoint(model: Vim, patches: int, patch_size: tuple[int, int]) -> tuple[int, int]:
     height, width = model.patch_embed.grid_size
-    if patches == height * width and height != width:
-        made_for = getattr(model, "pretrained_model_args", {}).get("img_size", model.patch_embed.img_size)
-        if to_2tuple(made_for) == model.patch_embed.img_size:
-            return height, width
+    if made_for := getattr(model, "pretrained_model_args", {}).get("img_size"):  # as files of ours say of themselves
+        stride = model.patch_embed.stride if patch_size == model.patch_embed.patch_size else patch_size
+        grid = grid_of(to_2tuple(made_for), patch_size, stride)
+        if patches == grid[0] * grid[1]:
+            return grid
     side = math.isqrt(patches)
     if side * side == patches:
         return side, side

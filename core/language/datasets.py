@@ -5,6 +5,7 @@ from __future__ import annotations
 import lzma
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,6 +101,10 @@ class ByteText:
         packed = path.with_name(f"{path.name}.xz")
         stride = self.stride if name == "train" else None
         return ByteWindows(read_text(packed if packed.is_file() else path), self.length, stride)
+
+    def facts(self) -> dict[str, Any]:
+        """What weights trained on this text remember of it."""
+        return {"unit": self.unit, "vocab_size": self.vocab_size}
 
     def example(self) -> Tensor:
         return torch.zeros(1, self.length, dtype=torch.long)

@@ -45,7 +45,12 @@ class Classification(Task):
     def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
         inputs, labels, *packed = batch
         if self.augment and self.mixing is not None:
-            inputs, labels = self.mixing(inputs, labels)
+            try:
+                inputs, labels = self.mixing(inputs, labels)
+            except AssertionError as error:  # timm's Mixup mixes pairs
+                raise ValueError(
+                    f"task.mixing cannot mix a batch of {len(inputs)} ({error}); give an even data.batch_size"
+                ) from error
         logits = apply(model, (inputs, labels, *packed))
         return F.cross_entropy(logits, labels, label_smoothing=self.smoothing if self.augment else 0.0)
 

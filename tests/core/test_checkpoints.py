@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import sinuous
 from sinuous.core.checkpoints import load_state_dict, save_safetensors
 
 WEIGHTS = {"layers.0.weight": torch.arange(6.0).view(2, 3), "layers.0.bias": torch.ones(2)}
@@ -161,3 +162,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: pathlib.Path, monkeypatch:
         save_safetensors({"other": torch.zeros(3)}, target)
     assert target.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_a_file_of_averaged_weights_alone_says_how_to_read_it(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "ema.pth"
+    torch.save({"model_ema": {"a": torch.ones(2)}, "epoch": 3}, path)
+    with pytest.raises(ValueError, match="give prefer='model_ema' to take its 'model_ema'"):
+        load_state_dict(path)
+    assert torch.equal(load_state_dict(path, "model_ema")["a"], torch.ones(2))
+
+
+def test_averaged_weights_are_built_on_request(tmp_path: pathlib.Path) -> None:
+    raw = sinuous.create_model("test_vim")
+    averaged = {name: tensor + 1 for name, tensor in raw.state_dict().items()}
+    torch.save({"model": raw.state_dict(), "model_ema": averaged}, tmp_path / "both.pth")
+    built = sinuous.create_model("test_vim", checkpoint_path=tmp_path / "both.pth", prefer="model_ema")
+    assert all(torch.equal(tensor, averaged[name]) for name, tensor in built.state_dict().items())

@@ -205,3 +205,15 @@ def test_blacking_out_what_spoke_for_a_class_unseats_it_sooner_than_chance():
     most, least = confidence(patches.argsort(descending=True)), confidence(patches.argsort())
     chance = confidence(torch.rand_like(patches).argsort())
     assert most < chance - 0.1 < chance + 0.1 < least
+
+
+def test_one_class_may_be_explained_for_all_pictures() -> None:
+    model = sinuous.create_model("test_vim", num_classes=5).eval()
+    images = torch.randn(2, 3, 64, 64)
+    one = evidence(model, images, classes=torch.tensor([3]))
+    each = evidence(model, images, classes=torch.tensor([3, 3]))
+    assert torch.equal(one.pixels, each.pixels)
+    assert one.pixels[1].abs().max() > 0
+    for wrong in (torch.tensor([1, 2, 3]), torch.tensor(1)):
+        with pytest.raises(ValueError, match="one class for each of the 2 pictures, or one for all"):
+            evidence(model, images, classes=wrong)

@@ -12,11 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import transforms
+from torchvision.transforms.functional import pil_to_tensor
 
 from sinuous.vision import datasets
 from sinuous.vision.datasets import (
     BUNDLED_FASHION_MNIST,
     SPLITS,
+    LabelledImages,
     cifar10,
     fashion_mnist,
     image_folder,
@@ -154,3 +156,64 @@ def test_synthetic_data_is_fixed_per_split() -> None:
     assert not np.array_equal(np.array(first[1][0]), np.array(other[1][0]))
     assert len(synthetic("train", **options)) == 5
     assert first.classes == ["0", "1", "2", "3"]
+
+
+def _classes(root: Path, split: str, names: str) -> None:
+    for name in names:
+        (root / split / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40), 80).save(root / split / name / "x.png")
+
+
+def test_classes_are_numbered_as_in_the_training_folder(tmp_path: Path) -> None:
+    _classes(tmp_path, "train", "abc")
+    _classes(tmp_path, "val", "bc")
+    split = image_folder("val", root=tmp_path)
+    assert split.classes == ["a", "b", "c"]
+    assert split.targets == [1, 2]
+    assert image_folder("test", root=tmp_path).targets == [1, 2]
+
+
+def test_classes_that_the_training_folder_lacks_are_refused_by_name(tmp_path: Path) -> None:
+    _classes(tmp_path, "train", "abc")
+    _classes(tmp_path, "val", "bcd")
+    with pytest.raises(ValueError, match=r"val has classes that .*train lacks: d; .* which are a, b, c"):
+        image_folder("val", root=tmp_path)
+
+
+def test_a_class_without_pictures_to_train_on_is_refused(tmp_path: Path) -> None:
+    _classes(tmp_path, "train", "ab")
+    (tmp_path / "train" / "c").mkdir()
+    with pytest.raises(FileNotFoundError, match="classes c"):
+        image_folder("train", root=tmp_path)
+
+
+def test_a_folder_with_no_training_split_numbers_its_own_classes(tmp_path: Path) -> None:
+    _classes(tmp_path, "val", "bd")
+    assert image_folder("val", root=tmp_path).targets == [0, 1]
+
+
+def _pictures(root: Path, **options: object) -> LabelledImages:
+    known: dict[str, object] = {"num_classes": 2, "in_chans": 1, "img_size": 8, "mean": [0.5], "std": [0.5]}
+    return LabelledImages(image_folder, pil_to_tensor, pil_to_tensor, root=root, **{**known, **options})  # type: ignore[arg-type]
+
+
+def test_pictures_have_the_channels_that_are_asked_for(tmp_path: Path) -> None:
+    _classes(tmp_path, "train", "ab")
+    assert _pictures(tmp_path).split("train")[0][0].shape == (1, 40, 40)
+    colour = _pictures(tmp_path, in_chans=3, mean=[0.1, 0.2, 0.3], std=[1, 1, 1])
+    assert colour.split("train")[0][0].shape == (3, 40, 40)
+    assert colour.example().shape == (1, 3, 8, 8)
+    assert _pictures(tmp_path, img_size=[8, 24]).example().shape == (1, 1, 8, 24)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mean": [0.485, 0.456, 0.406]}, r"data.mean must have one number .* give data.mean=\[0.449\]"),
+        ({"in_chans": 3, "mean": [0, 0, 0]}, r"data.std must have one number .* give data.std=\[0.5,0.5,0.5\]"),
+        ({"in_chans": 4}, r"data.in_chans must be 1 .* or 3 .* \(got 4\)"),
+    ],
+)
+def test_means_and_channels_must_fit(options: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        _pictures(tmp_path, **options)

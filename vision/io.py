@@ -1,0 +1,71 @@
+"""Pictures from files, and as a model reads them: whatever PIL opens looks to the model as it looks to a person."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MODES = {1: "L", 3: "RGB"}
+"""PIL's mode for each number of channels that a model may read."""
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Read the picture in a file, upright, in RGB.
+
+    Raises:
+        ValueError: if the file is no picture or is damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            return as_seen(image)
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"cannot read the picture {path} ({error}); replace it or take it out of the folder"
+        ) from error
+
+
+def as_seen(image: Image.Image, channels: int = 3) -> Image.Image:
+    """Show a picture of any of PIL's modes as a viewer does: upright, on white where it is transparent, in 8 bits.
+
+    Gray pictures of 16 bits keep their range: 65535 is white. Those of 32 bits or floats are shown from black to white
+    over 0 to 1, 0 to 255 or 0 to 65535, whichever is the least that holds their values, or else over their own range.
+
+    Args:
+        image: a picture.
+        channels: 1 for gray, 3 for colour.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    if image.mode == "LAB":  # which PIL turns into colours only
+        image = image.convert("RGB")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return image.convert(MODES[channels])
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    floats = np.nan_to_num(values.astype(np.float64))
+    low, high = float(floats.min(initial=0)), float(floats.max(initial=0))
+    if values.dtype.itemsize == 2:
+        high = 65535.0
+    else:
+        high = next((top for top in (1.0, 255.0, 65535.0) if low >= 0 and high <= top), high)
+    low = min(low, 0.0)
+    scaled: np.ndarray = np.rint((floats - low) * (255 / max(high - low, 1e-12)))
+    return scaled.astype(np.uint8)
+
+
+class PictureTransform:
+    """A transform of PIL images that first shows them as a model of `channels` reads them."""
+
+    def __init__(self, transform: Callable[[Image.Image], Any], channels: int) -> None:
+        self.transform, self.channels = transform, channels
+
+    def __call__(self, image: Image.Image) -> Any:
+        return self.transform(as_seen(image, self.channels))
