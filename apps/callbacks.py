@@ -184,7 +184,8 @@ class BestWeights(ModelCheckpoint):
             metadata = {"model": self.model_name, "step": str(trainer.global_step)}
             if self.best_model_score is not None:
                 metadata[str(self.monitor)] = f"{float(self.best_model_score):.6f}"
-            facts = getattr(trainer.datamodule.data, "facts", dict)()  # type: ignore[attr-defined]
+            data: Any = trainer.datamodule.data  # type: ignore[attr-defined]
+            facts = data.facts() if hasattr(data, "facts") else {}
             save_safetensors(state, path, metadata | {"data": json.dumps(facts)})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

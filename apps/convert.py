@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from torch import Tensor
 
 import sinuous
-from sinuous.core.checkpoints import load_state_dict, save_safetensors
+from sinuous.core.checkpoints import data_facts, load_state_dict, save_safetensors
 
 SHOWN = 6
 """How many names of a list are printed."""
 
 
 def main(argv: list[str]) -> int:
-    """`sinuous convert IN OUT --model NAME [--half] [--overwrite]`."""
+    """`sinuous convert IN OUT --model NAME [--prefer KEY] [--half] [--overwrite]`."""
     parser = argparse.ArgumentParser(
         prog="sinuous convert", description="Turn an author's checkpoint into safetensors."
     )
@@ -36,7 +37,8 @@ def main(argv: list[str]) -> int:
     ours = sinuous.create_model(options.model, checkpoint_path=options.source, prefer=options.prefer).state_dict()
     if options.half:
         ours = {name: _halved(name, tensor) for name, tensor in ours.items()}
-    save_safetensors(ours, options.target, {"model": options.model, "source": options.source.name})
+    facts = {"data": json.dumps(data_facts(options.source))}
+    save_safetensors(ours, options.target, {"model": options.model, "source": options.source.name, **facts})
     numbers = sum(tensor.numel() for tensor in ours.values())
     print(f"{options.target}: {len(ours)} tensors, {numbers:,} numbers, for {options.model}")
     print(f"  under the same name in {options.source.name}: {len(ours.keys() & theirs.keys())}")

@@ -62,7 +62,8 @@ def adopt_facts(config: DictConfig, facts: dict[str, Any]) -> None:
             log.info("%s is %s, as the weights know it", key, value)
             config.data[name] = value
     if classes:
-        present = list(make_batches(config).data.classes)
+        data: Any = make_batches(config).data
+        present = list(data.classes)
         if present != list(classes):
             raise ValueError(
                 f"the weights know the classes {', '.join(classes)}, and the data has {', '.join(present)}; give data "
