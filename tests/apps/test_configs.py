@@ -148,3 +148,48 @@ def test_precision_is_chosen_for_the_machine(monkeypatch: pytest.MonkeyPatch, tm
         config.trainer.accelerator = accelerator
         make_trainer(config)
         assert seen[-1] == wanted
+
+
+@pytest.mark.parametrize(
+    ("overrides", "pinned"),
+    [
+        (
+            ["experiment=language/bytes"],
+            {
+                "task.best.mode": "min",
+                "optimizer.lr": 3e-3,
+                "optimizer.weight_decay": 0.1,
+                "optimizer.betas": [0.9, 0.95],
+            },
+        ),
+        (["experiment=vision/fashion_mnist"], {"task.best": {"monitor": "val/accuracy", "mode": "max"}}),
+        (
+            ["model=vision/test_vim"],
+            {"optimizer.opt": "adamw", "optimizer.weight_decay": 0.05, "scheduler.sched": "cosine"},
+        ),
+        (["model=vision/test_vim", "optimizer=sgd"], {"optimizer.weight_decay": 5e-4, "optimizer.momentum": 0.9}),
+        (
+            ["experiment=vision/imagenet", "data.root=nowhere"],
+            {
+                "optimizer.lr": 1e-3,
+                "optimizer.weight_decay": 0.1,
+                "scheduler.warmup_epochs": 5,
+                "scheduler.warmup_lr": 1e-6,
+                "scheduler.min_lr": 1e-5,
+                "trainer.max_epochs": 300,
+                "task.smoothing": 0.1,
+                "task.mixing.mixup_alpha": 0.8,
+                "task.mixing.cutmix_alpha": 1.0,
+                "ema_decay": 0.99996,
+                "data.repeats": 3,
+                "data.train_transform.auto_augment": "rand-m9-mstd0.5-inc1",
+                "data.train_transform.re_prob": 0.25,
+            },
+        ),
+    ],
+)
+def test_recipes_and_defaults_are_pinned_by_value(overrides: list[str], pinned: dict[str, Any]) -> None:
+    config = composed(*overrides)
+    values = {name: OmegaConf.select(config, name) for name in pinned}
+    plain = {k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in values.items()}
+    assert plain == pinned
