@@ -13,6 +13,7 @@ from sinuous.apps.resuming import LAST
 from sinuous.apps.run_folder import describe, keep_scores
 from sinuous.apps.train import check_parts, first_line, make_batches, make_run, make_trainer, quieten
 from sinuous.core.checkpoints import data_facts
+from sinuous.core.weights import find_weights
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +34,28 @@ def with_experiment(argv: list[str]) -> list[str]:
     chosen = next((word.removeprefix("weights=") for word in argv if word.startswith("weights=")), None)
     if chosen in (None, "null"):
         return argv
-    from sinuous.core.weights import find_weights
-
     weights = find_weights(chosen)
     card, keys = weights.card, {word.partition("=")[0].lstrip("+") for word in argv}
     overrides = [f"experiment={card['experiment']}", *card["overrides"]]
     if "data.root" not in keys and "data" not in keys:
         overrides += [override for override in card["part"]["overrides"] if override.startswith("data=")]
     return [*overrides, f"checkpoint_path={weights.file}", *argv]
+
+
+def recorded(config: DictConfig) -> list[str]:
+    """Scores that the JSON of shipped weights records, to compare with."""
+    if not config.weights:
+        return []
+    card = find_weights(config.weights).card
+    places = {config.split: card["scores"].get(config.split, {})}
+    if card["part"]["split"] == config.split and card["part"]["overrides"]:
+        places[f"part of {config.split} that comes with the package"] = card["part"]["scores"]
+    texts = [
+        f"{name.replace('_', ' ')} {value:.4f} ({place})"
+        for place, scores in places.items()
+        for name, value in scores.items()
+    ]
+    return [f"recorded of {config.weights}: {', '.join(texts)}"]
 
 
 def adopt_facts(config: DictConfig, facts: dict[str, Any]) -> None:
@@ -108,7 +123,7 @@ def evaluate(config: DictConfig) -> Outcome:
     trainer.test(training, loader, verbose=False)
     if trainer.is_global_zero:
         keep_scores(folder, config.split, training.scores())
-        for line in training.report(batches.scored(), folder, config.split):
+        for line in [*training.report(batches.scored(), folder, config.split), *recorded(config)]:
             log.info("%s", line)
     best = str(config.task.get("best", {}).get("monitor", "")).partition("/")[2]
     return Outcome(0, training.scores().get(best))

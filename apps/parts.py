@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import inspect
 from collections.abc import Callable, Mapping
 
@@ -34,6 +35,10 @@ def run_part(
         check: called with the options before the part runs.
     """
     chosen = next((word for word in argv if not word.startswith("-")), None)
+    if chosen is not None and chosen not in parts:
+        near = difflib.get_close_matches(chosen, parts, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(parts)}"
+        raise ValueError(f"there is no {verb} {chosen!r}; {hint}")
     parser = argparse.ArgumentParser(prog=f"sinuous {verb}", description=description)
     commands = parser.add_subparsers(dest="what", required=True, metavar="NAME")
     for name, part in parts.items():

@@ -103,7 +103,7 @@ def _test(trainer: L.Trainer, training: Training, batches: Batches, folder: Path
 
 def quieten() -> None:
     """Silence what Lightning says about itself; what it says about the run stays."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning.pytorch", "lightning.fabric", "timm"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         "Found .* module\\(s\\) in eval mode at the start of training.*",  # the averaged weights

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from sinuous.apps import learning_rates
 from sinuous.core.registry import check_weights
+from sinuous.core.stack import Stack
 from sinuous.core.tasks.task import Task
 
 
@@ -108,7 +109,7 @@ class Training(L.LightningModule):
         return self.task.report(self.evaluated, data, self.seen, self.scores(), folder, split)
 
     def configure_model(self) -> None:
-        """Copy the model for the moving average; shard it for FSDP2, one unit per block that `feature_info` names."""
+        """Copy the model for the moving average; shard it for FSDP2, one unit per block."""
         sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
         if self.ema_decay is not None and self.ema is None and not sharded:
             self.ema = ModelEmaV3(self.model, decay=self.ema_decay, use_warmup=True)
@@ -121,8 +122,10 @@ class Training(L.LightningModule):
             )
         mesh = self.device_mesh
         assert mesh is not None
-        for info in getattr(self.model, "feature_info", []):
-            fully_shard(self.model.get_submodule(info["module"]), mesh=mesh["data_parallel"])
+        stacked = [block for stack in self.model.modules() if isinstance(stack, Stack) for block in stack]
+        named = [self.model.get_submodule(info["module"]) for info in getattr(self.model, "feature_info", [])]
+        for block in stacked or named:
+            fully_shard(block, mesh=mesh["data_parallel"])
         fully_shard(self.model, mesh=mesh["data_parallel"])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
