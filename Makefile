@@ -1,6 +1,7 @@
 # The two commands of the README are `make train` and `make test`; each makes the virtual environment when it is missing.
 PYTHON ?= python3
 VENV ?= .venv
+EXTRAS ?= train
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
@@ -10,7 +11,7 @@ help:  ## list these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 $(STAMP): pyproject.toml setup.py constraints.txt tools/install.sh
-	PYTHON=$(PYTHON) VENV=$(VENV) sh tools/install.sh
+	PYTHON=$(PYTHON) VENV=$(VENV) EXTRAS=$(EXTRAS) sh tools/install.sh
 	@touch $@
 
 train: $(STAMP)  ## train Vision Mamba on the bundled Fashion-MNIST subset and show its predictions (minutes on a CPU)
@@ -40,7 +41,7 @@ format: $(STAMP)  ## let ruff mend what it can
 	$(RUN) -m ruff format .
 
 bench: $(STAMP)  ## time the ops and the backbones against the peers that are installed
-	PYTHON=$(PYTHON) VENV=$(VENV) sh tools/install.sh dev bench
+	PYTHON=$(PYTHON) VENV=$(VENV) EXTRAS=$(EXTRAS) sh tools/install.sh dev bench
 	$(RUN) -m sinuous bench ops
 	$(RUN) -m sinuous bench backbones
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from sinuous.core.domains import domains
 
@@ -34,23 +35,27 @@ def installed() -> dict[str, str | None]:
     return versions
 
 
+def extras(project: str = "sinuous") -> dict[str, list[Requirement]]:
+    """Requirements that each extra of `project` adds, from its metadata; `all`, which repeats them, is left out."""
+    extras_of = importlib.metadata.metadata(project).get_all("Provides-Extra") or []
+    requirements = [Requirement(text) for text in importlib.metadata.requires(project) or []]
+
+    def added(requirement: Requirement, extra: str) -> bool:
+        marker = requirement.marker
+        return marker is not None and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
+
+    return {extra: [r for r in requirements if added(r, extra)] for extra in extras_of if extra != "all"}
+
+
 def extra_with(module: str) -> str | None:
     """The extra that brings the top-level `module`, such as `sinuous[train]`, from the metadata of our package and of
     those that bring domains; None if no extra does."""
     for project in dict.fromkeys(("sinuous", *(domain.distribution for domain in domains().values()))):
         try:
-            requirements = importlib.metadata.requires(project) or []
+            requirements = extras(project)
         except importlib.metadata.PackageNotFoundError:
             continue
-        for text in requirements:
-            requirement = Requirement(text)
-            if _plain(requirement.name) != _plain(module) or requirement.marker is None:
-                continue
-            for extra in importlib.metadata.metadata(project).get_all("Provides-Extra") or []:
-                if extra != "all" and requirement.marker.evaluate({"extra": extra}):
-                    return f"{project}[{extra}]"
+        for extra, added in requirements.items():
+            if any(canonicalize_name(requirement.name) == canonicalize_name(module) for requirement in added):
+                return f"{project}[{extra}]"
     return None
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("-", "_")

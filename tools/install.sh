@@ -1,10 +1,11 @@
 #!/bin/sh
-# Makes $VENV with the package, its training extra and dependency groups, at the versions of constraints.txt.
-# usage: tools/install.sh [GROUP ...]   (default: dev)
+# Makes $VENV with the package, its extras $EXTRAS and dependency groups, at the versions of constraints.txt.
+# usage: [EXTRAS=train,audio] tools/install.sh [GROUP ...]   (default: the extra train and the group dev)
 # Needs Python 3.11 or newer. uv is taken from PATH, or else installed by pip into a folder of its own.
 set -eu
 PYTHON=${PYTHON:-python3}
 VENV=${VENV:-.venv}
+EXTRAS=${EXTRAS:-train}
 CACHE=.cache/uv
 
 fail() { echo "install: $*" >&2; exit 1; }
@@ -32,5 +33,5 @@ for group in "${@:-dev}"; do groups="$groups --group $group"; done
 "$UV" venv --quiet --allow-existing --python "$PYTHON" "$VENV"
 # shellcheck disable=SC2086  # one word per group is meant
 echo "install: torch and the rest into $VENV (a few GB on the first time)"
-"$UV" pip install --quiet -p "$VENV" -c constraints.txt -e '.[train]' $groups
+"$UV" pip install --quiet -p "$VENV" -c constraints.txt -e ".[$EXTRAS]" $groups
 echo "install: done"
