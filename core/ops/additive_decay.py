@@ -29,13 +29,12 @@ from torch import Tensor
 
 from sinuous.core.ops.checks import (
     check_attention,
-    check_device,
-    check_floating,
     check_packing,
     check_shape,
     sequence_count,
 )
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.packing import rows
@@ -122,9 +121,6 @@ def _check(
     causal: bool,
     reverse: bool,
 ) -> None:
-    tensors = {"q": q, "k": k, "v": v, "factor": factor, "initial_S": initial_S, "initial_z": initial_z}
-    check_floating(**tensors)
-    check_device(**tensors)
     check_attention(q, k, v)
     check_shape("factor", factor, tuple(k.shape), "one per key channel, shaped like the keys")
     check_packing(cu_seqlens, q.shape[0], q.shape[1])
@@ -174,6 +170,7 @@ FAMILY = Family(
 define(FAMILY)
 
 
+@public
 def additive_decay(
     q: Tensor,
     k: Tensor,
@@ -213,9 +210,7 @@ def additive_decay(
 
     Source: LightNet (arXiv 2405.21022), the additive recurrence.
     """
-    if initial_state is not None and len(initial_state) != 2:
-        raise ValueError(f"initial_state must be (S, z) (got {len(initial_state)} parts); both travel together")
-    y, S, z, *_ = torch.ops.sinuous.additive_decay(
+    y, S, z, _, _ = torch.ops.sinuous.additive_decay(
         q, k, v, factor, *(initial_state or (None, None)), cu_seqlens, scale, causal, reverse, backend or ""
     )
     return (y, (S, z)) if return_state else y

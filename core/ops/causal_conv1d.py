@@ -17,13 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sinuous.core.ops.checks import (
-    check_device,
-    check_floating,
     check_packing,
     check_shape,
     sequence_count,
 )
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.public import public
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.packing import flip_sequences, flip_time, mirror, rows
 
@@ -74,8 +73,6 @@ def _check(
     silu: bool,
     reverse: bool,
 ) -> None:
-    check_floating(x=x, weight=weight, bias=bias, initial_state=initial_state)
-    check_device(x=x, weight=weight, bias=bias, initial_state=initial_state)
     if x.ndim != 3:
         raise ValueError(f"x must have shape [B, T, D] (got {list(x.shape)}); time is axis 1 and channels are last")
     batch, length, channels = x.shape
@@ -113,6 +110,7 @@ FAMILY = Family(
 define(FAMILY)
 
 
+@public
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,

@@ -10,22 +10,21 @@ import itertools
 import torch
 from torch import Tensor
 
-
-def check_floating(**tensors: Tensor | None) -> None:
-    """Refuse tensors that are not real floating point."""
-    for name, t in tensors.items():
-        if t is not None and not t.is_floating_point():
-            raise ValueError(f"{name} must be real floating point (got {t.dtype}); convert it with .float()")
+REAL = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+"""dtypes of tensors that have gradients, where they are not complex."""
 
 
-def check_device(**tensors: Tensor | None) -> None:
-    """Refuse tensors that are not where the first one is."""
-    present = [(name, t) for name, t in tensors.items() if t is not None]
-    first_name, first = present[0]
-    for name, t in present[1:]:
-        if t.device != first.device:
-            place = str(first.device)
-            raise ValueError(f"{name} is on {t.device} and {first_name} on {place}; move it with .to({place!r})")
+def check_floating(name: str, t: Tensor) -> None:
+    """Refuse a tensor that is not real floating point of 16 bits or more."""
+    if t.dtype not in REAL:
+        raise ValueError(f"{name} must be real floating point (got {t.dtype}); convert it with .float()")
+
+
+def check_device(name: str, t: Tensor, first_name: str, first: Tensor) -> None:
+    """Refuse a tensor that is not where the first one is."""
+    if t.device != first.device:
+        place = str(first.device)
+        raise ValueError(f"{name} is on {t.device} and {first_name} on {place}; move it with .to({place!r})")
 
 
 def check_shape(name: str, t: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:

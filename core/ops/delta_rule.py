@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from sinuous.core.ops.checks import (
-    check_device,
-    check_floating,
     check_log_decay,
     check_packing,
     check_shape,
     sequence_count,
 )
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.precision import working_dtype
 
@@ -84,8 +83,6 @@ def _check(
     scale: float | None,
     reverse: bool,
 ) -> None:
-    check_floating(q=q, k=k, v=v, beta=beta, log_decay=log_decay, initial_state=initial_state)
-    check_device(q=q, k=k, v=v, beta=beta, log_decay=log_decay, initial_state=initial_state)
     if q.ndim != 4:
         raise ValueError(f"q must have shape [B, T, H, K] (got {list(q.shape)}); time is axis 1, heads are axis 2")
     batch, length, heads, keys = q.shape
@@ -143,6 +140,7 @@ FAMILY = Family(
 define(FAMILY)
 
 
+@public
 def delta_rule(
     q: Tensor,
     k: Tensor,

@@ -28,14 +28,13 @@ from torch import Tensor
 
 from sinuous.core.ops.checks import (
     check_attention,
-    check_device,
-    check_floating,
     check_log_decay,
     check_packing,
     check_shape,
     sequence_count,
 )
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.precision import working_dtype
 
@@ -86,8 +85,6 @@ def _check(
     scale: float | None,
     reverse: bool,
 ) -> None:
-    check_floating(q=q, k=k, v=v, log_decay=log_decay, a=a, b=b, initial_state=initial_state)
-    check_device(q=q, k=k, v=v, log_decay=log_decay, a=a, b=b, initial_state=initial_state)
     check_attention(q, k, v)
     keys = tuple(q.shape)
     check_shape("log_decay", log_decay, keys, "one per key channel, [B, T, H, K]")
@@ -129,6 +126,7 @@ FAMILY = Family(
 define(FAMILY)
 
 
+@public
 def dplr(
     q: Tensor,
     k: Tensor,

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinuous.core.ops import dispatch
+from sinuous.core.ops import differentiation, dispatch
+from sinuous.core.ops.checks import REAL, check_device, check_floating
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.differentiation import autograd_inside_an_op
 
@@ -40,9 +41,10 @@ class Family:
         integers: tensor arguments without a gradient.
         forms: the backends that exist.
         fake: keyword arguments -> empty visible outputs of the right shape, dtype and device.
-        check: keyword arguments -> None, or raises ValueError.
+        check: keyword arguments -> None, or raises ValueError for shapes and values; dtypes and devices are right.
         recurrent: the definition, keyword arguments -> outputs and what is saved, differentiable by autograd.
         options: fixed keyword arguments that kernels get besides the schema's (a chunk size).
+        check_dtype: name and tensor -> None, or raises ValueError; called where the dtype is not one of `checks.REAL`.
         time_axes: how many axes of the first argument, from axis 1, the recurrence runs along.
     """
 
@@ -56,6 +58,7 @@ class Family:
     check: Callable[..., None]
     recurrent: Callable[..., tuple[Tensor, ...]]
     options: dict[str, Any]
+    check_dtype: Callable[[str, Tensor], None] = check_floating
     time_axes: int = 1
 
     @property
@@ -103,6 +106,11 @@ def define(family: Family) -> None:
     """Register the family's forward and backward operators, their fakes and the autograd that joins them."""
     FAMILIES[family.name] = family
     names = [name for _, name in family.arguments]
+    tensor_arguments = [
+        (n, name, kind == "Tensor?", name not in family.integers)
+        for n, (kind, name) in enumerate(family.arguments)
+        if kind.startswith("Tensor")
+    ]
     visible = family.outputs
     forward_name, backward_name = f"sinuous::{family.name}", f"sinuous::{family.name}_backward"
     grad_schema = ", ".join(f"Tensor? grad_{n}" for n in visible)
@@ -117,8 +125,27 @@ def define(family: Family) -> None:
         backward_name, f"({grad_schema}, {backward_arguments}) -> {tensors(len(family.differentiable))}"
     )
 
+    def check_tensors(values: tuple[Any, ...]) -> None:
+        first = values[0]
+        device = None if first is None else first.device
+        for n, name, optional, floating in tensor_arguments:
+            t = values[n]
+            if t is None:
+                if not optional:
+                    raise ValueError(f"{name} must be a tensor (got None); {family.name} cannot do without it")
+                continue
+            if floating and t.dtype not in REAL:
+                family.check_dtype(name, t)
+            # Boundaries may stay on the CPU, where the kernels of every device find them.
+            if t.device != device and (floating or t.device.type != "cpu" or name != "cu_seqlens"):
+                check_device(name, t, names[0], first)
+
+    def run_definition(*values: Any) -> tuple[Tensor, ...]:
+        return forward(*values[:-1], "recurrent")
+
     def forward(*values: Any) -> tuple[Tensor, ...]:
         args, requested = dict(zip(names, values[:-1], strict=True)), values[-1]
+        check_tensors(values)
         family.check(**args)
         first = values[0]
         name = dispatch.choose(family.name, family.forms, requested, first.device, first.dtype)
@@ -149,6 +176,7 @@ def define(family: Family) -> None:
 
     def forward_fake(*values: Any) -> tuple[Tensor, ...]:
         args = dict(zip(names, values[:-1], strict=True))
+        check_tensors(values)  # one tensor on meta is enough for torch to call this and not the op's body
         first = values[0]
         sizes = (math.prod(shape(**args, **family.options)) for shape in family.saved.values())
         saved = (torch.empty(size, dtype=working_dtype(first.dtype), device=first.device) for size in sizes)
@@ -180,12 +208,11 @@ def define(family: Family) -> None:
         gradients = getattr(torch.ops.sinuous, f"{family.name}_backward")(
             *grads[: len(visible)], *values, *stored, ctx.backend
         )
-        gradients = gradients if isinstance(gradients, (tuple, list)) else (gradients,)
         grad_of = dict(zip(family.differentiable, gradients, strict=True))
         present = {n for n, v in zip(names, values, strict=True) if v is not None}
         return (*(grad_of[n] if n in grad_of and n in present else None for n in names), None)
 
-    def no_second_derivative(ctx: Any, *grads: Tensor | None) -> Any:
+    def no_second_derivative(*_: Any) -> Any:
         raise RuntimeError(
             f"{family.name} has no second derivative; compute it from the definition (`from "
             f"sinuous.core.ops.{family.name} import recurrent`), which autograd differentiates to any order"
@@ -195,5 +222,5 @@ def define(family: Family) -> None:
     torch.library.impl(backward_name, "CompositeExplicitAutograd", backward)
     torch.library.register_fake(forward_name, forward_fake)
     torch.library.register_fake(backward_name, backward_fake)
-    torch.library.register_autograd(forward_name, autograd_backward, setup_context=setup_context)
-    torch.library.register_autograd(backward_name, no_second_derivative, setup_context=lambda ctx, inputs, output: None)
+    differentiation.register(forward_name, setup_context, autograd_backward, run_definition)
+    differentiation.register(backward_name, lambda *_: None, no_second_derivative, no_second_derivative)

@@ -23,14 +23,13 @@ from torch import Tensor
 from sinuous.core.checks import check_choice
 from sinuous.core.ops.checks import (
     check_attention,
-    check_device,
-    check_floating,
     check_log_decay,
     check_packing,
     check_shape,
     sequence_count,
 )
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.precision import working_dtype
 
@@ -83,8 +82,6 @@ def _check(
     on_values: bool,
     reverse: bool,
 ) -> None:
-    check_floating(q=q, k=k, v=v, log_decay=log_decay, bonus=bonus, initial_state=initial_state)
-    check_device(q=q, k=k, v=v, log_decay=log_decay, bonus=bonus, initial_state=initial_state)
     check_attention(q, k, v)
     batch, length, heads, values = v.shape
     if on_values:
@@ -130,6 +127,7 @@ FAMILY = Family(
 define(FAMILY)
 
 
+@public
 def gla(
     q: Tensor,
     k: Tensor,

@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from sinuous.core.checks import check_choice
-from sinuous.core.ops.checks import check_device, check_floating, check_shape
+from sinuous.core.ops.checks import check_floating, check_shape
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.public import public
 from sinuous.kernels.precision import at_least_fp32, working_dtype
 from sinuous.kernels.torch.orientations import unwalked, walked
 
@@ -105,12 +106,6 @@ def _check(
     scale: float | None,
     with_state: bool,
 ) -> None:
-    tensors = {
-        "q": q, "k": k, "v": v, "source": source, "transition": transition, "mark": mark, "direct": direct,
-        "left": left, "up": up,
-    }  # fmt: skip
-    check_floating(**tensors)
-    check_device(**tensors)
     if q.ndim != 5:
         raise ValueError(f"q must have shape [B, X, Y, H, K] (got {list(q.shape)}); axes 1 and 2 are the grid's sides")
     check_shape("k", k, tuple(q.shape), "keys are shaped like queries, [B, X, Y, H, K]")
@@ -177,6 +172,7 @@ def bounded(transition: Tensor, mode: str) -> Tensor:
     return wide.clamp(-1, 1) * open_turns
 
 
+@public
 def grid_scan(
     q: Tensor,
     k: Tensor,
@@ -226,6 +222,13 @@ def grid_scan(
 
     Source: pLSTM (arXiv 2506.11997), sections 3 and 4.
     """
+    if isinstance(transition, Tensor):  # the rule comes before the op, which has these checks too
+        check_floating("transition", transition)
+        if tuple(transition.shape[-2:]) != (2, 2):
+            shape = list(transition.shape)
+            raise ValueError(
+                f"transition must have shape [B, X, Y, H, O, 2, 2] (got {shape}): (right, down) from (left, up)"
+            )
     if orientations is None:
         orientations = range(source.shape[-2] if source.ndim > 1 else 1)
     y, right, down = torch.ops.sinuous.grid_scan(

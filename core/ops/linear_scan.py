@@ -16,8 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sinuous.core.ops.checks import check_device, check_packing, check_shape, sequence_count
+from sinuous.core.ops.checks import check_packing, check_shape, sequence_count
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.precision import working_dtype
 
@@ -51,6 +52,13 @@ def recurrent(
     return y.to(x.dtype), final, states
 
 
+def _check_dtype(name: str, t: Tensor) -> None:
+    if t.dtype == torch.complex32:
+        raise ValueError(f"{name} must not be complex32 (got {t.dtype}); convert it with .to(torch.complex64)")
+    if not t.is_complex():
+        raise ValueError(f"{name} must be real or complex floating point (got {t.dtype}); convert it with .float()")
+
+
 def _check(
     x: Tensor,
     a: Tensor,
@@ -59,17 +67,12 @@ def _check(
     cu_seqlens: Tensor | None,
     reverse: bool,
 ) -> None:
-    for name, t in (("x", x), ("a", a), ("initial_state", initial_state)):
-        if t is not None and not (t.is_floating_point() or t.is_complex()):
-            raise ValueError(f"{name} must be real or complex (got {t.dtype}); convert it with .float()")
-        if t is not None and t.dtype == torch.complex32:
-            raise ValueError(f"{name} must not be complex32; convert it with .to(torch.complex64)")
+    for name, t in (("a", a), ("initial_state", initial_state)):
         if t is not None and t.is_complex() != x.is_complex():
             remedy = f"{name}.to({x.dtype})" if x.is_complex() else f"x.to({t.dtype})"
             raise ValueError(
                 f"x is {x.dtype} and {name} is {t.dtype}: both must be real or both complex; pass {remedy}"
             )
-    check_device(x=x, a=a, reset=reset, initial_state=initial_state)
     if x.ndim != 3:
         raise ValueError(f"x must have shape [B, T, D] (got {list(x.shape)}); time is axis 1 and channels are last")
     batch, length, width = x.shape
@@ -105,10 +108,12 @@ FAMILY = Family(
     check=_check,
     recurrent=recurrent,
     options={"chunk_size": CHUNK_SIZE},
+    check_dtype=_check_dtype,
 )
 define(FAMILY)
 
 
+@public
 def linear_scan(
     x: Tensor,
     a: Tensor,

@@ -20,13 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sinuous.core.ops.checks import (
-    check_device,
-    check_floating,
     check_packing,
     check_shape,
     sequence_count,
 )
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.precision import working_dtype
 
@@ -80,8 +79,6 @@ def _check(
     cu_seqlens: Tensor | None,
     reverse: bool,
 ) -> None:
-    check_floating(x=x, dt=dt, k=k, q=q, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
-    check_device(x=x, dt=dt, k=k, q=q, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
     if x.ndim != 3:
         raise ValueError(f"x must have shape [B, T, D] (got {list(x.shape)}); time is axis 1 and channels are last")
     batch, length, width = x.shape
@@ -129,6 +126,7 @@ FAMILY = Family(
 define(FAMILY)
 
 
+@public
 def longhorn(
     x: Tensor,
     dt: Tensor,

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from sinuous.core.checks import check_choice
 from sinuous.core.ops.checks import (
-    check_device,
     check_floating,
     check_packing,
     check_shape,
     sequence_count,
 )
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.discretization import conj, discretize, dot, times
@@ -80,6 +80,12 @@ def recurrent(
     return y.to(u.dtype), final
 
 
+def _check_dtype(name: str, t: Tensor) -> None:
+    if t.is_complex() and name not in ("u", "dt", "D"):
+        raise ValueError(f"{name} must be pairs of real numbers (got {t.dtype}); pass torch.view_as_real({name})")
+    check_floating(name, t)
+
+
 def _check(
     u: Tensor,
     dt: Tensor,
@@ -93,17 +99,13 @@ def _check(
     discretization: str,
     reverse: bool,
 ) -> None:
-    tensors = {"u": u, "dt": dt, "A": A, "B": B, "C": C, "P": P, "D": D, "initial_state": initial_state}
-    for name in ("A", "B", "C", "P", "initial_state"):
-        t = tensors[name]
-        if t is not None and t.is_complex():
-            raise ValueError(f"{name} must be pairs of real numbers (got {t.dtype}); pass torch.view_as_real({name})")
-    check_floating(**tensors)
-    check_device(**tensors)
     if u.ndim != 3:
         raise ValueError(f"u must have shape [B, T, D] (got {list(u.shape)}); time is axis 1 and channels are last")
     batch, length, width = u.shape
     check_shape("dt", dt, (width,), "one step per channel")
+    # On a GPU the look would wait for the device.
+    if dt.device.type == "cpu" and dt.numel() and (shortest := dt.min().item()) <= 0:
+        raise ValueError(f"dt must be > 0 (got min {shortest:.3g}); pass log_dt.exp() or softplus(x)")
     if A.ndim not in (2, 3) or A.shape[-1] != 2 or A.shape[-2] < 1:
         raise ValueError(f"A must have shape [D, M, 2] or [M, 2] (got {list(A.shape)}): one of each conjugate pair")
     modes = A.shape[-2]
@@ -146,10 +148,12 @@ FAMILY = Family(
     check=_check,
     recurrent=recurrent,
     options={},
+    check_dtype=_check_dtype,
 )
 define(FAMILY)
 
 
+@public
 def lti_conv(
     u: Tensor,
     dt: Tensor,
@@ -190,8 +194,8 @@ def lti_conv(
         y `[B, T, D]` in the dtype of u, or `(y, state)`. Both are differentiable in every tensor argument.
 
     Raises:
-        ValueError: for a wrong shape, dtype or device, naming the argument, for an unknown discretization or `zoh` with
-            P, and for a backend that cannot run.
+        ValueError: for a wrong shape, dtype, device or range, naming the argument, for an unknown discretization or
+            `zoh` with P, and for a backend that cannot run.
 
     Source: S4 (arXiv 2111.00396), sections 2 and 3; S4D (arXiv 2206.11893), section 3.
     """

@@ -32,13 +32,12 @@ from torch import Tensor
 from sinuous.core.checks import check_choice
 from sinuous.core.ops.checks import (
     check_attention,
-    check_device,
-    check_floating,
     check_packing,
     check_shape,
     sequence_count,
 )
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.chunked import LOWEST
@@ -126,10 +125,6 @@ def _check(
     normalize: bool,
     reverse: bool,
 ) -> None:
-    tensors = {"q": q, "k": k, "v": v, "input_gate": input_gate, "forget_gate": forget_gate}
-    states = {"initial_C": initial_C, "initial_n": initial_n, "initial_m": initial_m}
-    check_floating(**tensors, **states)
-    check_device(**tensors, **states)
     check_attention(q, k, v)
     batch, length, heads, values = v.shape
     check_shape("input_gate", input_gate, (batch, length, heads), "one per step and head, [B, T, H]")
@@ -184,6 +179,7 @@ FAMILY = Family(
 define(FAMILY)
 
 
+@public
 def mlstm(
     q: Tensor,
     k: Tensor,
@@ -231,9 +227,7 @@ def mlstm(
 
     Source: xLSTM (arXiv 2405.04517), section 2.3; the sigmoid input gate: TFLA (arXiv 2503.14376), section 4.
     """
-    if initial_state is not None and len(initial_state) != 3:
-        raise ValueError(f"initial_state must be (C, n, m) (got {len(initial_state)} parts); all three travel together")
-    y, C, n, m, *_ = torch.ops.sinuous.mlstm(
+    y, C, n, m, _, _, _ = torch.ops.sinuous.mlstm(
         q, k, v, input_gate, forget_gate, *(initial_state or (None, None, None)), cu_seqlens, scale, eps,
         input_activation, normalize, reverse, backend or "",
     )  # fmt: skip

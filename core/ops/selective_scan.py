@@ -17,13 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sinuous.core.ops.checks import (
-    check_device,
-    check_floating,
     check_packing,
     check_shape,
     sequence_count,
 )
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.public import public
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.packing import flip_sequences, flip_time, mirror, rows, segments
 
@@ -102,8 +101,6 @@ def _check(
     dt_softplus: bool,
     reverse: bool,
 ) -> None:
-    check_floating(u=u, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
-    check_device(u=u, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
     if u.ndim != 3:
         raise ValueError(f"u must have shape [B, T, D] (got {list(u.shape)}); time is axis 1 and channels are last")
     batch, length, width = u.shape
@@ -115,7 +112,10 @@ def _check(
         if t.ndim == 4 and t.shape[2] > 0 and width % t.shape[2] == 0:
             check_shape(name, t, (batch, length, t.shape[2], state), "[B, T, G, N]")
         elif t.ndim == 4:
-            raise ValueError(f"{name} has {t.shape[2]} groups, which do not divide the {width} channels of u")
+            raise ValueError(
+                f"{name} has {t.shape[2]} groups, which do not divide the {width} channels of u; pass [B, T, N] or "
+                f"[B, T, G, N] (got {list(t.shape)})"
+            )
         else:
             check_shape(name, t, (batch, length, state), "[B, T, N] or [B, T, G, N]")
     if B.ndim != C.ndim or B.shape != C.shape:
@@ -160,6 +160,7 @@ FAMILY = Family(
 define(FAMILY)
 
 
+@public
 def selective_scan(
     u: Tensor,
     dt: Tensor,

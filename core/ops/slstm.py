@@ -39,13 +39,12 @@ from torch import Tensor
 
 from sinuous.core.checks import check_choice
 from sinuous.core.ops.checks import (
-    check_device,
-    check_floating,
     check_packing,
     check_shape,
     sequence_count,
 )
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.chunked import LOWEST
@@ -133,8 +132,6 @@ def _check(
     reverse: bool,
 ) -> None:
     states = {"initial_y": initial_y, "initial_c": initial_c, "initial_n": initial_n, "initial_m": initial_m}
-    check_floating(gates=gates, R=R, bias=bias, **states)
-    check_device(gates=gates, R=R, bias=bias, **states)
     if gates.ndim != 5 or gates.shape[2] != 4:
         raise ValueError(
             f"gates must have shape [B, T, 4, H, D], in the order i, f, z, o (got {list(gates.shape)}); time is axis 1"
@@ -181,6 +178,7 @@ FAMILY = Family(
 define(FAMILY)
 
 
+@public
 def slstm(
     gates: Tensor,
     R: Tensor,
@@ -220,11 +218,7 @@ def slstm(
 
     Source: xLSTM (arXiv 2405.04517), section 2.2; the family of cells: FlashRNN (arXiv 2412.07752).
     """
-    if initial_state is not None and len(initial_state) != 4:
-        raise ValueError(
-            f"initial_state must be (y, c, n, m) (got {len(initial_state)} parts); all four travel together"
-        )
-    y, final_y, c, n, m, *_ = torch.ops.sinuous.slstm(
+    y, final_y, c, n, m, _, _, _, _, _ = torch.ops.sinuous.slstm(
         gates, R, bias, *(initial_state or (None,) * 4), cu_seqlens, cell, reverse, backend or ""
     )
     return (y, (final_y, c, n, m)) if return_state else y

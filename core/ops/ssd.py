@@ -17,14 +17,13 @@ from torch import Tensor
 
 from sinuous.core.ops.checks import (
     check_attention,
-    check_device,
-    check_floating,
     check_log_decay,
     check_packing,
     check_shape,
     sequence_count,
 )
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.precision import working_dtype
 
@@ -71,8 +70,6 @@ def _check(
     scale: float | None,
     reverse: bool,
 ) -> None:
-    check_floating(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
-    check_device(q=q, k=k, v=v, log_decay=log_decay, initial_state=initial_state)
     check_attention(q, k, v, grouped=True)
     batch, length, heads, values = v.shape
     if log_decay is not None:
@@ -111,6 +108,7 @@ FAMILY = Family(
 define(FAMILY)
 
 
+@public
 def ssd(
     q: Tensor,
     k: Tensor,

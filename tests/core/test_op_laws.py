@@ -358,4 +358,4 @@ def test_refusal(name: str, message: str) -> None:
 
 def test_refusal_of_mixed_devices() -> None:
     with pytest.raises(ValueError, match=r"D is on meta and u on cpu; move it with \.to\('cpu'\)"):
-        check_device(u=torch.zeros(1), D=torch.zeros(1, device="meta"))
+        check_device("D", torch.zeros(1, device="meta"), "u", torch.zeros(1))
