@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -21,26 +22,55 @@ from sinuous.core.checks import check_choice
 
 PREFERENCE = ("triton", "cpu", "torch", "recurrent")
 
-# A plain global: the backward of a CUDA graph runs on a thread of autograd's own, where a ContextVar is not seen.
-_wished: list[str] = []
 _warned: set[str] = set()
+
+
+@dataclass(frozen=True, eq=False)
+class _Wish:
+    name: str
+
+
+# torch hands its thread-local state to the threads that it starts for a backward pass. They see no ContextVar.
+_KEY = "sinuous.backend"
+
+
+def wishes() -> tuple[_Wish, ...]:
+    """What this thread wishes for, the newest last."""
+    held: tuple[_Wish, ...] = torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else ()
+    return held
+
+
+@contextmanager
+def wishing(for_these: tuple[_Wish, ...]) -> Iterator[None]:
+    """Let this thread have other wishes inside the `with` block."""
+    before = wishes()
+    torch._C._stash_obj_in_tls(_KEY, for_these)
+    try:
+        yield
+    finally:
+        torch._C._stash_obj_in_tls(_KEY, before)
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Prefer backend `name` (`recurrent`, `torch`, `cpu` or `triton`) for all ops inside the `with` block.
 
-    The preference holds for the whole process, backward passes on other threads included.
+    The preference is this thread's; a thread that is started inside the block has none. The backward pass of an op
+    follows the preference that held in its forward pass, on whatever thread it runs; that of a compiled function
+    follows the one that holds where it is called. Put the block around the call of a compiled function, not inside it.
 
     Raises:
         ValueError: if there is no such backend.
     """
     check_choice("backend", name, PREFERENCE)
-    _wished.append(name)
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg="sinuous.backend holds for calls of a compiled function: put it around the call")
+    wish = _Wish(name)
+    torch._C._stash_obj_in_tls(_KEY, (*wishes(), wish))
     try:
         yield
-    finally:
-        _wished.pop()
+    finally:  # blocks need not end in the order in which they began
+        torch._C._stash_obj_in_tls(_KEY, tuple(other for other in wishes() if other is not wish))
 
 
 def warn_once(message: str) -> None:
@@ -76,7 +106,8 @@ def choose(family: str, forms: tuple[str, ...], requested: str, device: torch.de
         if reason is not None:
             raise ValueError(f"backend {requested!r} cannot compute {family} here: {reason}")
         return requested
-    wish = _wished[-1] if _wished else os.environ.get("SINUOUS_BACKEND", "")
+    held = wishes()
+    wish = held[-1].name if held else os.environ.get("SINUOUS_BACKEND", "")
     if wish:
         check_choice("SINUOUS_BACKEND", wish, PREFERENCE)
         reason = unavailable(family, forms, wish, device, dtype)

@@ -196,7 +196,7 @@ def define(family: Family) -> None:
         ctx.plain = [
             None if kind.startswith("Tensor") else v for (kind, _), v in zip(family.arguments, inputs, strict=False)
         ]
-        ctx.backend = inputs[-1]
+        ctx.backend, ctx.wishes = inputs[-1], dispatch.wishes()
         ctx.set_materialize_grads(False)
 
     def autograd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -205,9 +205,10 @@ def define(family: Family) -> None:
             stored.pop(0) if kind.startswith("Tensor") else plain
             for (kind, _), plain in zip(family.arguments, ctx.plain, strict=True)
         ]
-        gradients = getattr(torch.ops.sinuous, f"{family.name}_backward")(
-            *grads[: len(visible)], *values, *stored, ctx.backend
-        )
+        with dispatch.wishing(ctx.wishes):
+            gradients = getattr(torch.ops.sinuous, f"{family.name}_backward")(
+                *grads[: len(visible)], *values, *stored, ctx.backend
+            )
         grad_of = dict(zip(family.differentiable, gradients, strict=True))
         present = {n for n, v in zip(names, values, strict=True) if v is not None}
         return (*(grad_of[n] if n in grad_of and n in present else None for n in names), None)
