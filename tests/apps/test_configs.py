@@ -69,7 +69,7 @@ def test_every_synthetic_twin_gives_batches(option: str) -> None:
     data = batches.data
     for loader in (batches.train_dataloader(), batches.val_dataloader(), batches.test_dataloader()):
         images, labels = next(iter(loader))
-        assert images.shape == (4, data.in_chans, data.img_size, data.img_size)
+        assert images.shape == (4, data.in_chans, *data.img_size)
         assert images.dtype == torch.float32
         assert labels.shape == (4,)
 

@@ -10,7 +10,6 @@ from sinuous.apps.evaluate import with_experiment
 from sinuous.core.weights import Weights, all_weights
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", all_weights())
 def test_shipped_weights_give_the_recorded_scores_of_their_part(
     name: str, sinuous: Callable[..., int], tmp_path: Path
@@ -35,7 +34,7 @@ def test_a_part_stands_for_data_that_are_not_there(
 ) -> None:
     card = {"experiment": "birds/songs", "overrides": ["seed=1"], "part": {"overrides": part}}
     weights = Weights("a.b", "a", "b", Path("a.b.safetensors"), card)
-    monkeypatch.setattr("sinuous.core.weights.find_weights", lambda name: weights)
+    monkeypatch.setattr("sinuous.apps.evaluate.find_weights", lambda name: weights)
     words = ["weights=a.b", *words]
     begin, *middle, end = [word for word in with_experiment(words) if word not in ("seed=1", "weights=a.b")]
     assert begin == "experiment=birds/songs"
