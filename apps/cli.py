@@ -28,6 +28,7 @@ VERBS = {
         "sinuous.apps.convert",
         "an author's checkpoint to safetensors: sinuous convert IN OUT --model NAME",
     ),
+    "export": ("sinuous.apps.export", "a model as ONNX: sinuous export vim_nano.fashion_mnist OUT.onnx"),
 }
 
 

@@ -64,6 +64,24 @@ def recurrent(
     return y.to(x.dtype), torch.cat(finals).to(x.dtype)
 
 
+def _as_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """The definition of sequences that are not packed, by torch's own convolution."""
+    taps = weight.shape[1]
+    past = x.new_zeros(x.shape[0], taps - 1, x.shape[2]) if initial_state is None else initial_state
+    padded = torch.cat([past, flip_time(x) if reverse else x], 1)
+    y = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), bias, groups=x.shape[2]).transpose(1, 2)
+    y = F.silu(y) if silu else y
+    return (flip_time(y) if reverse else y), padded[:, padded.shape[1] - taps + 1 :]
+
+
 def _check(
     x: Tensor,
     weight: Tensor,
@@ -106,6 +124,7 @@ FAMILY = Family(
     check=_check,
     recurrent=recurrent,
     options={},
+    traced=_as_convolution,
 )
 define(FAMILY)
 

@@ -46,6 +46,8 @@ class Family:
         options: fixed keyword arguments that kernels get besides the schema's (a chunk size).
         check_dtype: name and tensor -> None, or raises ValueError; called where the dtype is not one of `checks.REAL`.
         time_axes: how many axes of the first argument, from axis 1, the recurrence runs along.
+        traced: the definition in operators that a tracer should see, where its own loop over time does not become one
+            scan; see `sinuous.core.ops.tracing`.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Family:
     options: dict[str, Any]
     check_dtype: Callable[[str, Tensor], None] = check_floating
     time_axes: int = 1
+    traced: Callable[..., tuple[Tensor, ...]] | None = None
 
     @property
     def arguments(self) -> list[tuple[str, str]]:

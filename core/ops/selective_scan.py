@@ -23,8 +23,8 @@ from sinuous.core.ops.checks import (
 )
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.public import public
+from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.precision import working_dtype
-from sinuous.kernels.torch.packing import flip_sequences, flip_time, mirror, rows, segments
 
 CHUNK_SIZE = 64
 """Time steps between two states that the forward pass keeps for the backward pass."""
@@ -46,45 +46,30 @@ def recurrent(
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the definition step by step; autograd differentiates it to any order."""
-    length, width = u.shape[1:]
-    if reverse:
-        u, dt, B, C, z = flip_time(u), flip_time(dt), flip_time(B), flip_time(C), flip_time(z)
-        initial_state, bounds = flip_sequences(initial_state, cu_seqlens), mirror(cu_seqlens, length)
-        y, final, chunk_states = recurrent(
-            u, dt, A, B, C, D, z, dt_bias, initial_state, bounds, dt_softplus, False, chunk_size
-        )
-        return y.flip(1), flip_sequences(final, cu_seqlens), chunk_states
     dtype = working_dtype(u.dtype)
     A, x = A.to(dtype), u.to(dtype)
-    B, C = expand_groups(B, width).to(dtype), expand_groups(C, width).to(dtype)
+    B, C = (t if t.ndim == 4 else t.unsqueeze(2) for t in (B.to(dtype), C.to(dtype)))
     delta = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
     delta = F.softplus(delta) if dt_softplus else delta
-    count = sequence_count(u, cu_seqlens)
-    initial = x.new_zeros(count, width, A.shape[1]) if initial_state is None else initial_state.to(dtype)
-    finals = {n: rows(initial, n, cu_seqlens) for n in range(1 if cu_seqlens is None else count)}
-    starts, ys, h = [], [], initial
-    steps = zip(*(t.unbind(1) for t in (x, delta, B, C)), strict=True)
-    for segment in segments(length, chunk_size, cu_seqlens):
-        h = h if segment.first is None else rows(initial, segment.first, cu_seqlens)
-        if segment.start % chunk_size == 0:
-            starts.append(h)
-        for _, (x_t, delta_t, B_t, C_t) in zip(range(segment.start, segment.stop), steps, strict=False):
-            h = torch.exp(delta_t[..., None] * A) * h + (delta_t * x_t)[..., None] * B_t
-            ys.append((h * C_t).sum(-1))
-        if segment.last is not None:
-            finals[segment.last] = h
-    y = torch.stack(ys, 1) if ys else x * 0
+    shape = (sequence_count(u, cu_seqlens), *A.shape)
+    initial = x.new_zeros(shape) if initial_state is None else initial_state.to(dtype)
+
+    def step(state: State, x_t: Tensor, delta_t: Tensor, B_t: Tensor, C_t: Tensor) -> tuple[Tensor, State]:
+        B_t, C_t = _per_channel(B_t, A.shape[0]), _per_channel(C_t, A.shape[0])
+        h = torch.exp(delta_t[..., None] * A) * state[0] + (delta_t * x_t)[..., None] * B_t
+        return (h * C_t).sum(-1), (h,)
+
+    y, (final,), (states,) = run_steps(
+        step, (x, delta, B, C), (initial,), x[:, :0], cu_seqlens, reverse, chunk_size
+    )  # fmt: skip
     y = y if D is None else y + D.to(dtype) * x
     y = y if z is None else y * F.silu(z.to(dtype))
-    chunk_states = torch.stack(starts, 1) if starts else initial.new_zeros(u.shape[0], 0, width, A.shape[1])
-    return y.to(u.dtype), torch.cat(list(finals.values())), chunk_states.detach()
+    return y.to(u.dtype), final, states
 
 
-def expand_groups(t: Tensor, width: int) -> Tensor:
-    """Expand `[B,T,N]` or `[B,T,G,N]` to `[B,T,width,N]`: channel d reads group d // (D/G)."""
-    t = t if t.ndim == 4 else t[:, :, None]
-    groups = t.shape[2]
-    return t[:, :, :, None].expand(-1, -1, -1, width // groups, -1).flatten(2, 3)
+def _per_channel(t: Tensor, width: int) -> Tensor:
+    """Rows `[B,G,N]` of one step for all channels: channel d reads group d // (D/G), and a single group broadcasts."""
+    return t if t.shape[1] == 1 else t.repeat_interleave(width // t.shape[1], 1)
 
 
 def _check(

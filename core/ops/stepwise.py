@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -10,6 +12,18 @@ from torch import Tensor
 from sinuous.kernels.torch.packing import flip_sequences, flip_time, mirror, rows, segments
 
 State = tuple[Tensor, ...]
+
+_AS_ONE_SCAN: ContextVar[bool] = ContextVar("as_one_scan", default=False)
+
+
+@contextmanager
+def as_one_scan() -> Iterator[None]:
+    """Inside, `run_steps` is one `scan` of torch, which a tracer keeps as a loop; else it would trace every step."""
+    token = _AS_ONE_SCAN.set(True)
+    try:
+        yield
+    finally:
+        _AS_ONE_SCAN.reset(token)
 
 
 def run_steps(
@@ -41,6 +55,8 @@ def run_steps(
         bounds = mirror(cu_seqlens, length)
         y, final, states = run_steps(step, [flip_time(t) for t in inputs], flipped, nothing, bounds, False, chunk_size)
         return y.flip(1), tuple(flip_sequences(t, cu_seqlens) for t in final), states
+    if _AS_ONE_SCAN.get():
+        return _scan_steps(step, inputs, initial, length)
     count = 1 if cu_seqlens is None else initial[0].shape[0]
     finals = {n: tuple(rows(t, n, cu_seqlens) for t in initial) for n in range(count)}
     chunk_states = [tuple(t.new_empty(nothing.shape[0], 0, *t.shape[1:]) for t in initial)]
@@ -59,3 +75,23 @@ def run_steps(
     y = torch.stack(ys, 1) if ys else nothing
     final = tuple(torch.cat(parts) for parts in zip(*finals.values(), strict=True))
     return y, final, tuple(torch.cat(parts, 1) for parts in zip(*chunk_states, strict=True))
+
+
+def _scan_steps(
+    step: Callable[..., tuple[Tensor, State]], inputs: Sequence[Tensor | None], initial: State, length: int
+) -> tuple[Tensor, State, State]:
+    """`run_steps` from the first step on, of sequences that are not packed; of the states, only the first is kept."""
+    chunk_states = tuple(t.unsqueeze(1) for t in initial)
+    if length == 1:
+        y_t, state = step(initial, *(None if t is None else t[:, 0] for t in inputs))
+        return y_t.unsqueeze(1), state, chunk_states
+
+    from torch._higher_order_ops.scan import scan  # a part of torch that importing the ops should not wait for
+
+    def body(state: list[Tensor], steps: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        present = iter(steps)
+        y_t, after = step(tuple(state), *(None if t is None else next(present) for t in inputs))
+        return [t.clone() for t in after], y_t.clone()  # a scan refuses outputs that share memory
+
+    final, y = scan(body, list(initial), [t.transpose(0, 1) for t in inputs if t is not None])
+    return y.transpose(0, 1), tuple(final), chunk_states

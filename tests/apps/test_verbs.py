@@ -1,8 +1,9 @@
-"""The smaller verbs: eval, models, info, convert."""
+"""The smaller verbs: eval, models, info, convert, export."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -160,3 +161,36 @@ def test_convert_rounds_to_half_precision(sinuous: Sinuous, tmp_path: Path, caps
     assert sinuous("convert", str(source), str(tmp_path / "x.safetensors"), "--model", "test_vim", "--half") == 2
     assert "head.bias has numbers up to 1e+05 and half precision ends at 65504" in capsys.readouterr().err
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_export_writes_shipped_weights_with_what_they_know(
+    sinuous: Sinuous, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason="needs sinuous[export]")
+    import onnxruntime
+
+    model = package.create_model("test_vim", num_classes=3, img_size=16)
+    package.save(model, tmp_path / "saved")
+    target = tmp_path / "vim.onnx"
+    assert sinuous("export", str(tmp_path / "saved"), str(target)) == 0
+    assert "values [batch, 3, 16, 16]" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(target)
+    facts = json.loads(session.get_modelmeta().custom_metadata_map["sinuous"])
+    assert facts["architecture"] == "test_vim"
+    assert facts["input_size"] == [3, 16, 16]
+    assert len(facts["mean"]) == 3
+    picture = torch.randn(1, 3, 16, 16)
+    y = torch.from_numpy(session.run(["y"], {"x": picture.numpy()})[0])
+    torch.testing.assert_close(y, model.eval()(picture).detach(), rtol=1e-5, atol=1e-5)
+    assert sinuous("export", str(tmp_path / "saved"), str(target)) == 2
+    assert "exists; give --overwrite" in capsys.readouterr().err
+
+
+def test_export_refuses_other_endings_and_names_without_weights(
+    sinuous: Sinuous, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sinuous("export", "vim_nano.fashion_mnist", str(tmp_path / "x.pt")) == 2
+    assert "OUT must end in .onnx" in capsys.readouterr().err
+    assert sinuous("export", "test_vim", str(tmp_path / "x.onnx")) == 2
+    assert "sinuous has no weights for 'test_vim'" in capsys.readouterr().err
