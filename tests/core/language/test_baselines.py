@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import lzma
 import math
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 from sinuous.core.language.baselines import NGram, xz_bits
+from sinuous.core.language.datasets import ByteText
+from sinuous.core.language.models import WEIGHTS
 
 TEXT = b"the cat sat on the mat; the hat was flat, the rat was fat. " * 3 + bytes(range(0, 256, 7))
 
@@ -68,3 +71,13 @@ def test_xz_counts_what_a_text_adds() -> None:
     assert xz_bits(random, after=random) < 0.2
     with pytest.raises(ValueError, match="the text is empty"):
         xz_bits(b"")
+
+
+def test_the_card_of_the_shipped_weights_has_these_scores() -> None:
+    card = json.loads((WEIGHTS / "bytes_nano.austen.json").read_text())["baselines"]
+    train, test = (bytes(ByteText().split(split).text) for split in ("train", "test"))
+    for name, order in (("trigrams of bytes", 3), ("n-grams of 6 bytes", 6)):
+        assert NGram(train, order).bits(test)[1:].mean() == pytest.approx(card[name]["bits_per_byte"], abs=5e-5)
+    # Releases of xz may differ a little.
+    assert xz_bits(test) == pytest.approx(card["xz"]["bits_per_byte"], rel=1e-2)
+    assert xz_bits(test, train) == pytest.approx(card["xz after the training text"]["bits_per_byte"], rel=1e-2)
