@@ -166,7 +166,7 @@ def find_weights(name: str) -> Weights:
     for weights in known.values():
         if weights.architecture == name:
             return weights
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    close = difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are: {', '.join(known) or 'none'}"
     raise ValueError(f"there are no weights {name!r}; {hint}")
 
