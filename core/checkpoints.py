@@ -172,7 +172,10 @@ def save_safetensors(
         seen.add(address)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors makes files that only their owner may read
         save_file(single, temporary, metadata={key: str(value) for key, value in (metadata or {}).items()})
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error

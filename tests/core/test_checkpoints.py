@@ -178,3 +178,9 @@ def test_averaged_weights_are_built_on_request(tmp_path: pathlib.Path) -> None:
     torch.save({"model": raw.state_dict(), "model_ema": averaged}, tmp_path / "both.pth")
     built = sinuous.create_model("test_vim", checkpoint_path=tmp_path / "both.pth", prefer="model_ema")
     assert all(torch.equal(tensor, averaged[name]) for name, tensor in built.state_dict().items())
+
+
+def test_a_file_of_weights_is_as_open_as_other_files(tmp_path: pathlib.Path) -> None:
+    save_safetensors({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
