@@ -27,6 +27,13 @@ def has_tangents(values: tuple[Any, ...]) -> bool:
     return any(forward_ad.unpack_dual(v).tangent is not None for v in values if isinstance(v, Tensor))
 
 
+def may_be_differentiated(*tensors: Tensor | None) -> bool:
+    """Whether what is computed from the tensors may be differentiated, in reverse, forward or by torch.func."""
+    if forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None:
+        return True
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
 def register(
     name: str,
     setup_context: Callable[[Any, tuple[Any, ...], Outputs], None],

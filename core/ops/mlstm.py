@@ -12,10 +12,11 @@ An exponential gate overflows, so the state keeps e^{-m_t} C_t and e^{-m_t} n_t 
 in terms of what is kept. m_0 takes part in the maximum, so that every form has the same m and, through ε, the same y.
 With a sigmoid gate nothing overflows: m plays no part and is returned as it came.
 
-**Gradients.** But for ε, y does not depend on m: it scales numerator and denominator alike. m is therefore a constant
-inside a sequence, which leaves out a term of relative size ε / (denominator + ε). At the two ends of a sequence, where
-C, n and m are inputs and outputs, the gradient is that of their values: it includes the effect of m on C and n. So a
-loss may use a state in any way, and a sequence cut in two has the gradients of the whole.
+**Gradients.** Every form has the gradient of the equations above. But for ε, y does not depend on m: it scales
+numerator and denominator alike. So inside a sequence m is a constant but where it scales ε, in ε e^m beside the true
+denominator: that has a relative effect of ε / (denominator + ε). At the two ends of a sequence C, n and m are inputs
+and outputs, and the gradient is that of their values: a loss may use a state in any way, and a sequence cut in two has
+the gradients of the whole.
 
 Sources: Beck et al., "xLSTM" (arXiv 2405.04517), section 2.3 and appendix A; Beck et al., "Tiled Flash Linear
 Attention" (arXiv 2503.14376), where the sigmoid input gate is section 4. Beyond the reference kernels
@@ -36,11 +37,12 @@ from sinuous.core.ops.checks import (
     check_shape,
     sequence_count,
 )
+from sinuous.core.ops.differentiation import may_be_differentiated
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.precision import working_dtype
-from sinuous.kernels.torch.chunked import LOWEST
+from sinuous.kernels.torch.chunked import LARGEST_ROUNDING, LOWEST
 
 CHUNK_SIZE = 64
 """Time steps between two states that the forward pass keeps for the backward pass."""
@@ -72,40 +74,49 @@ def recurrent(
     reverse: bool,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, ...]:
-    """Run the definition step by step, with m held constant as described above; autograd differentiates it."""
+    """Run the definition step by step; autograd differentiates it."""
     dtype, stabilised = working_dtype(q.dtype), input_activation == "exp"
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     starts = zip((initial_C, initial_n, initial_m), _zeros(q, v, cu_seqlens), strict=True)
     C, n, m = (zero if t is None else t.to(dtype) for t, zero in starts)
-    if stabilised:
-        m = m.clamp_min(LOWEST)
-        C, n = _as_if_scaled_by(m - m.detach(), C, n)
-    gates = input_gate.to(dtype) if stabilised else F.logsigmoid(input_gate.to(dtype))
+    # m in double precision: where it is large, single precision would lose most of a step's decay.
+    log_i, log_f, m = input_gate.double(), F.logsigmoid(forget_gate.double()), m.double()
+    log_i = log_i if stabilised else F.logsigmoid(log_i)
+    differentiated = stabilised and may_be_differentiated(C, n, m, log_i, log_f)
+    m = m.clamp_min(LOWEST) if stabilised else m
+    if differentiated:
+        C, n = _scaled_by(m - m.detach(), C, n)
+
+    def rounded(m: Tensor) -> Tensor:
+        """The m that C and n are in units of, a constant: as it is returned."""
+        return m.detach().to(dtype).double()
 
     def step(state: State, q_t: Tensor, k_t: Tensor, v_t: Tensor, log_i: Tensor, log_f: Tensor) -> tuple[Tensor, State]:
         C, n, m = state
-        f, i, floor = log_f.exp(), log_i.exp(), m.new_ones(())
+        floor, epsilon = log_f.new_zeros(()), eps
         if stabilised:
-            before, m = m.detach(), torch.maximum(log_f + m, log_i).clamp_min(LOWEST)
-            held = m.detach()
-            f, i, floor = (log_f + before - held).exp(), (log_i - held).exp(), (-held).exp()
+            before, m = rounded(m), torch.maximum(log_f + m, log_i).clamp_min(LOWEST)
+            held = rounded(m)
+            log_f, log_i = ((x - held).clamp_max(LARGEST_ROUNDING) for x in (log_f + before, log_i))
+            floor, epsilon = -held, eps * (m - m.detach()).exp().to(dtype) if differentiated else eps
+        f, i, floor = (x.exp().to(dtype) for x in (log_f, log_i, floor))
         C = f[..., None, None] * C + i[..., None, None] * k_t[..., :, None] * v_t[..., None, :]
         n = f[..., None] * n + i[..., None] * k_t
         y = (q_t[..., None, :] @ C).squeeze(-2) * scale
         if normalize:
-            y = y / (torch.maximum(((q_t * n).sum(-1) * scale).abs(), floor) + eps)[..., None]
+            y = y / (torch.maximum(((q_t * n).sum(-1) * scale).abs(), floor) + epsilon)[..., None]
         return y, (C, n, m)
 
-    inputs = (q.to(dtype), k.to(dtype), v.to(dtype), gates, F.logsigmoid(forget_gate.to(dtype)))
+    inputs = (q.to(dtype), k.to(dtype), v.to(dtype), log_i, log_f)
     y, (C, n, m), chunk_states = run_steps(step, inputs, (C, n, m), inputs[2][:, :0], cu_seqlens, reverse, chunk_size)
-    if stabilised:
-        C, n = _as_if_scaled_by(m.detach() - m, C, n)
-    return y.to(v.dtype), C, n, m, *chunk_states
+    if differentiated:
+        C, n = _scaled_by(m.detach() - m, C, n)
+    return y.to(v.dtype), C, n, m.to(dtype), *chunk_states[:2], chunk_states[2].to(dtype)
 
 
-def _as_if_scaled_by(log_factor: Tensor, C: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-    """Multiply C and n by exp(log_factor), which is 1 in value and has a gradient."""
-    factor = log_factor.exp()
+def _scaled_by(log_factor: Tensor, C: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiply C and n by exp(log_factor)."""
+    factor = log_factor.exp().to(C.dtype)
     return factor[..., None, None] * C, factor[..., None] * n
 
 
@@ -219,8 +230,7 @@ def mlstm(
         backend: `recurrent`, `torch` or `triton`; the fastest that can run if absent.
 
     Returns:
-        y `[B, T, H, V]` in the dtype of v, or `(y, state)`. Both are differentiable in every tensor argument; see the
-        module for what the gradient leaves out where ε matters.
+        y `[B, T, H, V]` in the dtype of v, or `(y, state)`. Both are differentiable in every tensor argument.
 
     Raises:
         ValueError: for a wrong shape, dtype, device or range, naming the argument, and for a backend that cannot run.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sinuous.kernels.precision import working_dtype
@@ -28,6 +29,9 @@ exp(G - r) stays within exp(±30), and masked entries reach exp(60): both far fr
 
 LOWEST = -1e30
 """Lower bound of a stabiliser m, so that e^{x - m} is 0 and not NaN where both are -inf."""
+
+LARGEST_ROUNDING = 10.0
+"""Most that the rounding of a stabiliser m may change it, so that a state in units of e^m stays finite for any m."""
 
 
 class Recurrence(NamedTuple):
@@ -213,12 +217,14 @@ class Decays(NamedTuple):
 
     between: exp(G_i - G_j) for i ≥ j and 0 above the diagonal, `[…, c, c]`;
     since_start: exp(G_i), `[…, c]`;
-    until_end: exp(G_c - G_i), `[…, c]`.
+    until_end: exp(G_c - G_i), `[…, c]`;
+    whole: exp(G_c), `[…, 1]`.
     """
 
     between: Tensor
     since_start: Tensor
     until_end: Tensor
+    whole: Tensor
 
 
 class _Sums(NamedTuple):
@@ -244,14 +250,17 @@ class _Sums(NamedTuple):
             return apart
         return apart | (self.resets[..., :, None] != self.resets[..., None, :])
 
-    def products(self, columns: Tensor, rows: Tensor, start: Tensor, apart: Tensor, dtype: torch.dtype) -> Decays:
-        """exp(column_j - row_i), exp(start - row_i) and exp(column_j - row_c), and 0 across a reset."""
-        since_start, until_end = start - rows, columns - rows[..., -1:]
+    def products(
+        self, columns: Tensor, rows: Tensor, start: Tensor, apart: Tensor, end: Tensor, dtype: torch.dtype
+    ) -> Decays:
+        """exp(column_j - row_i), exp(start - row_i), exp(column_j - end), exp(start - end); and 0 across a reset."""
+        since_start, until_end, whole = start - rows, columns - end, start - end
         if self.resets is not None:
             since_start = since_start.masked_fill(self.resets > 0, -torch.inf)
             until_end = until_end.masked_fill(self.resets != self.resets[..., -1:], -torch.inf)
+            whole = whole.masked_fill(self.resets[..., -1:] > 0, -torch.inf)
         between = _exp_of_differences(columns, rows, apart, dtype)
-        return Decays(between, since_start.to(dtype).exp(), until_end.to(dtype).exp())
+        return Decays(between, *(t.to(dtype).exp() for t in (since_start, until_end, whole)))
 
 
 def _exp_of_differences(columns: Tensor, rows: Tensor, apart: Tensor, dtype: torch.dtype) -> Tensor:
@@ -271,20 +280,31 @@ def decays(log_decay: Tensor) -> Decays:
     """Products of `exp(log_decay)`, `[…, c]`, over the intervals of a segment; -inf is an exact reset."""
     cumulated = _Sums.of(log_decay)
     columns = -cumulated.sums
-    return cumulated.products(columns, columns, columns.new_zeros(()), cumulated.apart(), log_decay.dtype)
+    return cumulated.products(
+        columns, columns, columns.new_zeros(()), cumulated.apart(), columns[..., -1:], log_decay.dtype
+    )
 
 
-def weighted_decays(log_decay: Tensor, log_weight: Tensor, start: Tensor | None) -> tuple[Decays, Tensor | None]:
+class Stabiliser(NamedTuple):
+    """The running maximum m of a segment, `[…, c]`, and whether it is the weight of the step itself."""
+
+    m: Tensor
+    own: Tensor
+
+
+def weighted_decays(log_decay: Tensor, log_weight: Tensor, start: Tensor | None) -> tuple[Decays, Stabiliser | None]:
     """Products of decays as above, times what each step j puts in, exp(log_weight_j), where j is summed over.
 
     With the stabiliser m before the segment in `start`, `[…]`, all of it is in units of e^m, whose running maximum
-    m_i = max(m_{i-1} + log_decay_i, log_weight_i), `[…, c]`, is the second result: then no product exceeds 1.
+    m_i = max(m_{i-1} + log_decay_i, log_weight_i) is the second result: then no product exceeds 1. Those to the end of
+    the segment are in units of the last m as it is returned, rounded.
     """
     cumulated = _Sums.of(log_decay)
     sums, apart = cumulated.sums, cumulated.apart()
     columns = log_weight.double() - sums
     if start is None:
-        return cumulated.products(columns, -sums, sums.new_zeros(()), apart, log_decay.dtype), None
+        rows = -sums
+        return cumulated.products(columns, rows, sums.new_zeros(()), apart, rows[..., -1:], log_decay.dtype), None
     start = start.double()[..., None]
     if cumulated.resets is None:
         rows = torch.maximum(columns.cummax(-1).values, start)
@@ -292,7 +312,20 @@ def weighted_decays(log_decay: Tensor, log_weight: Tensor, start: Tensor | None)
         among = columns[..., None, :].masked_fill(apart, -torch.inf).amax(-1)
         rows = torch.maximum(among, start.masked_fill(cumulated.resets > 0, -torch.inf))
     rows = rows.clamp_min_(LOWEST)
-    return cumulated.products(columns, rows, start, apart, log_decay.dtype), (rows + sums).to(log_decay.dtype)
+    exact = rows + sums
+    m = exact.to(log_decay.dtype)
+    rounding = (m - exact)[..., -1:].clamp_(-LARGEST_ROUNDING, LARGEST_ROUNDING)
+    products = cumulated.products(columns, rows, start, apart, rows[..., -1:] + rounding, log_decay.dtype)
+    return products, Stabiliser(m, columns >= rows)
+
+
+def run_sums(values: Tensor, first: Tensor) -> Tensor:
+    """Sums of `values`, `[…, c]`, from each step to the one before the next that is the `first` of a run; fp64."""
+    length = values.shape[-1]
+    sums = F.pad(values.double().flip(-1).cumsum(-1).flip(-1), (0, 1))
+    places = torch.arange(length, device=values.device).expand_as(first).masked_fill(~first, length)
+    after = F.pad(places, (0, 1), value=length)[..., 1:].flip(-1).cummin(-1).values.flip(-1)
+    return sums[..., :-1] - sums.gather(-1, after)
 
 
 def decay_gradient(log_decay: Tensor, between: Tensor, since_start: Tensor, until_end: Tensor, total: Tensor) -> Tensor:

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import chunked
-from sinuous.kernels.torch.chunked import Decays, Recurrence, State, Tensors, gradient_of_sums, weighted_decays
+from sinuous.kernels.torch.chunked import (
+    Decays,
+    Recurrence,
+    Stabiliser,
+    State,
+    Tensors,
+    gradient_of_sums,
+    run_sums,
+    weighted_decays,
+)
 
 
 class Options(NamedTuple):
@@ -32,7 +41,7 @@ class MLSTMSegment(NamedTuple):
     v: Tensor  # [B,H,c,V]
     log_f: Tensor  # [B,H,c]
     decays: Decays
-    m: Tensor | None  # [B,H,c]
+    stabiliser: Stabiliser | None
     weights: Tensor  # [B,H,c,c], s (q_i · k_j) times input gate j and the forget gates from j to i
     numerator: Tensor  # [B,H,c,V]
     normaliser: Tensor | None  # [B,H,c], s n_i · q_i
@@ -49,26 +58,26 @@ def _segment(state: State, inputs: Tensors, options: Options) -> MLSTMSegment:
     assert forget_gate is not None
     log_f = F.logsigmoid(forget_gate)
     log_i = input_gate if options.stabilised else F.logsigmoid(input_gate)
-    E, ms = weighted_decays(log_f, log_i, m if options.stabilised else None)
+    E, stabiliser = weighted_decays(log_f, log_i, m if options.stabilised else None)
     weights = (q @ k.mT).mul_(options.scale).mul_(E.between)
     numerator = (weights @ v).addcmul_(q @ C, E.since_start[..., None], value=options.scale)
     if not options.normalize:
-        return MLSTMSegment(q, k, v, log_f, E, ms, weights, numerator, None, None, None)
+        return MLSTMSegment(q, k, v, log_f, E, stabiliser, weights, numerator, None, None, None)
     through_n = (q @ n[..., None]).squeeze(-1)
     normaliser = weights.sum(-1).addcmul_(through_n, E.since_start, value=options.scale)
-    floor = torch.ones_like(normaliser) if ms is None else (-ms).exp()
+    floor = torch.ones_like(normaliser) if stabiliser is None else (-stabiliser.m).exp()
     denominator = torch.maximum(normaliser.abs(), floor).add_(options.eps)[..., None]
-    return MLSTMSegment(q, k, v, log_f, E, ms, weights, numerator, normaliser, floor, denominator)
+    return MLSTMSegment(q, k, v, log_f, E, stabiliser, weights, numerator, normaliser, floor, denominator)
 
 
 def _forward(state: State, inputs: Tensors, parameters: Tensors, options: Options) -> tuple[Tensor, State]:
     (C, n, m), segment = state, _segment(state, inputs, options)
-    total, until_end = segment.decays.since_start[..., -1:], segment.decays.until_end[..., None]
+    total, until_end = segment.decays.whole, segment.decays.until_end[..., None]
     y = segment.numerator if segment.denominator is None else segment.numerator.div_(segment.denominator)
     weighted = until_end * segment.k
     C = (weighted.mT @ segment.v).addcmul_(total[..., None], C)
     n = torch.addcmul(weighted.sum(-2), total, n)
-    return y, (C, n, m if segment.m is None else segment.m[..., -1])
+    return y, (C, n, m if segment.stabiliser is None else segment.stabiliser.m[..., -1])
 
 
 def _backward(
@@ -79,13 +88,14 @@ def _backward(
     assert input_gate is not None
     assert forget_gate is not None
     (q, k, v), E, scale = segment[:3], segment.decays, options.scale
-    since_start, until_end, total = E.since_start[..., None], E.until_end[..., None], E.since_start[..., -1:]
-    dnumerator, dnormaliser = dy, None
+    since_start, until_end, total = E.since_start[..., None], E.until_end[..., None], E.whole
+    dnumerator, dnormaliser, through_eps = dy, None, None
     if segment.denominator is not None:
         dnumerator = dy / segment.denominator
         assert segment.normaliser is not None
         assert segment.floor is not None
         ddenominator = (dnumerator * segment.numerator.div_(segment.denominator)).sum(-1).neg_()
+        through_eps = ddenominator * options.eps  # the gradient of m in ε e^m
         dnormaliser = ddenominator * segment.normaliser.sign() * (segment.normaliser.abs() > segment.floor)
     into_start, dweights = dnumerator @ C.mT, dnumerator @ v.mT
     if dnormaliser is not None:
@@ -106,13 +116,16 @@ def _backward(
     dn = total * dn
     if dnormaliser is not None:
         dn = dn.add_((dnormaliser[..., None, :] @ weighted).squeeze(-2), alpha=scale)
-    if options.stabilised:
-        # m after the segment is one input gate, or m before it, plus logarithms of forget gates: the one of weight 1.
-        candidates = torch.cat([total, E.until_end], -1)
-        source = candidates.argmax(-1, keepdim=True)
-        into = torch.zeros_like(candidates).scatter_(-1, source, (dm - end).to(dm.dtype)[..., None])
-        dinput_gate, ends, end = from_keys + into[..., 1:], ends - into[..., 1:], dm
-        dm = into[..., 0] + (C * dC).sum((-2, -1)) + (n * dn).sum(-1)
+    if segment.stabiliser is not None:
+        assert through_eps is not None
+        # Each m is one input gate, or m before the segment, plus the logarithms of the forget gates since then.
+        into_m = F.pad(through_eps.double(), (1, 0))
+        into_m[..., -1] += dm - end
+        own = segment.stabiliser.own
+        into_m = run_sums(into_m, F.pad(own | segment.log_f.isneginf(), (1, 0)))
+        into_gates = into_m[..., 1:].masked_fill(~own, 0).to(ends.dtype)
+        dinput_gate, ends, end = from_keys + into_gates, ends + through_eps - into_gates, dm
+        dm = into_m[..., 0].to(dm.dtype) + (C * dC).sum((-2, -1)) + (n * dn).sum(-1)
     else:
         dinput_gate = from_keys * torch.sigmoid(-input_gate)
     dlog_f = gradient_of_sums(segment.log_f, ends, end)

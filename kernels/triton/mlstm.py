@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sinuous.kernels.torch.chunked import run_sums
 from sinuous.kernels.torch.mlstm import initial_states
 from sinuous.kernels.triton.matrix_state_kernels import FORGOTTEN, gradient_of_sums, segment_at
 from sinuous.kernels.triton.matrix_states import (
@@ -29,7 +30,7 @@ from sinuous.kernels.triton.matrix_states import (
     read,
     read_normaliser,
 )
-from sinuous.kernels.triton.packing import bounds_of, on_device, row_of
+from sinuous.kernels.triton.packing import bounds_of, on_device, packed_steps, row_of
 
 LOWEST = tl.constexpr(-1e30)
 NOTHING = tl.constexpr(-2e30)
@@ -49,21 +50,17 @@ def _larger(a, b):
 @triton.jit(do_not_specialize=["length"])
 def gates(
     input_gate, forget_gate, initial_m, cu_seqlens, rows, columns, since_start, until_end, floor,
-    chunk_m, final_m, source, length,
+    chunk_m, final_m, length,
     H: tl.constexpr, BH: tl.constexpr, CHUNK: tl.constexpr, STABILISED: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The weights of all steps, the floor of the denominator e^-m, and m: before each chunk, after each sequence.
-
-    `source` [sequences, H] is the processing step whose input gate is in the last m, -1 for the initial m.
-    """
+    """The weights of all steps, the floor of the denominator e^-m, and m: before each chunk, after each sequence."""
     blocks: tl.constexpr = (H + BH - 1) // BH
     pid = tl.program_id(0)
     h, n = pid % blocks * BH + tl.arange(0, BH), (pid // blocks).to(tl.int64)
     begin, steps, batch = bounds_of(n, cu_seqlens, length, PACKED, REVERSE)
     end = begin + steps
     m = tl.load(initial_m + n * H + h, mask=h < H, other=0).to(tl.float64)
-    came_from = tl.full([BH], -1, tl.int32)
     chunks, first_chunk = tl.cdiv(length, CHUNK), begin // CHUNK
     past_chunk = tl.where(steps > 0, tl.cdiv(end, CHUNK), first_chunk)
     for j in range(first_chunk, past_chunk):
@@ -83,7 +80,6 @@ def gates(
         u = log_i - b
         if STABILISED:
             largest = tl.max(u, 0)
-            came_from = tl.where(largest > m, start + tl.argmax(u, 0), came_from)
             mu = tl.maximum(tl.maximum(tl.associative_scan(u, 0, _larger), m[None, :]), LOWEST)
             last = tl.maximum(tl.maximum(largest, m), LOWEST)
             before, m = m, last + total
@@ -95,21 +91,23 @@ def gates(
         tl.store(until_end + at, tl.exp((u - last[None, :]).to(ACC)), mask=there)
         tl.store(floor + at, tl.exp((-mu - b).to(ACC)), mask=there)
     tl.store(final_m + n * H + h, m, mask=h < H)
-    tl.store(source + n * H + h, came_from, mask=h < H)
 
 
 @triton.jit(do_not_specialize=["length"])
 def gate_gradients(
-    input_gate, forget_gate, query_dots, key_dots, ends, source, into_m, table, grad_input, grad_forget,
+    input_gate, forget_gate, query_dots, key_dots, ends, own, into_m, table, grad_input, grad_forget,
     segments, steps, length, key_blocks,
     H: tl.constexpr, BH: tl.constexpr, CHUNK: tl.constexpr, STABILISED: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the gates before their activations; `into_m` [sequences, H] is that of the last m."""
+    """Gradients of the gates before their activations.
+
+    Those of the stabilisers are in `into_m`, and go to the input gate where m is the step's `own`, both [B T, H].
+    """
     blocks: tl.constexpr = (H + BH - 1) // BH
     pid = tl.program_id(0)
     h, unit = pid % blocks * BH + tl.arange(0, BH), (pid // blocks).to(tl.int64)
-    batch, start, stop, _, _, n = segment_at(unit, table, length, CHUNK, PACKED)
+    batch, start, stop, _, _, _ = segment_at(unit, table, length, CHUNK, PACKED)
     if start == stop:
         return
     p = start + tl.arange(0, CHUNK)
@@ -122,10 +120,10 @@ def gate_gradients(
     i = tl.load(input_gate + at, mask=there, other=0).to(tl.float64)
     f = tl.load(forget_gate + at, mask=there, other=0).to(tl.float64)
     if STABILISED:
-        d = tl.load(into_m + n * H + h, mask=h < H, other=0).to(tl.float64)[None, :]
-        place = tl.load(source + n * H + h, mask=h < H, other=0)[None, :]
-        into_input += tl.where(p[:, None] == place, d, 0.0)
-        into_log_f += tl.where(p[:, None] > place, d, 0.0)
+        d = tl.load(into_m + at, mask=there, other=0)
+        is_own = tl.load(own + at, mask=there, other=0) != 0
+        into_input += tl.where(is_own, d, 0.0)
+        into_log_f += tl.where(is_own, 0.0, d)
     else:
         into_input *= 1 / (1 + tl.exp(i))
     reset = f == float("-inf")
@@ -153,14 +151,41 @@ class MLSTMGates:
         self.weights = Weights(logs[0], logs[1], since_start, until_end)
         self.normaliser = Normaliser(floor, eps)
         self.chunk_m, self.m = call.empty_states(initial_m), torch.empty_like(initial_m)
-        self.source = torch.empty(initial_m.shape, dtype=torch.int32, device=initial_m.device)
         self.blocks, form = call.over_gates()
         self.form = {**form, "STABILISED": self.stabilised, "ACC": call.sizes["ACC"]}
         with on_device(input_gate):
             gates[(call.sequences * self.blocks,)](
                 self.input_gate, self.forget_gate, initial_m, call.bounds, *self.weights, floor,
-                self.chunk_m, self.m, self.source, call.length, **self.form,
+                self.chunk_m, self.m, call.length, **self.form,
             )  # fmt: skip
+
+    def stabiliser_gradients(
+        self, through_eps: Tensor, into_last: Tensor, cu_seqlens: Tensor | None, reverse: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Where m is the step's own input gate, and the gradients of m at every step, both `[B, T, H]`, and of the
+        initial ones `[sequences, H]` through those.
+
+        Args:
+            through_eps: gradient of m at every step where it scales ε, `[B, T, H]`.
+            into_last: gradient of the last m, `[sequences, H]`.
+        """
+        own = self.weights.columns >= self.weights.rows
+        anew = own | self.forget_gate.isneginf()  # m before the step has no part in m
+        if not self.stabilised:
+            return own, through_eps, into_last
+        into_m, anew = (t.flip(1) if reverse else t.clone() for t in (through_eps, anew))
+        if cu_seqlens is None:
+            into_m[:, -1] += into_last
+            into_m = run_sums(into_m.mT, anew.mT).mT
+            into_initial = into_m[:, 0].masked_fill(anew[:, 0], 0)
+        else:
+            length, bounds = into_m.shape[1], cu_seqlens.long()
+            sequence, before, after = packed_steps(cu_seqlens, length, reverse)
+            into_m += into_last[sequence] * (after == 0)[:, None]
+            into_m = run_sums(into_m.mT, (anew | (before == 0)[:, None]).mT).mT
+            first = (length - bounds[1:] if reverse else bounds[:-1]).clamp_max(length - 1)
+            into_initial = into_m[0].masked_fill(anew[0], 0)[first]
+        return own, (into_m.flip(1) if reverse else into_m).contiguous(), into_initial
 
 
 def forward(
@@ -228,23 +253,26 @@ def backward(
     made = MLSTMGates(call, input_gate, forget_gate, m, eps, input_activation)
     initial, chunk_states, dfinal = (C, n), (chunk_C, chunk_n), (dC, dn)
     weights, weight, extra = made.weights, made.weights.since_start, torch.zeros_like(made.weights.since_start)
+    through_eps = torch.zeros_like(weights.rows)
     if normalize:
         summed, denominator, inner = read_normaliser(call, q, k, v, dy, weights, initial, chunk_states, made.normaliser)
         # Bounded, since the difference of two infinities is none.
         weights = weights._replace(rows=weights.rows + denominator.double().log().clamp(max=1e30))
         weight = weight / denominator
+        through_eps = (inner / denominator / denominator).double() * -eps  # the gradient of m in ε e^m
         extra = torch.where(summed.abs() > made.normaliser.floor, -summed.sign() * inner / denominator, extra)
     before, after = carry_adjoint(call, q, dy, extra, weight, weights, dfinal)
     d = gradients(call, q, k, v, dy, extra, weight, weights, initial, chunk_states, dfinal, after)
-    into_m = dm - d.last_ends[:, : call.sequences].sum(0)
+    into_last = dm - d.last_ends[:, : call.sequences].sum(0)
+    own, into_m, into_initial = made.stabiliser_gradients(through_eps, into_last, cu_seqlens, reverse)
     dinput_gate, dforget_gate = torch.empty_like(made.input_gate), torch.empty_like(made.forget_gate)
     with on_device(q):
         gate_gradients[(call.segments * made.blocks,)](
-            made.input_gate, made.forget_gate, d.query_dots, d.key_dots, d.ends, made.source, into_m,
+            made.input_gate, made.forget_gate, d.query_dots, d.key_dots, d.ends, own, into_m,
             call.table, dinput_gate, dforget_gate, call.segments, call.steps, call.length, d.ends.shape[0],
             **made.form,
         )  # fmt: skip
-    dinitial = (*before, _initial_m_gradient(made, initial, before, dm, into_m, cu_seqlens))
+    dinitial = (*before, _initial_m_gradient(made, initial, before, dm, into_initial, cu_seqlens))
     return [
         d.q, d.k, d.v, dinput_gate, dforget_gate,
         *(None if t is None else gradient for t, gradient in zip(states, dinitial, strict=True)),
@@ -252,13 +280,13 @@ def backward(
 
 
 def _initial_m_gradient(
-    made: MLSTMGates, initial: State, before: State, dm: Tensor, into_m: Tensor, cu_seqlens: Tensor | None
+    made: MLSTMGates, initial: State, before: State, dm: Tensor, into_initial: Tensor, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """Gradient of the initial m, through the initial C and n and, where the last m is made of it, through that; `dm`
-    for sequences without a step."""
+    """Gradient of the initial m, through the initial C and n and the stabilisers that are made of it; `dm` for
+    sequences without a step."""
     if not made.stabilised:
         return dm
-    total = into_m.masked_fill(made.source >= 0, 0)
+    total = into_initial.to(dm.dtype)
     for state, gradient in zip(initial, before, strict=True):
         assert state is not None
         assert gradient is not None

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from sinuous.core import mixers, norms
 from sinuous.core.mixers.feature_maps import build_feature_map, features
+from sinuous.core.ops.family import FAMILIES
 
 DIM = 24
 LENGTH = 70  # more than the chunk of any op
@@ -352,3 +353,18 @@ def test_norms_of_heads_and_groups() -> None:
 def test_what_does_not_fit_is_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         mixers.build_mixer(name, DIM, **options)
+
+
+@pytest.mark.parametrize("name", ["mlstm", "mlstm_large"])
+def test_the_cell_of_xlstm_has_its_published_eps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = [argument for _, argument in FAMILIES["mlstm"].arguments].index("eps")
+    received: list[float] = []
+    operator = torch.ops.sinuous.mlstm
+
+    def noted(*arguments: Any) -> Any:
+        received.append(arguments[place])
+        return operator(*arguments)
+
+    monkeypatch.setattr(torch.ops.sinuous, "mlstm", noted)
+    mixers.build_mixer(name, DIM)(torch.randn(2, 5, DIM))
+    assert received == [1e-6]

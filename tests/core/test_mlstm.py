@@ -50,10 +50,11 @@ def test_equals_the_quadratic_form(form: str, eps: float, floor: bool) -> None:
     assert error(mlstm(**arguments, eps=eps, backend=form), quadratic(**arguments, eps=eps, floor=floor)) <= 1e-12
 
 
+@pytest.mark.parametrize(("eps", "floor"), [(1e-6, True), (0.1, True), (0.0, False)])
 @every_form
-def test_without_eps_the_gradient_is_that_of_the_quadratic_form(form: str) -> None:
+def test_the_gradient_is_that_of_the_quadratic_form(form: str, eps: float, floor: bool) -> None:
     arguments, leaves = with_leaves(sample(150))
-    actual, expected = mlstm(**arguments, eps=0, backend=form), quadratic(**arguments, eps=0, floor=False)
+    actual, expected = mlstm(**arguments, eps=eps, backend=form), quadratic(**arguments, eps=eps, floor=floor)
     grads = cotangents({"y": expected}, seed=3)
     assert_close(gradients({"y": actual}, leaves, grads), gradients({"y": expected}, leaves, grads), 1e-10)
 
@@ -102,14 +103,32 @@ def test_the_state_is_in_units_of_its_stabiliser(form: str, seed: int, shift: fl
 
 
 @every_form
-def test_the_gradient_of_the_stabiliser_is_what_it_does_to_the_state(form: str) -> None:
-    arguments, leaves = with_leaves(sample(70, variant="full"))
+def test_without_eps_the_gradient_of_the_stabiliser_is_what_it_does_to_the_state(form: str) -> None:
+    arguments, leaves = with_leaves(sample(70, variant="full") | {"eps": 0.0})
     y = run(MLSTM, form, arguments)[0]
     actual = gradients({"y": y}, leaves, cotangents({"y": y}, seed=4))
     expected = torch.zeros_like(actual["initial_state.2"])
     for part in ("initial_state.0", "initial_state.1"):
         expected += (leaves[part] * actual[part]).flatten(2).sum(-1)
     assert error(actual["initial_state.2"], expected) <= 1e-10
+
+
+@every_form
+def test_a_large_eps_is_differentiated_through_states_and_resets(form: str) -> None:
+    arguments = draw(MLSTM, "full", 2, 6) | {"eps": 0.5}
+    arguments["forget_gate"] -= 2
+    arguments["forget_gate"][0, 3] = -torch.inf
+    arguments["input_gate"][1, 2] = -torch.inf
+    q, k, v, i, f, (C, n, m) = (arguments[name] for name in (*MLSTM.time, "initial_state"))
+    finite = tuple(t.requires_grad_() for t in (q, k, v, C, n, m))
+
+    def function(q: Tensor, k: Tensor, v: Tensor, C: Tensor, n: Tensor, m: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+        gates = {"input_gate": i + shift[0], "forget_gate": f + shift[1]}
+        inputs = {"q": q, "k": k, "v": v, "initial_state": (C, n, m), "eps": 0.5}
+        return tuple(named(run(MLSTM, form, inputs | gates)).values())
+
+    shift = torch.zeros(2, 2, 6, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, (*finite, shift), fast_mode=True)
 
 
 @every_form
@@ -152,6 +171,30 @@ def test_one_step_by_hand(form: str) -> None:
     torch.testing.assert_close(C.view(2, 2), weight * (k + 1)[:, None] * v[None])
     dot = weight * 2**-0.5 * (q @ (k + 1))
     torch.testing.assert_close(y.view(2), dot * v / (max(abs(dot), (-log_f).exp()) + eps))
+
+
+@every_form
+def test_eps_is_a_millionth_if_it_is_not_given(form: str) -> None:
+    arguments = sample(70)
+    arguments |= {"input_gate": arguments["input_gate"] + 20, "k": 1e-6 * arguments["k"]}  # where it makes a difference
+    y = mlstm(**arguments, backend=form)
+    assert error(y, quadratic(**arguments, eps=1e-6, floor=True)) <= 1e-12
+    assert error(y, quadratic(**arguments, eps=1.1e-6, floor=True)) >= 0.01
+
+
+@pytest.mark.parametrize("shift", [1e2, 1e4])
+@every_form
+def test_single_precision_at_large_input_gates(form: str, shift: float) -> None:
+    single = cast(sample(300, variant="full"), torch.float32)
+    single["input_gate"] += shift
+    expected = run_with_gradients(MLSTM, "recurrent", cast(single, torch.float64))
+    expected = {name: t for name, t in expected.items() if not name.startswith("state")}
+    assert_close(run_with_gradients(MLSTM, form, single), expected, 1e-4)
+    # The state is in units of e^m with m as it is returned, which is rounded: it is used as it is made.
+    first = {k: v[:, :99] if k in MLSTM.time else v for k, v in single.items()}
+    second = {k: v[:, 99:] if k in MLSTM.time else v for k, v in single.items()}
+    rest, _ = run(MLSTM, form, second | {"initial_state": run(MLSTM, form, first)[1]})
+    assert error(rest, expected["y"][:, 99:]) <= 1e-4
 
 
 @pytest.mark.parametrize("gate", ["input_gate", "forget_gate"])
