@@ -29,7 +29,7 @@ def described(value: object) -> str:
     if value is None or isinstance(value, Real):
         return str(value)
     shape = getattr(value, "shape", None)
-    text = reprlib.repr(value) if shape is None else f"shape {list(shape)}"
+    text = f"shape {list(shape)}" if isinstance(shape, tuple) else reprlib.repr(value)
     return f"{text} of type {type(value).__name__}"
 
 
@@ -57,7 +57,7 @@ def check_range(low: float, high: float, **numbers: float | None) -> None:
             continue
         if not is_number(number):
             raise ValueError(f"{name} must be a number (got {described(number)})")
-        if not low <= number <= high:
+        if not low <= float(number) <= high:
             bounds = f"be {low:g} or more" if high == math.inf else f"lie between {low:g} and {high:g}"
             raise ValueError(f"{name} must {bounds} (got {number})")
 
@@ -131,10 +131,10 @@ def check_arguments(function: Callable[P, Result]) -> Callable[P, Result]:
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> Result:
         try:
-            given = signature.bind(*args, **kwargs).arguments
+            arguments = signature.bind(*args, **kwargs).arguments
         except TypeError:  # told better by the call itself
             return function(*args, **kwargs)
-        check_types(_hints(function), given)
+        check_types(_hints(function), arguments)
         return function(*args, **kwargs)
 
     return checked

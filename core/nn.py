@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
-from sinuous.core.checks import check_sizes
-from sinuous.core.mixers import Mixer, build_mixer, list_mixers, mixer_class, mixer_options
+from sinuous.core.checks import check_arguments, check_range, check_sizes, described
+from sinuous.core.mixers import Mixer, build_mixer, calls, list_mixers, mixer_class, mixer_options
 from sinuous.core.ragged import run_ragged
 from sinuous.core.stack import NORMS
 
@@ -64,12 +64,21 @@ class _Direction(nn.Module):
         self.output_proj = nn.Linear(hidden_size, proj_size, False, **dd) if proj_size else nn.Identity()
 
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        x = self.input_proj(x)
+        x = self._project(x)
         y, state = self.mixer.prefill(self.norm(x), state)
         return self._finish(x, y), state
 
+    def _project(self, x: Tensor) -> Tensor:
+        try:
+            projected: Tensor = self.input_proj(x)
+        except RuntimeError:
+            calls.check_place(self, x)
+            raise
+        calls.check_output(self, x, projected)
+        return projected
+
     def step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
-        x_t = self.input_proj(x_t)
+        x_t = self._project(x_t)
         y, state = self.mixer.step(self.norm(x_t), state)
         return self._finish(x_t, y), state
 
@@ -103,6 +112,7 @@ class Recurrent(nn.Module):
         TypeError: if the mixer has no such option.
     """
 
+    @check_arguments
     def __init__(
         self,
         mixer: str,
@@ -125,8 +135,7 @@ class Recurrent(nn.Module):
         check_sizes(input_size=input_size, hidden_size=hidden_size, num_layers=num_layers)
         if proj_size < 0:
             raise ValueError(f"proj_size must be at least 1, or 0 for no projection (got {proj_size})")
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout must lie between 0 and 1 (got {dropout})")
+        check_range(0, 1, dropout=dropout)
         if norm is not None and norm not in NORMS:
             raise ValueError(f"norm must be None or one of {', '.join(map(repr, NORMS))} (got {norm!r})")
         if not mixer_class(mixer).causal:
@@ -211,6 +220,11 @@ class Recurrent(nn.Module):
         """
         if isinstance(x, PackedSequence):
             return self._run_packed(x, state)
+        self._parts(state)  # refuses one that is not made of as many parts
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"x must be a tensor or a PackedSequence (got {described(x)}); convert it with torch.tensor"
+            )
         if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
             layout = "[B, T, input_size]" if self.batch_first else "[T, B, input_size]"
             raise ValueError(
@@ -230,6 +244,9 @@ class Recurrent(nn.Module):
         Raises:
             NotImplementedError: if the layer is bidirectional.
         """
+        if not isinstance(x_t, Tensor) or x_t.ndim != 2 or x_t.shape[-1] != self.input_size:
+            shown = list(x_t.shape) if isinstance(x_t, Tensor) else described(x_t)
+            raise ValueError(f"x_t must be a tensor [B, input_size] with input_size {self.input_size} (got {shown})")
         if self.bidirectional:
             raise NotImplementedError("a bidirectional layer reads from the end and cannot step; call it on the whole")
         after = []
@@ -263,10 +280,13 @@ class Recurrent(nn.Module):
         return x, tuple(after)
 
     def _parts(self, state: State | None) -> State:
-        if state is not None and len(state) != len(self.layers):
+        is_row = isinstance(state, tuple | list)
+        if state is not None and not (
+            is_row and len(state) == len(self.layers) and all(isinstance(part, tuple) for part in state)
+        ):
             raise ValueError(
-                f"the state must have one part for each of the {len(self.layers)} mixers (got {len(state)}); "
-                "give what a call of this layer returned"
+                f"the state must have one part for each of the {len(self.layers)} mixers "
+                f"(got {len(state) if is_row else described(state)}); give what a call of this layer returned"
             )
         return (None,) * len(self.layers) if state is None else state
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sinuous.core.checks import check_sizes
+from sinuous.core.checks import check_arguments, check_grid, check_range, check_sizes, described, is_whole
 
 CROSS = ("raster", "column", "reversed", "column_reversed")
 """The routes of VMamba's cross-scan, in its order: rows, columns, and both from their ends."""
@@ -48,11 +49,18 @@ class Route(NamedTuple):
 
     def to_sequence(self, cells: Tensor) -> Tensor:
         """Put cells `[B, H·W, ...]`, in raster order, into the order of the route."""
+        self._check(cells)
         return cells.index_select(1, self.order)
 
     def to_cells(self, sequence: Tensor) -> Tensor:
         """Bring a sequence `[B, H·W, ...]` in the order of the route back to raster order."""
+        self._check(sequence)
         return sequence.index_select(1, self.inverse)
+
+    def _check(self, cells: Tensor) -> None:
+        steps = self.order.shape[0]
+        if cells.shape[1] != steps:
+            raise ValueError(f"there must be as many cells as the route has steps, {steps} (got {cells.shape[1]})")
 
 
 Indices = npt.NDArray[np.int64]
@@ -127,6 +135,7 @@ def _indices(name: str, height: int, width: int, window: int) -> tuple[Indices, 
     return order.copy(), np.argsort(order)  # a copy, as torch takes no negative strides
 
 
+@check_arguments
 def scan_route(name: str, height: int, width: int, *, window: int = 2, device: torch.device | None = None) -> Route:
     """Make the route `name` over `height` × `width` cells, as int64 indices `[H·W]`.
 
@@ -142,8 +151,7 @@ def scan_route(name: str, height: int, width: int, *, window: int = 2, device: t
     Raises:
         ValueError: for an unknown name (naming the closest), a negative size, or a window of less than 1.
     """
-    if min(height, width) < 0:
-        raise ValueError(f"a grid cannot have a negative side (got {height} x {width})")
+    check_range(0, math.inf, height=height, width=width)
     if name not in list_routes():
         close = difflib.get_close_matches(name, list_routes(), n=1) or list_routes()
         raise ValueError(f"there is no scan route {name!r}; did you mean {' or '.join(map(repr, close))}?")
@@ -161,6 +169,7 @@ def to_sequence(cells: Tensor, route: str, height: int, width: int) -> Tensor:
     Raises:
         ValueError: for an unknown route, naming the closest.
     """
+    _check_cells(cells, height, width)
     if route == "raster":
         return cells
     if route == "column":
@@ -177,6 +186,7 @@ def to_cells(sequence: Tensor, route: str, height: int, width: int) -> Tensor:
     Raises:
         ValueError: for an unknown route, naming the closest.
     """
+    _check_cells(sequence, height, width)
     if route == "raster":
         return sequence
     if route == "column":
@@ -185,6 +195,17 @@ def to_cells(sequence: Tensor, route: str, height: int, width: int) -> Tensor:
         raise ValueError("TorchScript has only the routes raster and column; compile or export instead")
     else:
         return sequence.index_select(1, _order(route, height, width)[1].to(sequence.device))
+
+
+def _check_cells(cells: Tensor, height: int, width: int) -> None:
+    if not isinstance(cells, Tensor) or cells.ndim < 2:
+        raise ValueError("cells must be a tensor [B, H·W, ...]; convert them with torch.as_tensor")
+    if not torch.jit.is_scripting() and not torch.compiler.is_compiling():  # type: ignore[attr-defined]
+        for name, side in (("height", height), ("width", width)):
+            if not is_whole(side):
+                raise ValueError(f"{name} must be a whole number (got {described(side)})")
+        check_range(0, math.inf, height=height, width=width)
+        check_grid((height, width), cells.shape[1], None)
 
 
 def _transposed(cells: Tensor, height: int, width: int) -> Tensor:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core import norms
-from sinuous.core.checks import check_sizes
+from sinuous.core.checks import check_arguments, check_positive, check_range, check_sizes, described
 from sinuous.core.stack import NORMS, Stack, State
 
 
@@ -61,6 +61,7 @@ class SequenceModel(nn.Module):
             options are for a mixer that is not in the pattern.
     """
 
+    @check_arguments
     def __init__(
         self,
         vocab_size: int,
@@ -90,6 +91,8 @@ class SequenceModel(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         check_sizes(vocab_size=vocab_size, dim=dim, depth=depth, pad_vocab_multiple=pad_vocab_multiple)
+        check_positive(logit_cap=logit_cap)
+        check_range(0, 1, drop_rate=drop_rate)
         self.vocab_size = vocab_size
         self.padded_vocab_size = math.ceil(vocab_size / pad_vocab_multiple) * pad_vocab_multiple
         self.num_features = self.embed_dim = self.dim = dim
@@ -196,6 +199,10 @@ class SequenceModel(nn.Module):
         return self.layers.initial_state(batch_size, device, dtype)
 
     def _embed(self, x: Tensor, ndim: int) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"x must be a tensor of ids or embeddings (got {described(x)}); convert it with torch.tensor"
+            )
         if x.is_floating_point():
             if x.ndim != ndim + 1 or x.shape[-1] != self.dim:
                 wanted = "[B, T, dim]" if ndim == 2 else "[B, dim]"
@@ -203,7 +210,17 @@ class SequenceModel(nn.Module):
         else:
             if x.ndim != ndim:
                 raise ValueError(f"ids must be {'[B, T]' if ndim == 2 else '[B]'} (got {list(x.shape)})")
-            x = self.embedding(x)
+            if x.dtype not in (torch.int64, torch.int32):
+                raise ValueError(f"ids must be int64 or int32 (got {x.dtype}); convert them with .long()")
+            if x.is_meta and not self.embedding.weight.is_meta:
+                raise ValueError(f"ids are on meta, without data (got {list(x.shape)}); give ids on the model's device")
+            try:
+                x = self.embedding(x)
+            except IndexError:
+                raise ValueError(
+                    f"ids must lie between 0 and {self.padded_vocab_size - 1} (got {int(x.min())} to {int(x.max())}); "
+                    "use the tokenizer that the model was trained with"
+                ) from None
         x = self.drop(x)
         return norms.at_least_fp32(x) if self.residual_in_fp32 else x
 

@@ -21,8 +21,16 @@ from torch import Tensor, nn
 
 from sinuous.core import norms
 from sinuous.core.blocks import PLACEMENTS, ResidualBlock, SharingBlock
-from sinuous.core.checks import check_choice, check_sizes
-from sinuous.core.mixers import Bidirectional, Mixer, build_mixer, list_mixers, mixer_class
+from sinuous.core.checks import (
+    check_arguments,
+    check_choice,
+    check_positive,
+    check_range,
+    check_sizes,
+    described,
+    is_whole,
+)
+from sinuous.core.mixers import Bidirectional, Mixer, build_mixer, calls, list_mixers, mixer_class
 from sinuous.core.mixers import mixer_options as options_of
 
 MLPS: dict[str, Callable[..., nn.Module]] = {
@@ -74,6 +82,7 @@ class Stack(nn.ModuleList):
         TypeError: if a mixer has no such option.
     """
 
+    @check_arguments
     def __init__(
         self,
         dim: int,
@@ -97,7 +106,7 @@ class Stack(nn.ModuleList):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.dim = dim
+        self.dim = self.model_dim = dim
         self.pattern = (pattern,) if isinstance(pattern, str) else tuple(pattern)
         self.causal = causal
         self.weight_init = weight_init
@@ -106,6 +115,9 @@ class Stack(nn.ModuleList):
         mlps = dict.fromkeys(self.pattern, "none")
         mlps.update(dict.fromkeys(self.pattern, mlp) if isinstance(mlp, str) else mlp)
         check_sizes(dim=dim, depth=depth, mlp_multiple_of=mlp_multiple_of)
+        check_range(0, 1, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        check_range(0, 1, norm_eps=norm_eps)
+        check_positive(mlp_ratio=mlp_ratio)
         for kind in mlps.values():
             check_choice("mlp", kind, ("none", *MLPS))
         check_choice("norm", norm, NORMS)
@@ -167,6 +179,17 @@ class Stack(nn.ModuleList):
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        x = args[0] if args else kwargs.get("x")
+        calls.check_stream(self, x)
+        try:
+            return super().__call__(*args, **kwargs)
+        except Exception:
+            calls.explain(self, x, 3)
+            raise
+
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
         """Residual stream after the last block.
 
@@ -194,8 +217,21 @@ class Stack(nn.ModuleList):
             taps: indices of blocks, from 0.
             stop_early: leave out the blocks after the last of `taps`; the first result is then that block's.
         """
-        indices = sorted(taps)
-        return self.run(x, cu_seqlens, grid, indices, indices[-1] + 1 if stop_early and indices else None)
+        indices = self._blocks(taps)
+        calls.check_stream(self, x)
+        try:
+            return self.run(x, cu_seqlens, grid, indices, indices[-1] + 1 if stop_early and indices else None)
+        except Exception:
+            calls.explain(self, x, 3)
+            raise
+
+    def _blocks(self, taps: Any) -> list[int]:
+        indices = list(taps) if isinstance(taps, Iterable) else [taps]
+        if not (isinstance(taps, Iterable) and all(is_whole(i) and 0 <= i < len(self) for i in indices)):
+            raise ValueError(
+                f"taps must be indices of the {len(self)} blocks, from 0 (got {described(taps)}); give [0]"
+            )
+        return sorted(indices)
 
     def run(
         self, x: Tensor, cu_seqlens: Tensor | None, grid: tuple[int, int] | None, taps: list[int], depth: int | None
@@ -253,12 +289,24 @@ class Stack(nn.ModuleList):
     def _carry(self, call: str, x: Tensor, state: State) -> tuple[Tensor, State]:
         if not self.causal:
             _no_state()
+        if not isinstance(state, tuple | list) or len(state) != len(self):
+            length = f"{len(state)} parts" if isinstance(state, tuple | list) else described(state)
+            raise ValueError(
+                f"state must be a tuple with a part for each of the {len(self)} blocks (got {length}); "
+                "give what initial_state or prefill returned"
+            )
         shared: dict[str, list[Tensor]] = {}
-        after = []
-        for name, block, before in zip(self._names(), self, state, strict=True):
-            x, new, *shared[name] = getattr(block, call)(x, before, *shared.get(name, ()))
-            after.append(new)
-        return x, tuple(after)
+        after, stream = [], x
+        calls.check_stream(self, x)
+        try:
+            for name, block, before in zip(self._names(), self, state, strict=True):
+                stream, new, *shared[name] = getattr(block, call)(stream, before, *shared.get(name, ()))
+                after.append(new)
+        except Exception:
+            if not torch.compiler.is_compiling():
+                calls.explain(self, x, 3 if call == "prefill" else 2)
+            raise
+        return stream, tuple(after)
 
     def initial_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -12,6 +12,7 @@ that read a grid leave no place for it, and L = M.
 
 # Annotations stay objects: FX copies that of `forward` into its graphs, and TorchScript cannot read a string there.
 import math
+import operator
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,8 +33,9 @@ from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from sinuous.core import norms
-from sinuous.core.checks import check_choice
+from sinuous.core.checks import check_arguments, check_choice, check_range, check_sizes, described
 from sinuous.core.mixers import mixer_class
+from sinuous.core.mixers.calls import check_output, check_place
 from sinuous.core.registry import check_weights, register_vision_model
 from sinuous.core.stack import Stack
 from sinuous.core.weights import shipped_cfgs
@@ -122,8 +124,15 @@ def fit_pos_embed(
 
 
 @register_notrace_function
-def at_least_a_patch(x: Tensor, patch_size: list[int]) -> Tensor:
-    """`x`, or a ValueError where an image has no room for one patch."""
+def at_least_a_patch(x: Tensor, patch_size: list[int], in_chans: int) -> Tensor:
+    """`x`, or a ValueError where it is no batch of images with room for one patch each."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"images must be a tensor [B, C, H, W] (got {type(x)}); convert them with torch.as_tensor")
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(
+            f"images must have shape [B, C, H, W] with {in_chans} channels (got {x.shape}); add the axes that are "
+            "missing, or build the model with in_chans"
+        )
     height, width = x.shape[2], x.shape[3]
     if height < patch_size[0] or width < patch_size[1]:
         raise ValueError(
@@ -153,7 +162,22 @@ class PatchEmbed(nn.Module):
         self.grid_size = self._grid()
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, device=device, dtype=dtype)
 
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return cast("Tensor", super().__call__(x))
+        try:
+            patches: Tensor = super().__call__(x)
+        except RuntimeError:
+            check_place(self, x)
+            raise
+        check_output(self, x, patches)
+        return patches
+
     def _grid(self) -> tuple[int, int]:
+        sides = {"img_size": self.img_size, "patch_size": self.patch_size, "stride": self.stride}
+        for name, sizes in sides.items():
+            for size in sizes:
+                check_sizes(**{name: size})
         if any(size < patch for size, patch in zip(self.img_size, self.patch_size, strict=True)):
             raise ValueError(
                 f"img_size must be at least patch_size {self.patch_size} (got {self.img_size}); "
@@ -217,6 +241,7 @@ class Vim(nn.Module):
 
     output_fmt = "NLC"
 
+    @check_arguments
     def __init__(
         self,
         img_size: IntOrPair = 224,
@@ -241,6 +266,9 @@ class Vim(nn.Module):
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        check_sizes(in_chans=in_chans, embed_dim=embed_dim, depth=depth)
+        check_range(0, math.inf, num_classes=num_classes)
+        check_range(0, 1, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         self.class_token = _class_token(class_token, mixer)
         self.num_prefix_tokens = 1 if self.class_token == "head" else 0
         self.in_chans = in_chans
@@ -308,9 +336,11 @@ class Vim(nn.Module):
         return self.head
 
     @torch.jit.ignore
+    @check_arguments
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh head with the device, dtype and mode of the model, none for 0 classes. Pooling stays if absent."""
         dd = get_device_dtype(self)
+        check_range(0, math.inf, num_classes=num_classes)
         if global_pool is not None:
             self.global_pool = _pool(global_pool, self.class_token)
         self.num_classes = num_classes
@@ -319,6 +349,7 @@ class Vim(nn.Module):
         self._init_head()
 
     @torch.jit.ignore
+    @check_arguments
     def set_input_size(self, img_size: IntOrPair | None = None, patch_size: IntOrPair | None = None) -> None:
         """Another image size or patch size: position embeddings and patch kernel are resampled.
 
@@ -342,7 +373,7 @@ class Vim(nn.Module):
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int] | None]:
         """Image `[B, C, H, W]` to the residual stream `[B, L, D]`, in fp32 at least, and the grid if it is one."""
-        x = self.patch_embed(at_least_a_patch(x, self.patch_embed.patch_size))
+        x = self.patch_embed(at_least_a_patch(x, self.patch_embed.patch_size, self.in_chans))
         height, width = x.shape[2], x.shape[3]
         pos_embed = fit_pos_embed(
             self.pos_embed, self.patch_embed.grid_size, height, width, self.dynamic_img_size, self.class_token
@@ -389,7 +420,8 @@ class Vim(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC' (got {output_fmt!r})")
-        taken, _ = feature_take_indices(len(self.layers), indices)
+        taken, _ = _take(len(self.layers), indices)
+        x = at_least_a_patch(x, self.patch_embed.patch_size, self.in_chans)
         stride, patch = self.patch_embed.stride, self.patch_embed.patch_size
         height, width = grid_of((x.shape[2], x.shape[3]), patch, stride)
         x, grid = self._embed(x)
@@ -406,8 +438,7 @@ class Vim(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what intermediates at `indices` do not need; returns the indices kept."""
-        taken: list[int]
-        taken, last = feature_take_indices(len(self.layers), indices)
+        taken, last = _take(len(self.layers), indices)
         del self.layers[last + 1 :]
         if prune_norm:
             self.norm_f = nn.Identity()
@@ -425,6 +456,18 @@ class Vim(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def _take(blocks: int, indices: int | list[int] | None) -> tuple[list[int], int]:
+    try:
+        taken, last = feature_take_indices(blocks, indices)
+        taken = [operator.index(block) for block in taken]
+    except (AssertionError, TypeError) as error:
+        raise ValueError(
+            f"indices must be blocks from {-blocks} to {blocks - 1}, or how many of the last of {blocks} "
+            f"(got {described(indices)})"
+        ) from error
+    return taken, last
 
 
 def _class_token(class_token: str | None, mixer: str) -> str:

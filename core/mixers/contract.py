@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
+import math
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
+
+from sinuous.core.checks import check_arguments, check_range, check_sizes, is_number, is_whole
+from sinuous.core.mixers import calls
 
 State = Any
 """A NamedTuple of tensors, batch first; each family has its own."""
@@ -33,6 +39,8 @@ class Mixer(nn.Module):
         causal: output t depends on inputs up to t only.
         constant_state: the state's size does not grow with the length of the past.
         reads_grid: the output depends on the grid, of mixers that look around and not only along the row.
+        may_be_zero: whole-number options that are no sizes, besides those whose default is 0.
+        model_dim: width of its input and output; 0 where its constructor has no argument `dim`.
         shared_option: for mixers that share tensors with those of their name in later blocks of a model, the option of
             the constructor that makes a later one, which reads them; `None` for mixers that share nothing.
     """
@@ -41,6 +49,40 @@ class Mixer(nn.Module):
     constant_state: ClassVar[bool]
     reads_grid: ClassVar[bool] = False
     shared_option: ClassVar[str | None] = None
+    may_be_zero: ClassVar[frozenset[str]] = frozenset()
+    model_dim: int = 0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls)
+        if "__init__" in own:
+            cls.__init__ = _checked_constructor(own["__init__"])  # type: ignore[method-assign]
+        if "prefill" in own:
+            cls._go_on = own["prefill"]  # type: ignore[method-assign]
+            cls.prefill = calls.checked("x")(own["prefill"])  # type: ignore[method-assign]
+        if "initial_state" in own:
+            cls.initial_state = calls.checked_start(own["initial_state"])  # type: ignore[method-assign]
+        if "mix_sharing" in own:
+            cls.mix_sharing = calls.checked("x", 2)(own["mix_sharing"])  # type: ignore[method-assign]
+        if "step" in own:
+            cls.step = calls.checked("x_t")(own["step"])  # type: ignore[method-assign]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        x = args[0] if args else kwargs.get("x")
+        try:
+            if len(args) > 1 or kwargs:
+                cu_seqlens = args[1] if len(args) > 1 else kwargs.get("cu_seqlens")
+                grid = args[2] if len(args) > 2 else kwargs.get("grid")
+                if cu_seqlens is not None or grid is not None:
+                    calls.check_boundaries(x, cu_seqlens, grid)
+            y = super().__call__(*args, **kwargs)
+        except Exception:
+            calls.explain(self, x, 3)
+            raise
+        calls.check_output(self, x, y)
+        return y
 
     def forward(
         self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None
@@ -58,10 +100,14 @@ class Mixer(nn.Module):
         """Mix `[B, T, dim]` and go on from `state`; returns the output and the state after the last step."""
         raise NotImplementedError(f"{type(self).__name__} looks at the future and has no state to carry; call forward")
 
+    @calls.checked("x_t")
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """One step: `[B, dim]` and a state to `[B, dim]` and the next state."""
-        y, state = self.prefill(x_t.unsqueeze(1), state)
+        y, state = self._go_on(x_t.unsqueeze(1), state)
         return y.squeeze(1), state
+
+    _go_on = prefill
+    """`prefill` without its checks, of which a step has its own."""
 
     def mix_sharing(
         self, x: Tensor, shared: Shared = (), state: State | None = None, cu_seqlens: Tensor | None = None
@@ -100,6 +146,31 @@ class Mixer(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of own parameters that weight decay should leave alone."""
         return set()
+
+
+def _checked_constructor(constructor: Callable[..., None]) -> Callable[..., None]:
+    """Check arguments against their annotations, whole numbers as sizes and others as finite, and keep the width."""
+    parameters = inspect.signature(constructor).parameters
+
+    @check_arguments
+    @functools.wraps(constructor)
+    def construct(self: Mixer, *args: Any, **kwargs: Any) -> None:
+        options = dict(zip(list(parameters)[1:], args, strict=False)) | kwargs
+        for name, value in options.items():
+            if name not in parameters:  # of a mixer inside, which looks at it
+                continue
+            default: Any = parameters[name].default
+            zero = name in self.may_be_zero or (is_whole(default) and default == 0)
+            if is_whole(value):
+                check_range(0, math.inf, **{name: value}) if zero else check_sizes(**{name: value})
+            elif is_number(value):
+                low = 0 if is_number(default) and default > 0 else -sys.float_info.max
+                check_range(low, sys.float_info.max, **{name: value})
+        constructor(self, *args, **kwargs)
+        if "dim" in parameters:
+            self.model_dim = options["dim"]
+
+    return construct
 
 
 def register_state(cls: StateClass) -> StateClass:

@@ -222,7 +222,10 @@ class S4(Mixer):
         self.init_weights()
 
     def _start(self) -> hippo.Start:
-        start = hippo.start(self.init, self.d_state, self.systems, self.rank)
+        try:
+            start = hippo.start(self.init, self.d_state, self.systems, self.rank)
+        except ValueError as error:
+            raise ValueError(f"init, d_state or rank make no start (got {self.init!r}): {error}") from None
         if self.mode == "diag":
             return start._replace(P=start.P[:0])
         if not start.P.any():  # where its gradient is 0 as well

@@ -77,6 +77,7 @@ class SLSTM(Mixer):
 
     causal: ClassVar[bool] = True
     constant_state: ClassVar[bool] = True
+    may_be_zero: ClassVar[frozenset[str]] = frozenset({"conv_size"})
 
     def __init__(
         self,

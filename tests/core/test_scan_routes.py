@@ -119,5 +119,5 @@ def test_refusals() -> None:
         to_sequence(torch.zeros(1, 4, 1), "serpentin", 2, 2)
     with pytest.raises(ValueError, match="window must be at least 1"):
         scan_route("windows", 2, 2, window=0)
-    with pytest.raises(ValueError, match="negative side"):
+    with pytest.raises(ValueError, match="height must be 0 or more"):
         scan_route("raster", -1, 2)
