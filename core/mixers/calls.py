@@ -194,8 +194,6 @@ def check_place(module: nn.Module, *tensors: Any) -> None:
                     f"{name} must have the dtype of the parameters, {wanted} (got {part.dtype}); "
                     f"convert it with .to({wanted})"
                 )
-            if name == "state" and part.is_complex():
-                raise ValueError(f"state must be real (got {part.dtype})")
 
 
 def explain(module: Mixer | Stack, x: Any, axes: int, state: Any = None) -> None:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -27,6 +27,7 @@ MixerClass = TypeVar("MixerClass", bound="type[Mixer]")
 StateClass = TypeVar("StateClass", bound=type)
 
 _MIXERS: dict[str, type[Mixer]] = {}
+_STATES: dict[str, type] = {}
 
 
 class Mixer(nn.Module):
@@ -174,9 +175,18 @@ def _checked_constructor(constructor: Callable[..., None]) -> Callable[..., None
 
 
 def register_state(cls: StateClass) -> StateClass:
-    """Let exported programs that carry a NamedTuple state be saved."""
-    _pytree._register_namedtuple(cls, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")
+    """Make a NamedTuple of tensors known: exported programs that carry it can be saved, `sinuous.core.streaming` writes
+    and reads it, and torch.load reads it with weights-only rules."""
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    _pytree._register_namedtuple(cls, serialized_type_name=name)
+    torch.serialization.add_safe_globals([cls])
+    _STATES[name] = cls
     return cls
+
+
+def state_classes() -> Mapping[str, type]:
+    """The registered classes of states by name."""
+    return _STATES
 
 
 def register_mixer(name: str) -> Callable[[MixerClass], MixerClass]:
