@@ -93,7 +93,8 @@ def recurrent(
 
     def step(state: State, q_t: Tensor, k_t: Tensor, v_t: Tensor, log_i: Tensor, log_f: Tensor) -> tuple[Tensor, State]:
         C, n, m = state
-        floor, epsilon = log_f.new_zeros(()), eps
+        floor = log_f.new_zeros(())
+        epsilon: Tensor | float = eps
         if stabilised:
             before, m = rounded(m), torch.maximum(log_f + m, log_i).clamp_min(LOWEST)
             held = rounded(m)
