@@ -17,6 +17,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sinuous.apps.threads import choose_waiting
+
 VERBS = {
     "train": ("sinuous.apps.train", "train a model: sinuous train experiment=vision/fashion_mnist"),
     "eval": ("sinuous.apps.evaluate", "score weights on a test set: sinuous eval weights=vim_nano.fashion_mnist"),
@@ -70,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
+    choose_waiting()
     try:
         return int(importlib.import_module(VERBS[verb][0]).main(arguments) or 0)
     except SystemExit as stop:  # argparse and Hydra end this way after --help and on unknown flags

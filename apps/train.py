@@ -24,6 +24,7 @@ from sinuous.apps.composition import Outcome, command_line, run_composed
 from sinuous.apps.domain_configs import known
 from sinuous.apps.resuming import changed_settings, check_folder, enter, start_of
 from sinuous.apps.run_folder import WholeCheckpoints, describe, keep_metrics, keep_scores
+from sinuous.apps.threads import waiting
 from sinuous.apps.training import Training
 from sinuous.core.data import lacking
 
@@ -50,6 +51,8 @@ def train(config: DictConfig) -> Outcome:
         enter(config.runs, folder)
         describe(folder, config)
         log.info("%s", first_line(trainer, training, batches, ("train", "val", "test"), config.model))
+        if trainer.strategy.root_device.type == "cpu" and torch.get_num_threads() > 1:
+            log.info("%s", waiting(torch.get_num_threads()))
         if changes:
             log.info("changed since the run began: %s", "; ".join(changes))
     began = time.perf_counter()
