@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     """`sinuous export MODEL OUT [--checkpoint FILE] [--overwrite]`."""
     parser = argparse.ArgumentParser(
         prog="sinuous export",
-        description="Write a model as ONNX: one step of a causal language model, the whole forward pass of any other. "
+        description="Write a model as ONNX: one step of a causal model of sequences, the forward pass of any other. "
         "The size of the batch is free.",
     )
     parser.add_argument("model", metavar="MODEL", help="NAME.TAG, a folder of sinuous.save, or one on the hub")

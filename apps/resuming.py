@@ -75,6 +75,8 @@ def enter(runs: str, folder: Path) -> None:
     ledger.parent.mkdir(parents=True, exist_ok=True)
     with ledger.open("a") as file:
         file.write(f"{folder.absolute()}\n")
+    for wish in [wish for wish, place in _CLAIMED.items() if place == folder]:
+        del _CLAIMED[wish]  # the next run of this process is another one
 
 
 def newest_run(runs: str | os.PathLike[str]) -> Path:

@@ -188,6 +188,8 @@ def check_place(module: nn.Module, *tensors: Any) -> None:
                     f"{name} is on {part.device} and the parameters on {place}; move it with .to({place!r})"
                 )
             dtypes = dict.fromkeys(p.dtype for p in parameters)
+            if part.is_meta:  # which autocast knows nothing of
+                continue
             if name == "x" and part.dtype not in dtypes and not torch.is_autocast_enabled(part.device.type):
                 wanted = next(iter(dtypes))
                 raise ValueError(

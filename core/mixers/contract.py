@@ -162,7 +162,7 @@ def _checked_constructor(constructor: Callable[..., None]) -> Callable[..., None
                 continue
             default: Any = parameters[name].default
             zero = name in self.may_be_zero or (is_whole(default) and default == 0)
-            if is_whole(value):
+            if is_whole(value) and "float" not in str(parameters[name].annotation):
                 check_range(0, math.inf, **{name: value}) if zero else check_sizes(**{name: value})
             elif is_number(value):
                 low = 0 if is_number(default) and default > 0 else -sys.float_info.max

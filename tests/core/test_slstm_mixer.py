@@ -130,7 +130,7 @@ def test_a_head_of_one_cell_starts() -> None:
     ("options", "message"),
     [
         ({"num_heads": 5}, "dim must be a positive multiple of the number of heads"),
-        ({"conv_size": -1}, "conv_size must be at least 1, or 0"),
+        ({"conv_size": -1}, "conv_size must be 0 or more"),
         ({"num_blocks": 2, "block_index": 2}, "block_index must be one of the 2 blocks"),
     ],
 )
