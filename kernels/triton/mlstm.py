@@ -79,9 +79,8 @@ def gates(
         b, total = tl.cumsum(log_f, 0), tl.sum(log_f, 0)
         u = log_i - b
         if STABILISED:
-            largest = tl.max(u, 0)
             mu = tl.maximum(tl.maximum(tl.associative_scan(u, 0, _larger), m[None, :]), LOWEST)
-            last = tl.maximum(tl.maximum(largest, m), LOWEST)
+            last = tl.max(mu, 0)
             before, m = m, last + total
         else:
             mu, before, last = -b, tl.zeros([BH], tl.float64), -total
@@ -172,7 +171,7 @@ class MLSTMGates:
         own = self.weights.columns >= self.weights.rows
         anew = own | self.forget_gate.isneginf()  # m before the step has no part in m
         if not self.stabilised:
-            return own, through_eps, into_last
+            return own.view(torch.int8), through_eps, into_last
         into_m, anew = (t.flip(1) if reverse else t.clone() for t in (through_eps, anew))
         if cu_seqlens is None:
             into_m[:, -1] += into_last
@@ -185,7 +184,7 @@ class MLSTMGates:
             into_m = run_sums(into_m.mT, (anew | (before == 0)[:, None]).mT).mT
             first = (length - bounds[1:] if reverse else bounds[:-1]).clamp_max(length - 1)
             into_initial = into_m[0].masked_fill(anew[0], 0)[first]
-        return own, (into_m.flip(1) if reverse else into_m).contiguous(), into_initial
+        return own.view(torch.int8), (into_m.flip(1) if reverse else into_m).contiguous(), into_initial
 
 
 def forward(
