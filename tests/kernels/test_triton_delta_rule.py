@@ -107,7 +107,10 @@ def test_chunk_states_are_those_of_the_definition(variant: str, reverse: bool) -
 def test_strengths_and_keys_of_every_kind(keys: str, beta: float) -> None:
     arguments = drawn(100, 32, 8)
     if keys == "one, repeated":
-        arguments["k"] = arguments["k"][:, :1].expand(1, 100, 1, 32).clone()
+        # Of a length that is 1 in every precision: a reflection along a key that is longer by a rounding grows each
+        # time, and then the order of sums in the matrix library decides the error.
+        signs = arguments["k"][:, :1, :, :16].sign() / 4
+        arguments["k"] = F.pad(signs, (8, 8)).expand(1, 100, 1, 32).clone()
     elif keys == "zero":
         arguments["k"][:, ::3] = 0
     elif keys == "orthogonal":

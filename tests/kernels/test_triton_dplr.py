@@ -117,7 +117,9 @@ def test_corrections_of_every_kind(keys: str, strength: float) -> None:
     arguments = drawn(100, 32, 8)
     a = arguments["a"]
     if keys == "one, repeated":
-        a = a[:, :1].expand(1, 100, 1, 32).clone()
+        # Of a length that is 1 in every precision: a reflection along a key that is longer by a rounding grows each
+        # time, and then the order of sums in the matrix library decides the error.
+        a = F.pad(a[:, :1, :, :16].sign() / 4, (8, 8)).expand(1, 100, 1, 32).clone()
     elif keys == "zero":
         a[:, ::3] = 0
     else:

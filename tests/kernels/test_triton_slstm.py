@@ -67,13 +67,13 @@ def test_gpus_see_no_ragged_head_that_is_not_masked(monkeypatch: pytest.MonkeyPa
     from sinuous.kernels.triton import slstm
 
     seen = set()
-    products = slstm._Call.products
+    products = slstm.SLSTMCall.products
 
-    def note(call: slstm._Call) -> dict[str, Any]:
+    def note(call: slstm.SLSTMCall) -> dict[str, Any]:
         seen.add(call.units)
         return products(call)
 
-    monkeypatch.setattr(slstm._Call, "products", note)
+    monkeypatch.setattr(slstm.SLSTMCall, "products", note)
     compare(cast(draw_from(SLSTM.wide, 1, 2), torch.float32))
     assert seen == {64}
 
