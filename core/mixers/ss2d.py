@@ -124,8 +124,9 @@ class SS2D(Mixer):
             y = self._scan(torch.stack([x, x], 2), cu_seqlens).sum(2)
         else:
             check_grid(grid, x.shape[1], cu_seqlens)
-            x = F.silu(self.conv2d(x.mT.unflatten(-1, [grid[0], grid[1]])).flatten(2)).mT
             height, width = grid
+            if height * width > 0:  # torch's convolution refuses an image without a pixel
+                x = F.silu(self.conv2d(x.mT.unflatten(-1, [height, width])).flatten(2)).mT
             rows, columns = to_sequence(x, "raster", height, width), to_sequence(x, "column", height, width)
             y = self._scan(torch.stack([rows, columns], 2), None)
             y = to_cells(y[:, :, 0], "raster", height, width) + to_cells(y[:, :, 1], "column", height, width)

@@ -265,6 +265,16 @@ def test_reads_grid_says_what_holds(name: str) -> None:
         assert torch.allclose(grid, other, atol=1e-10) is not mixer.reads_grid
 
 
+@pytest.mark.parametrize("batch", [2, 0])
+@pytest.mark.parametrize("grid", [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("name", [name for name in mixers.list_mixers() if mixers.mixer_class(name).reads_grid])
+def test_an_empty_grid_gives_no_tokens(name: str, grid: tuple[int, int], batch: int) -> None:
+    x = torch.zeros(batch, 0, DIM, requires_grad=True)
+    y = mixers.build_mixer(name, DIM)(x, grid=grid)
+    y.sum().backward()
+    assert y.shape == x.shape
+
+
 @pytest.mark.parametrize("name", mixers.list_mixers())
 def test_a_shared_option_is_an_option(name: str) -> None:
     option = mixers.mixer_class(name).shared_option
