@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sinuous.core import norms
 from sinuous.core.checks import check_sizes
@@ -63,14 +64,32 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor
 
     Packed sequences cost a mask of T x S bits."""
     length, past = q.shape[1], k.shape[1]
-    if cu_seqlens is None and (length == past or length == 1):
-        return _dot_product(q, k, v, None, length > 1)
+    if cu_seqlens is None and length == 1:
+        return _dot_product(q, k, v, None, False)
+    if cu_seqlens is None and length == past:
+        return _dot_product(q, k, v, None, True)
     index = torch.arange(past, device=q.device)
     mask = index <= index[past - length :].unsqueeze(1)
     if cu_seqlens is not None:
         segment = positions.segments(k, cu_seqlens)[0]
         mask = mask & (segment == segment[past - length :].unsqueeze(1))
     return _dot_product(q, k, v, mask.unsqueeze(0).unsqueeze(0), False)
+
+
+def _exporting() -> bool:
+    """Whether the program is to serve every length that it is exported for."""
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return False
+    else:
+        return torch.compiler.is_exporting()
+
+
+def _at_most(length: int, window: int) -> bool:
+    """Whether there is one block of steps only; in an exported program, whether none of its lengths has more."""
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return length <= window
+    else:
+        return statically_known_true(length <= window) if torch.compiler.is_exporting() else length <= window
 
 
 @torch.fx.wrap
@@ -86,7 +105,8 @@ def attend_window(
         position: how many steps there were before the first query, `[B]`.
     """
     length = q.shape[1]
-    if position is None and cu_seqlens is None and length <= window:
+    single = _at_most(length, window)
+    if position is None and cu_seqlens is None and single:
         return _dot_product(q, k, v, None, True)
     if length == 0:
         return q
@@ -99,30 +119,39 @@ def attend_window(
     segment = positions.segments(q, cu_seqlens)
     segment = torch.cat([-absent.long(), segment.expand(absent.shape[0], length)], 1)
 
-    block = min(window, length)
+    block = length if single else window
     width = before + block
     offset = torch.arange(width, device=q.device) - torch.arange(block, device=q.device).unsqueeze(1)
     band = (offset >= 0) & (offset < window)
-    mask = band & (segment[:, :width].unsqueeze(1) == segment[:, before:width].unsqueeze(2))
-    y = _dot_product(q[:, :block], k[:, :width], v[:, :width], mask.unsqueeze(1), False)
-    if length == block:
-        return y
-
     # Only the first block can see steps that are not there, so the others share one mask unless sequences are packed.
-    blocks = (length - 1) // block
-    missing = (blocks + 1) * block - length
-    k, v = F.pad(k[:, block:], [0, 0, 0, 0, 0, missing]), F.pad(v[:, block:], [0, 0, 0, 0, 0, missing])
-    rest = F.pad(q[:, block:], [0, 0, 0, 0, 0, missing]).unflatten(1, [blocks, block]).flatten(0, 1)
+    # An exported program does not know whether there are others, so there every block has its own.
+    exporting = _exporting() and not single
+    y, done = q[:, :0], 0
+    if not exporting:
+        mask = band & (segment[:, :width].unsqueeze(1) == segment[:, before:width].unsqueeze(2))
+        y, done = _dot_product(q[:, :block], k[:, :width], v[:, :width], mask.unsqueeze(1), False), block
+        if length == block:
+            return y
+
+    # With a block more than needed, no size of an exported program is 1, which would be a case of its own.
+    blocks = (length - done - 1) // block + (2 if exporting else 1)
+    missing = done + blocks * block - length
+    k, v = F.pad(k[:, done:], [0, 0, 0, 0, 0, missing]), F.pad(v[:, done:], [0, 0, 0, 0, 0, missing])
+    rest = F.pad(q[:, done:], [0, 0, 0, 0, 0, missing])
     mask = band.unsqueeze(0)
-    if cu_seqlens is not None:
-        segment = F.pad(segment[:, block:], [0, missing], value=-1.0)
-        seen = segment.unfold(1, width, block)[0]
-        mask = mask & (seen.unsqueeze(1) == seen[:, before:].unsqueeze(2))
+    if cu_seqlens is not None or exporting:
+        segment = F.pad(segment[:, done:], [0, missing], value=-1.0)
+        seen = segment.unfold(1, width, block)
+        mask = (mask & (seen.unsqueeze(2) == seen[:, :, before:].unsqueeze(3))).expand(q.shape[0], -1, -1, -1)
+        mask = mask.flatten(0, 1)
     # unfold puts the steps of a block last: [B, blocks, G, K, width]
-    k, v = k.unfold(1, width, block).flatten(0, 1), v.unfold(1, width, block).flatten(0, 1)
-    tail = _dot_product(rest, k.permute(0, 3, 1, 2), v.permute(0, 3, 1, 2), mask.unsqueeze(1), False)
-    tail = tail.unflatten(0, [q.shape[0], blocks]).flatten(1, 2)
-    return torch.cat([y, tail[:, : length - block]], 1)
+    rest, k, v = rest.unfold(1, block, block), k.unfold(1, width, block), v.unfold(1, width, block)
+    rest, k, v = [t.flatten(0, 1).permute(0, 3, 1, 2) for t in (rest, k, v)]
+    tail = _dot_product(rest, k, v, mask.unsqueeze(1), False)
+    tail = tail.unflatten(0, [q.shape[0], -1]).flatten(1, 2)
+    if exporting:  # a slice would ask whether it is the whole, which depends on the length
+        return tail.index_select(1, torch.arange(length, device=q.device))
+    return torch.cat([y, tail[:, : length - done]], 1)
 
 
 @register_mixer("softmax_attention")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sinuous.core.checks import check_sizes
 from sinuous.core.mixers.contract import register_mixer
-from sinuous.core.mixers.mamba import ChannelStateMixer
+from sinuous.core.mixers.mamba import ChannelStateMixer, depthwise
 from sinuous.core.ops import causal_conv1d, longhorn  # noqa: F401  (registers torch.ops.sinuous)
 
 
@@ -33,6 +33,8 @@ class Longhorn(ChannelStateMixer):
         d_conv: W, taps of the convolution.
         expand: E / dim.
         dt_rank: R; `None` is ceil(dim / 16).
+        bias: biases in `in_proj` and `out_proj`.
+        conv_bias: a bias in the convolution.
 
     Raises:
         ValueError: if a size is less than 1.
@@ -45,6 +47,8 @@ class Longhorn(ChannelStateMixer):
         d_conv: int = 4,
         expand: float = 2,
         dt_rank: int | None = None,
+        bias: bool = False,
+        conv_bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -52,12 +56,12 @@ class Longhorn(ChannelStateMixer):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         width, rank = self.d_inner, math.ceil(dim / 16) if dt_rank is None else dt_rank
         check_sizes(dt_rank=rank)
-        self.in_proj = nn.Linear(dim, 2 * width, bias=False, **dd)
-        self.conv1d = nn.Conv1d(width, width, d_conv, groups=width, padding=d_conv - 1, **dd)
+        self.in_proj = nn.Linear(dim, 2 * width, bias=bias, **dd)
+        self.conv1d = depthwise(width, d_conv, conv_bias, dd)
         self.x_proj = nn.Linear(width, rank + 2 * d_state, bias=False, **dd)
         self.dt_head = nn.Linear(rank, width, **dd)
         self.D = nn.Parameter(torch.empty(width, **dd))
-        self.out_proj = nn.Linear(width, dim, bias=False, **dd)
+        self.out_proj = nn.Linear(width, dim, bias=bias, **dd)
         self.init_weights()
 
     def init_weights(self) -> None:

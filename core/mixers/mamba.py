@@ -66,6 +66,11 @@ def s6(
     return y, final
 
 
+def depthwise(channels: int, width: int, bias: bool, dd: dict[str, Any]) -> nn.Conv1d:
+    """A causal convolution of every channel alone, under the names of torch's."""
+    return nn.Conv1d(channels, channels, width, groups=channels, padding=width - 1, bias=bias, **dd)
+
+
 class ChannelStateMixer(Mixer):
     """Base of mixers with N numbers of state for each of E channels, behind a short convolution.
 
@@ -125,6 +130,8 @@ class Mamba(ChannelStateMixer):
         d_conv: W, taps of the convolution.
         expand: E / dim.
         dt_rank: R; `None` is ceil(dim / 16).
+        bias: biases in `in_proj` and `out_proj`.
+        conv_bias: a bias in the convolution.
 
     Raises:
         ValueError: if a size is less than 1.
@@ -137,19 +144,21 @@ class Mamba(ChannelStateMixer):
         d_conv: int = 4,
         expand: float = 2,
         dt_rank: int | None = None,
+        bias: bool = False,
+        conv_bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, d_state, d_conv, expand)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
-        self.in_proj = nn.Linear(dim, 2 * self.d_inner, bias=False, **dd)
-        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, **dd)
+        self.in_proj = nn.Linear(dim, 2 * self.d_inner, bias=bias, **dd)
+        self.conv1d = depthwise(self.d_inner, d_conv, conv_bias, dd)
         self.x_proj = nn.Linear(self.d_inner, rank + 2 * d_state, bias=False, **dd)
         self.dt_proj = nn.Linear(rank, self.d_inner, **dd)
         self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state, **dd))
         self.D = nn.Parameter(torch.empty(self.d_inner, **dd))
-        self.out_proj = nn.Linear(self.d_inner, dim, bias=False, **dd)
+        self.out_proj = nn.Linear(self.d_inner, dim, bias=bias, **dd)
         self.init_weights()
 
     def init_weights(self) -> None:

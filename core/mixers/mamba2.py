@@ -46,6 +46,7 @@ class Mamba2(Mixer):
         norm_before_gate: norm first, then gate.
         dt_limit: the least and the greatest Δ.
         bias: in the projections; conv_bias: in the convolution.
+        D_has_hdim: D for every channel of the recurrence, and not for every head.
         A_init_range: -A is uniform in this range at the start.
 
     Raises:
@@ -69,6 +70,7 @@ class Mamba2(Mixer):
         dt_limit: tuple[float, float] = (0.0, math.inf),
         bias: bool = False,
         conv_bias: bool = True,
+        D_has_hdim: bool = False,
         A_init_range: tuple[float, float] = (1.0, 16.0),
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -97,7 +99,7 @@ class Mamba2(Mixer):
         self.conv1d = ShortConvolution(channels, d_conv, conv_bias, **dd)
         self.dt_bias = nn.Parameter(torch.empty(self.nheads, **dd))
         self.A_log = nn.Parameter(torch.empty(self.nheads, **dd))
-        self.D = nn.Parameter(torch.empty(self.nheads, **dd))
+        self.D = nn.Parameter(torch.empty(d_ssm if D_has_hdim else self.nheads, **dd))
         norm = norms.GatedRMSNorm(d_ssm, 1e-5, d_ssm // ngroups, norm_before_gate, **dd) if rmsnorm else None
         self.norm = norm
         self.out_proj = nn.Linear(inner, dim, bias=bias, **dd)
@@ -138,7 +140,7 @@ class Mamba2(Mixer):
         o, memory, _ = torch.ops.sinuous.ssd(
             C, B, (u * dt.unsqueeze(-1)).to(u.dtype), log_decay, memory, cu_seqlens, 1.0, False, ""
         )
-        y = (o + self.D.to(u.dtype).unsqueeze(-1) * u).flatten(-2)
+        y = (o + self.D.to(u.dtype).unflatten(0, [self.nheads, -1]) * u).flatten(-2)
         y = y * F.silu(z) if self.norm is None else self.norm(y, z)
         if self.d_mlp > 0:
             y = torch.cat([F.silu(z0) * x0, y], -1)

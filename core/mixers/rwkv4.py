@@ -44,7 +44,10 @@ class RWKV4State(NamedTuple):
 
 @torch.fx.wrap
 def decaying_max(k: Tensor, w: Tensor, before: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Compute `m_t = max(m_{t-1} - w, k_t)` in log₂ T passes; each doubles the steps that m is the maximum over.
+    """Compute `m_t = max(m_{t-1} - w, k_t) = max_{s ≤ t}(k_s + s w) - t w`, m₀ among them.
+
+    In packed sequences, which a running maximum would cross, the same takes log₂ T passes; each doubles the steps that
+    m is the maximum over.
 
     Args:
         k: `[B, T, E]`.
@@ -53,7 +56,11 @@ def decaying_max(k: Tensor, w: Tensor, before: Tensor, cu_seqlens: Tensor | None
         cu_seqlens: boundaries of packed sequences.
     """
     past = positions.steps(k, None, cu_seqlens)[0].unsqueeze(-1)
-    m = k if cu_seqlens is not None else torch.maximum(k, before.unsqueeze(1) - (past + 1) * w)
+    if cu_seqlens is None:
+        drift = (past + 1) * w.double()  # in fp32 it would swallow k over long sequences
+        risen = torch.cat([before.double().unsqueeze(1), k.double() + drift], 1)
+        return (risen.cummax(1)[0][:, 1:] - drift).to(k.dtype)
+    m = k
     span = 1
     while span < k.shape[1]:
         older = torch.cat([m[:, :span], m[:, :-span] - span * w], 1)

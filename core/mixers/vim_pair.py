@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sinuous.core.checks import check_choice, check_sizes
 from sinuous.core.mixers.contract import Mixer, register_mixer
 from sinuous.core.mixers.decay_init import init_A_log_s4d_real, init_dt
-from sinuous.core.mixers.mamba import s6
+from sinuous.core.mixers.mamba import depthwise, s6
 
 
 @register_mixer("vim_pair")
@@ -41,6 +41,9 @@ class VimPair(Mixer):
             zeroes this bias and spares only the first one: at softplus(0) = 0.693, so that the scan from the end
             forgets within a few tokens.
 
+        bias: biases in `in_proj` and `out_proj`.
+        conv_bias: biases in the convolutions.
+
     Raises:
         ValueError: if a size is less than 1, or `backward_dt_init` is unknown.
     """
@@ -57,6 +60,8 @@ class VimPair(Mixer):
         dt_rank: int | None = None,
         divide_out: bool = True,
         backward_dt_init: str = "matched",
+        bias: bool = False,
+        conv_bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -68,18 +73,18 @@ class VimPair(Mixer):
         rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         self.divide_out = divide_out
         self.backward_dt_init = backward_dt_init
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
-        self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1, **dd)
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=bias, **dd)
+        self.conv1d = depthwise(inner, d_conv, conv_bias, dd)
         self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False, **dd)
         self.dt_proj = nn.Linear(rank, inner, **dd)
         self.A_log = nn.Parameter(torch.empty(inner, d_state, **dd))
         self.D = nn.Parameter(torch.empty(inner, **dd))
         self.A_b_log = nn.Parameter(torch.empty(inner, d_state, **dd))
-        self.conv1d_b = nn.Conv1d(inner, inner, d_conv, groups=inner, padding=d_conv - 1, **dd)
+        self.conv1d_b = depthwise(inner, d_conv, conv_bias, dd)
         self.x_proj_b = nn.Linear(inner, rank + 2 * d_state, bias=False, **dd)
         self.dt_proj_b = nn.Linear(rank, inner, **dd)
         self.D_b = nn.Parameter(torch.empty(inner, **dd))
-        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+        self.out_proj = nn.Linear(inner, dim, bias=bias, **dd)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -115,4 +120,4 @@ class VimPair(Mixer):
         y_b, _ = s6(x_b, z, self.x_proj_b(x_b), dt_b.weight, dt_b.bias, self.A_b_log, self.D_b, None, cu_seqlens, True)
         # Halving the small weight is exact and spares a pass over the long sequence.
         weight = self.out_proj.weight * 0.5 if self.divide_out else self.out_proj.weight
-        return F.linear(y_f.add_(y_b), weight)
+        return F.linear(y_f.add_(y_b), weight, self.out_proj.bias)

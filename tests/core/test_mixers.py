@@ -236,6 +236,9 @@ def test_default_mixers_name_the_weights_of_their_output(name: str) -> None:
         *((name, {"activation": kind}) for name in ("lru", "s5") for kind in ACTIVATIONS),
         ("gate_loop", {"swish_gate": False}),
         ("s4", {"final_act": "id"}),
+        ("mamba", {"bias": True}),
+        ("longhorn", {"bias": True}),
+        ("vim_pair", {"bias": True}),
         ("mamba2", {"bias": True}),
         ("hydra", {"bias": True}),
         ("mlstm", {"bias": True}),
@@ -251,6 +254,35 @@ def test_output_weights_follow_the_options(name: str, options: dict[str, object]
             mixer.get_parameter(key).zero_()
     y = mixer(x)
     torch.testing.assert_close(y, y[:1, :1].expand_as(y), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["mamba", "longhorn", "vim_pair"])
+def test_biases_are_added_where_the_published_layers_add_them(name: str) -> None:
+    plain, full = build(name, conv_bias=False), build(name, bias=True)
+    added = {key for key, _ in full.named_parameters()} - {key for key, _ in plain.named_parameters()}
+    convolutions = {"conv1d.bias", "conv1d_b.bias"} if name == "vim_pair" else {"conv1d.bias"}
+    assert added == {"in_proj.bias", "out_proj.bias"} | convolutions
+    full.load_state_dict(plain.state_dict(), strict=False)
+    x = sequence()
+    shifted = full(x)
+    with torch.no_grad():
+        for key in added - {"out_proj.bias"}:
+            before = full(x)
+            full.get_parameter(key).zero_()
+            assert not torch.allclose(full(x), before)
+    torch.testing.assert_close(full(x), plain(x) + full.get_parameter("out_proj.bias"), atol=1e-12, rtol=0)
+    assert not torch.allclose(full(x), shifted)
+
+
+def test_mamba2_with_d_for_every_channel_is_that_with_d_for_every_head_where_they_agree() -> None:
+    heads, channels = (build("mamba2", D_has_hdim=wide, headdim=8) for wide in (False, True))
+    state = heads.state_dict()
+    channels.load_state_dict({**state, "D": state["D"].repeat_interleave(8)})
+    x = sequence()
+    torch.testing.assert_close(channels(x), heads(x), atol=1e-12, rtol=0)
+    with torch.no_grad():
+        channels.D[0] += 1
+    assert not torch.allclose(channels(x), heads(x))
 
 
 def test_a_twin_names_the_output_weights_of_both() -> None:
