@@ -150,7 +150,8 @@ def attend_window(
     tail = _dot_product(rest, k, v, mask.unsqueeze(1), False)
     tail = tail.unflatten(0, [q.shape[0], -1]).flatten(1, 2)
     if exporting:  # a slice would ask whether it is the whole, which depends on the length
-        return tail.index_select(1, torch.arange(length, device=q.device))
+        steps: Tensor = tail.index_select(1, torch.arange(length, device=q.device))
+        return steps
     return torch.cat([y, tail[:, : length - done]], 1)
 
 
