@@ -301,7 +301,9 @@ def _from_file(
         return model
     cfg = entry.cfgs[tag] if tag else next(iter(entry.cfgs.values()))
     overlay: dict[str, Any] = {"state_dict": state}
-    head, stem = state.get(f"{cfg.classifier}.weight"), state.get(f"{cfg.first_conv}.weight")
+    rename = getattr(sys.modules[entry.build.__module__], "our_names", dict)
+    named: Mapping[str, Tensor] = rename(state)
+    head, stem = named.get(f"{cfg.classifier}.weight"), named.get(f"{cfg.first_conv}.weight")
     if head is not None:
         overlay["num_classes"] = head.shape[0]
     if stem is not None:

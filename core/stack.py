@@ -72,7 +72,8 @@ class Stack(nn.ModuleList):
         residual_in_fp32: keep the residual stream in fp32 whatever the dtype of the parameters.
         weight_init: `"gpt2"` or `"xlstm"`; see `init_weights`.
         drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first; or that of each block,
+            for a stack that is a part of a deeper model.
 
     Shapes: B batch, T steps. Packed sequences are `[1, ΣT, dim]` with `cu_seqlens`.
 
@@ -100,7 +101,7 @@ class Stack(nn.ModuleList):
         residual_in_fp32: bool = True,
         weight_init: str = "gpt2",
         drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
+        drop_path_rate: float | Sequence[float] = 0.0,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -115,7 +116,13 @@ class Stack(nn.ModuleList):
         mlps = dict.fromkeys(self.pattern, "none")
         mlps.update(dict.fromkeys(self.pattern, mlp) if isinstance(mlp, str) else mlp)
         check_sizes(dim=dim, depth=depth, mlp_multiple_of=mlp_multiple_of)
-        check_range(0, 1, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        rates = drop_path_rate if isinstance(drop_path_rate, Sequence) else drop_path_rates(depth, drop_path_rate)
+        if len(rates) != depth:
+            raise ValueError(
+                f"drop_path_rate must be one number, or one for each of the {depth} blocks (got {len(rates)})"
+            )
+        for rate in rates:
+            check_range(0, 1, drop_rate=drop_rate, drop_path_rate=rate)
         check_range(0, 1, norm_eps=norm_eps)
         check_positive(mlp_ratio=mlp_ratio)
         for kind in mlps.values():
@@ -129,7 +136,6 @@ class Stack(nn.ModuleList):
         hidden = math.ceil(dim * mlp_ratio / mlp_multiple_of) * mlp_multiple_of
         mlp_options = {"bias": mlp_bias, "drop": drop_rate, **dd}
         names = [self.pattern[i % len(self.pattern)] for i in range(depth)]
-        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         for i, (name, rate) in enumerate(zip(names, rates, strict=True)):
             block = ResidualBlock if mixer_class(name).shared_option is None else SharingBlock
             mixer = _mixer(name, dim, {**_place(names, i), **options.get(name, {}), **dd}, causal)
@@ -323,6 +329,13 @@ class Stack(nn.ModuleList):
     def _names(self) -> list[str]:
         """Names of the mixers, block by block."""
         return [self.pattern[i % len(self.pattern)] for i in range(len(self))]
+
+
+def drop_path_rates(depth: int, last: float) -> list[float]:
+    """Rates of stochastic depth for `depth` blocks, rising linearly from 0 at the first to `last`."""
+    check_range(0, 1, drop_path_rate=last)
+    rates: list[float] = torch.linspace(0, last, depth, device="cpu").tolist()
+    return rates
 
 
 def _no_state() -> NoReturn:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sinuous.vision import vim
+from sinuous.vision import vim, vmamba
 
-__all__ = ["vim"]
+__all__ = ["vim", "vmamba"]

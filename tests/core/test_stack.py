@@ -204,3 +204,16 @@ def test_a_mixer_from_elsewhere_is_scaled_by_what_it_names(monkeypatch: pytest.M
     stack.init_weights()
     assert torch.equal(stack[0].mixer.out_proj.weight, torch.ones(DIM, DIM))
     assert torch.equal(stack[0].mixer.mouth, torch.full((DIM,), 0.5))
+
+
+def test_blocks_take_rates_of_stochastic_depth_one_by_one() -> None:
+    def rates(rate: Any, depth: int = 3) -> list[float]:
+        return [
+            getattr(block.drop_path, "drop_prob", 0.0) for block in build("mamba", depth=depth, drop_path_rate=rate)
+        ]
+
+    assert rates(0.4) == pytest.approx([0.0, 0.2, 0.4])
+    assert rates([0.3, 0.0, 0.1]) == pytest.approx([0.3, 0.0, 0.1])
+    for wrong in ([0.1, 0.2], [0.1, 0.2, 1.5], [0.1, 0.2, "0.3"], "0.1"):
+        with pytest.raises(ValueError, match="drop_path_rate must"):
+            rates(wrong)
