@@ -28,6 +28,7 @@ from sinuous.core.mixers.longhorn import Longhorn
 from sinuous.core.mixers.lru import LRU
 from sinuous.core.mixers.mamba import Mamba, MambaState
 from sinuous.core.mixers.mamba2 import Mamba2
+from sinuous.core.mixers.mambavision import MambaVisionMixer
 from sinuous.core.mixers.matrix_mixer import MatrixState
 from sinuous.core.mixers.min_rnn import MinGRU, MinLSTM
 from sinuous.core.mixers.mlstm import MLSTM, MLSTMLarge, MLSTMState
@@ -41,6 +42,7 @@ from sinuous.core.mixers.s5 import S5
 from sinuous.core.mixers.slstm import SLSTM, SLSTMState
 from sinuous.core.mixers.ss2d import SS2D
 from sinuous.core.mixers.vim_pair import VimPair
+from sinuous.core.mixers.vit_attention import ViTAttention
 
 __all__ = [
     "GLA",
@@ -82,6 +84,7 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "MambaState",
+    "MambaVisionMixer",
     "MatrixState",
     "MinGRU",
     "MinLSTM",
@@ -97,6 +100,7 @@ __all__ = [
     "SimpleGLA",
     "SlidingWindowAttention",
     "SoftmaxAttention",
+    "ViTAttention",
     "VimPair",
     "WindowState",
     "build_mixer",

@@ -45,7 +45,7 @@ class WindowState(NamedTuple):
     position: Tensor
 
 
-def _dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def dot_product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """Attention of q `[B, T, H, K]` to k and v `[B, S, G, K]`; `mask`, `[B, 1, T, S]`, is true where it may look."""
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2),
@@ -65,15 +65,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor
     Packed sequences cost a mask of T x S bits."""
     length, past = q.shape[1], k.shape[1]
     if cu_seqlens is None and length == 1:
-        return _dot_product(q, k, v, None, False)
+        return dot_product(q, k, v, None, False)
     if cu_seqlens is None and length == past:
-        return _dot_product(q, k, v, None, True)
+        return dot_product(q, k, v, None, True)
     index = torch.arange(past, device=q.device)
     mask = index <= index[past - length :].unsqueeze(1)
     if cu_seqlens is not None:
         segment = positions.segments(k, cu_seqlens)[0]
         mask = mask & (segment == segment[past - length :].unsqueeze(1))
-    return _dot_product(q, k, v, mask.unsqueeze(0).unsqueeze(0), False)
+    return dot_product(q, k, v, mask.unsqueeze(0).unsqueeze(0), False)
 
 
 def _exporting() -> bool:
@@ -107,7 +107,7 @@ def attend_window(
     length = q.shape[1]
     single = _at_most(length, window)
     if position is None and cu_seqlens is None and single:
-        return _dot_product(q, k, v, None, True)
+        return dot_product(q, k, v, None, True)
     if length == 0:
         return q
     before = window - 1
@@ -129,7 +129,7 @@ def attend_window(
     y, done = q[:, :0], 0
     if not exporting:
         mask = band & (segment[:, :width].unsqueeze(1) == segment[:, before:width].unsqueeze(2))
-        y, done = _dot_product(q[:, :block], k[:, :width], v[:, :width], mask.unsqueeze(1), False), block
+        y, done = dot_product(q[:, :block], k[:, :width], v[:, :width], mask.unsqueeze(1), False), block
         if length == block:
             return y
 
@@ -147,7 +147,7 @@ def attend_window(
     # unfold puts the steps of a block last: [B, blocks, G, K, width]
     rest, k, v = rest.unfold(1, block, block), k.unfold(1, width, block), v.unfold(1, width, block)
     rest, k, v = [t.flatten(0, 1).permute(0, 3, 1, 2) for t in (rest, k, v)]
-    tail = _dot_product(rest, k, v, mask.unsqueeze(1), False)
+    tail = dot_product(rest, k, v, mask.unsqueeze(1), False)
     tail = tail.unflatten(0, [q.shape[0], -1]).flatten(1, 2)
     if exporting:  # a slice would ask whether it is the whole, which depends on the length
         steps: Tensor = tail.index_select(1, torch.arange(length, device=q.device))

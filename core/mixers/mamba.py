@@ -36,7 +36,7 @@ class MambaState(NamedTuple):
 
 def s6(
     x: Tensor,
-    z: Tensor,
+    z: Tensor | None,
     projected: Tensor,
     dt_weight: Tensor,
     dt_bias: Tensor,
@@ -50,7 +50,7 @@ def s6(
 
     Args:
         x: output of the convolution, `[B, T, E]`.
-        z: gate before its activation, `[B, T, E]`.
+        z: gate before its activation, `[B, T, E]`; no gate if absent.
         projected: `x_proj(x)`, `[B, T, R + 2N]`, in the order Δ, B, C.
         dt_weight: `[E, R]`; dt_bias, D: `[E]`; A_log: `[E, N]`.
         initial_state: state before the first step, `[B, E, N]`; zeros if absent.
