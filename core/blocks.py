@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from timm.layers import DropPath
+from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 
 from sinuous.core import norms
@@ -35,6 +35,7 @@ class ResidualBlock(nn.Module):
         placement: `"pre"`, `"post"` or `"both"`.
         drop_path: rate at which f is left out of a sample in training.
         fp32_stream: keep x in fp32 where `"post"` would round it to the dtype of the norm.
+        scale: makes one scale of f's output, as timm's `LayerScale` is: x ← x + scale(f(norm(x))).
     """
 
     # TorchScript compiles only the branch that a constant takes; the other one reads weights that a block may lack.
@@ -50,6 +51,7 @@ class ResidualBlock(nn.Module):
         placement: str = "pre",
         drop_path: float = 0.0,
         fp32_stream: bool = True,
+        scale: Callable[[], nn.Module] = nn.Identity,
     ) -> None:
         super().__init__()
         self.norms_last = placement == "post"
@@ -57,23 +59,26 @@ class ResidualBlock(nn.Module):
         self.norm = norm()
         self.mixer = mixer
         self.norm_out = norm() if placement == "both" else nn.Identity()
+        self.ls1 = scale()
         self.norm2 = nn.Identity() if mlp is None else norm()
         self.mlp = nn.Identity() if mlp is None else mlp
         self.norm2_out = norm() if placement == "both" and mlp is not None else nn.Identity()
+        self.ls2 = nn.Identity() if mlp is None else scale()
         self.mixes_channels = mlp is not None
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def init_weights(self) -> None:
-        """Norms at one, the mixer by its own rules, linear layers of the MLP by torch's and without biases."""
+        """Norms at one, scales at their start, the mixer by its own rules, linear layers of the MLP by torch's and
+        without biases."""
         self.mixer.init_weights()
-        for part in (self.norm, self.norm_out, self.norm2, self.norm2_out, self.mlp):
+        for part in (self.norm, self.norm_out, self.ls1, self.norm2, self.norm2_out, self.ls2, self.mlp):
             for module in part.modules():
-                if isinstance(module, nn.Linear | nn.LayerNorm | norms.RMSNorm):
+                if isinstance(module, nn.Linear | nn.LayerNorm | norms.RMSNorm | LayerScale):
                     module.reset_parameters()
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         return self._after_mixer(x, self.mixer(self._before_mixer(x), cu_seqlens, grid))
 
     def prefill(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
@@ -92,29 +97,30 @@ class ResidualBlock(nn.Module):
 
     def _after_mixer(self, x: Tensor, y: Tensor) -> Tensor:
         if self.norms_last:
-            x = self._stream(self.norm(x + self.drop_path(y)))
+            x = self._stream(self.norm(x + self.drop_path(self.ls1(y))))
         else:
-            x = x + self.drop_path(self.norm_out(y))
+            x = x + self.drop_path(self.ls1(self.norm_out(y)))
         if self.mixes_channels:
             if self.norms_last:
                 y = self.mlp(x.to(self.norm2.weight.dtype))  # type: ignore[arg-type]
-                x = self._stream(self.norm2(x + self.drop_path(y)))
+                x = self._stream(self.norm2(x + self.drop_path(self.ls2(y))))
             else:
-                x = x + self.drop_path(self.norm2_out(self.mlp(self.norm2(x))))
+                x = x + self.drop_path(self.ls2(self.norm2_out(self.mlp(self.norm2(x)))))
         return x
 
     def _stream(self, x: Tensor) -> Tensor:
         return norms.at_least_fp32(x) if self.fp32_stream else x
 
 
-class SharingBlock(ResidualBlock):
-    """A `ResidualBlock` around a mixer that shares: its calls take, behind the usual arguments, the tensors that the
-    block with the mixer of that name before it gave, and return, behind the usual results, those for the next one."""
+class Sharing(ResidualBlock):
+    """Makes a `ResidualBlock` one around a mixer that shares: its calls take, behind the usual arguments, the tensors
+    that the block with the mixer of that name before it gave, and return, behind the usual results, those for the next
+    one. A subclass of a block derives from this, then from the block."""
 
     shares = True
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None, *shared: Tensor
+        self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None, *shared: Tensor
     ) -> tuple[Tensor, ...]:
         y, _, passed_on = self.mixer.mix_sharing(self._before_mixer(x), shared, None, cu_seqlens)
         return self._after_mixer(x, y), *passed_on
@@ -126,3 +132,7 @@ class SharingBlock(ResidualBlock):
     def step(self, x_t: Tensor, state: Any, *shared: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, state, *passed_on = self.prefill(x_t.unsqueeze(1), state, *shared)
         return x.squeeze(1), state, *passed_on
+
+
+class SharingBlock(Sharing):
+    """The `ResidualBlock` of mixers that share."""

@@ -95,16 +95,32 @@ def check_place(block_index: int, num_blocks: int) -> None:
         raise ValueError(f"block_index must be one of the {num_blocks} blocks, from 0 (got {block_index})")
 
 
-def check_grid(grid: tuple[int, int], length: int, cu_seqlens: Tensor | None) -> None:
+@torch.fx.wrap
+def check_grid(grid: list[int], length: int, cu_seqlens: Tensor | None, axes: int = 0) -> None:
     """Refuse a grid that the tokens do not fill.
 
+    A leaf for FX, whose traced sizes cannot be compared; so callers write `checks.check_grid(...)`.
+
+    Args:
+        grid: sides, whose product must be `length`.
+        length: number of tokens.
+        cu_seqlens: boundaries of packed sequences, which have no grid.
+        axes: how many sides there must be; 0 for any number.
+
     Raises:
-        ValueError: if `height · width` is not `length`, or the sequences are packed.
+        ValueError: if one of these does not hold.
     """
     if cu_seqlens is not None:
         raise ValueError("packed sequences (cu_seqlens) are rows and have no grid; leave one of the two out")
-    if grid[0] * grid[1] != length:
-        raise ValueError(f"grid must have as many cells as there are tokens, {length} (got {grid[0]} x {grid[1]})")
+    if axes > 0 and len(grid) != axes:
+        sides = " x ".join([str(side) for side in grid])
+        raise ValueError(f"grid must have {axes} sides for this mixer (got {sides}); choose one that reads more axes")
+    cells = 1
+    for side in grid:
+        cells = cells * side
+    if cells != length:
+        sides = " x ".join([str(side) for side in grid])
+        raise ValueError(f"grid must have as many cells as there are tokens, {length} (got {sides})")
 
 
 def check_types(hints: Mapping[str, Any], values: Mapping[str, Any]) -> None:

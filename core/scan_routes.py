@@ -152,12 +152,37 @@ def scan_route(name: str, height: int, width: int, *, window: int = 2, device: t
         ValueError: for an unknown name (naming the closest), a negative size, or a window of less than 1.
     """
     check_range(0, math.inf, height=height, width=width)
-    if name not in list_routes():
-        close = difflib.get_close_matches(name, list_routes(), n=1) or list_routes()
-        raise ValueError(f"there is no scan route {name!r}; did you mean {' or '.join(map(repr, close))}?")
+    check_route(name)
     check_sizes(window=window)
     order, inverse = _indices(name, height, width, window if name == "windows" else 0)
     return Route(torch.tensor(order, device=device), torch.tensor(inverse, device=device))
+
+
+def check_route(name: str) -> None:
+    """Refuse a name that no route has.
+
+    Raises:
+        ValueError: naming the closest.
+    """
+    if name not in list_routes():
+        close = difflib.get_close_matches(str(name), list_routes(), n=1) or list_routes()
+        raise ValueError(f"there is no scan route {name!r}; did you mean {' or '.join(map(repr, close))}?")
+
+
+@torch.compiler.assume_constant_result
+def row_order(name: str, height: int, width: int, class_row: int) -> Tensor:
+    """A route over the cells of a grid and a class token among them, as `Stack` takes it: int64 `[2, L]`, the token at
+    each step and the step of each token.
+
+    Args:
+        name: of the route.
+        height, width: of the grid.
+        class_row: row of the class token among the tokens, which is also its step; -1 for none.
+    """
+    order, _ = _indices(name, height, width, 2 if name == "windows" else 0)
+    if class_row >= 0:
+        order = np.insert(order + (order >= class_row), class_row, class_row)
+    return torch.from_numpy(np.stack([order, np.argsort(order)]))
 
 
 def to_sequence(cells: Tensor, route: str, height: int, width: int) -> Tensor:
@@ -205,7 +230,7 @@ def _check_cells(cells: Tensor, height: int, width: int) -> None:
             if not is_whole(side):
                 raise ValueError(f"{name} must be a whole number (got {described(side)})")
         check_range(0, math.inf, height=height, width=width)
-        check_grid((height, width), cells.shape[1], None)
+        check_grid([height, width], cells.shape[1], None)
 
 
 def _transposed(cells: Tensor, height: int, width: int) -> Tensor:

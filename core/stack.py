@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
-from timm.layers import GluMlp, Mlp, SwiGLU
+from timm.layers import GluMlp, LayerScale, Mlp, SwiGLU
 from timm.models import checkpoint
 from torch import Tensor, nn
 
 from sinuous.core import norms
-from sinuous.core.blocks import PLACEMENTS, ResidualBlock, SharingBlock
+from sinuous.core.blocks import PLACEMENTS, ResidualBlock, Sharing, SharingBlock
 from sinuous.core.checks import (
     check_arguments,
     check_choice,
@@ -74,6 +74,8 @@ class Stack(nn.ModuleList):
         drop_rate: dropout inside the MLPs.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first; or that of each block,
             for a stack that is a part of a deeper model.
+        init_values: start of a learned scale, per channel, of what mixers and MLPs add; `None` for none.
+        blocks: classes of the blocks, a `ResidualBlock` and a `Sharing` one, of models with names of their own.
 
     Shapes: B batch, T steps. Packed sequences are `[1, ΣT, dim]` with `cu_seqlens`.
 
@@ -102,6 +104,8 @@ class Stack(nn.ModuleList):
         weight_init: str = "gpt2",
         drop_rate: float = 0.0,
         drop_path_rate: float | Sequence[float] = 0.0,
+        init_values: float | None = None,
+        blocks: tuple[type[ResidualBlock], type[Sharing]] = (ResidualBlock, SharingBlock),
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -133,14 +137,17 @@ class Stack(nn.ModuleList):
         _check_pattern(self.pattern, options, mlps, causal)
 
         make_norm = functools.partial(NORMS[norm], dim, eps=norm_eps, **dd)
+        scale: Callable[[], nn.Module] = nn.Identity
+        if init_values is not None:
+            scale = functools.partial(LayerScale, dim, init_values, **dd)
         hidden = math.ceil(dim * mlp_ratio / mlp_multiple_of) * mlp_multiple_of
         mlp_options = {"bias": mlp_bias, "drop": drop_rate, **dd}
         names = [self.pattern[i % len(self.pattern)] for i in range(depth)]
         for i, (name, rate) in enumerate(zip(names, rates, strict=True)):
-            block = ResidualBlock if mixer_class(name).shared_option is None else SharingBlock
+            block = blocks[mixer_class(name).shared_option is not None]
             mixer = _mixer(name, dim, {**_place(names, i), **options.get(name, {}), **dd}, causal)
             mlp_of_block = _mlp(mlps[name], dim, hidden, mlp_options)
-            self.append(block(mixer, mlp_of_block, make_norm, norm_placement, rate, residual_in_fp32))
+            self.append(block(mixer, mlp_of_block, make_norm, norm_placement, rate, residual_in_fp32, scale))
 
     def __getitem__(self, index: int | slice) -> Any:
         """A block, or some as a plain list of modules: a stack is not made of blocks but of names."""
@@ -196,22 +203,31 @@ class Stack(nn.ModuleList):
             calls.explain(self, x, 3)
             raise
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        grid: list[int] | None = None,
+        orders: list[Tensor] | None = None,
+    ) -> Tensor:
         """Residual stream after the last block.
 
         Args:
             x: `[B, T, dim]`, the stream ahead of the first block.
             cu_seqlens: boundaries of packed sequences, `[sequences + 1]`.
-            grid: (height, width) where the tokens are the cells of a grid, row by row.
+            grid: its sides where the tokens are the cells of a grid, the last axis fastest.
+            orders: in what order the blocks visit the tokens, taken in turn: int64 `[2, T]` each, the token at every
+                step, and the step of every token. What comes out is in the order of `x`.
         """
         taps: list[int] = []
-        return self.run(x, cu_seqlens, grid, taps, None)[0]
+        return self.run(x, cu_seqlens, grid, orders, taps, None)[0]
 
     def forward_intermediates(
         self,
         x: Tensor,
         cu_seqlens: Tensor | None = None,
-        grid: tuple[int, int] | None = None,
+        grid: list[int] | None = None,
+        orders: list[Tensor] | None = None,
         *,
         taps: Iterable[int],
         stop_early: bool = False,
@@ -219,14 +235,15 @@ class Stack(nn.ModuleList):
         """Residual stream after the last block, and after each block of `taps`, in the order of depth.
 
         Args:
-            x, cu_seqlens, grid: as in `forward`.
+            x, cu_seqlens, grid, orders: as in `forward`.
             taps: indices of blocks, from 0.
             stop_early: leave out the blocks after the last of `taps`; the first result is then that block's.
         """
         indices = self._blocks(taps)
         calls.check_stream(self, x)
         try:
-            return self.run(x, cu_seqlens, grid, indices, indices[-1] + 1 if stop_early and indices else None)
+            depth = indices[-1] + 1 if stop_early and indices else None
+            return self.run(x, cu_seqlens, grid, orders, indices, depth)
         except Exception:
             calls.explain(self, x, 3)
             raise
@@ -240,7 +257,13 @@ class Stack(nn.ModuleList):
         return sorted(indices)
 
     def run(
-        self, x: Tensor, cu_seqlens: Tensor | None, grid: tuple[int, int] | None, taps: list[int], depth: int | None
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None,
+        grid: list[int] | None,
+        orders: list[Tensor] | None,
+        taps: list[int],
+        depth: int | None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run the first `depth` blocks, or all, one after another, and keep the stream behind those of `taps`.
 
@@ -248,8 +271,15 @@ class Stack(nn.ModuleList):
         keyword alone nor results of two kinds: hence the two methods in front of it."""
         tapped: list[Tensor] = []
         shared: dict[str, list[Tensor]] = {}
+        steps: Tensor | None = None  # of the tokens, in the order in which the stream now is
         for i, block in enumerate(self):
             if depth is None or i < depth:
+                if orders is not None and (i == 0 or len(orders) > 1):
+                    order = orders[i % len(orders)]
+                    move = order[0] if steps is None else steps.index_select(0, order[0])
+                    x, steps = x.index_select(1, move), order[1]
+                    for name in list(shared.keys()):
+                        shared[name] = [tensor.index_select(1, move) for tensor in shared[name]]
                 if block.shares:
                     name = self.pattern[i % len(self.pattern)]
                     x, shared[name] = self._run_sharing(block, x, cu_seqlens, grid, shared.get(name, []))
@@ -258,15 +288,15 @@ class Stack(nn.ModuleList):
                 else:
                     x = block(x, cu_seqlens, grid)
                 if i in taps:
-                    tapped.append(x)
-        return x, tapped
+                    tapped.append(x if steps is None else x.index_select(1, steps))
+        return x if steps is None else x.index_select(1, steps), tapped
 
     def _run_sharing(
         self,
         block: nn.Module,
         x: Tensor,
         cu_seqlens: Tensor | None,
-        grid: tuple[int, int] | None,
+        grid: list[int] | None,
         shared: Sequence[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
         call = functools.partial(checkpoint, block) if self.grad_checkpointing else block

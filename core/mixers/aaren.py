@@ -70,7 +70,7 @@ class Aaren(Mixer):
     def no_weight_decay(self) -> set[str]:
         return {"query"}
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         return self._attend(x, None, None, cu_seqlens)[0]
 
     def _attend(

@@ -229,7 +229,7 @@ class SoftmaxAttention(Mixer):
     def output_weights(self) -> set[str]:
         return {"o_proj.weight"}
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         q, k, v = self._project(x, None, cu_seqlens)
         y: Tensor = self.o_proj(attend(q, k, v, cu_seqlens).flatten(2))
         return y
@@ -288,7 +288,7 @@ class SlidingWindowAttention(SoftmaxAttention):
         super().__init__(dim, num_heads, num_kv_heads, head_dim, qkv_bias, qk_norm, rope_theta, device, dtype)
         self.window_size = window_size
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         q, k, v = self._project(x, None, cu_seqlens)
         y: Tensor = self.o_proj(attend_window(q, k, v, self.window_size, None, cu_seqlens).flatten(2))
         return y

@@ -42,7 +42,7 @@ class Bidirectional(Mixer):
     def no_weight_decay(self) -> set[str]:
         return {f"{side}.{name}" for side in ("past", "future") for name in self.past.no_weight_decay()}
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         bounds = mirror(cu_seqlens, x.shape[1])
         past: Tensor = self.past(x, cu_seqlens, grid)
         future: Tensor = self.future(x.flip(1), bounds, grid)
@@ -51,10 +51,9 @@ class Bidirectional(Mixer):
     def mix_sharing(
         self, x: Tensor, shared: Shared = (), state: None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, None, Shared]:
-        """Run as the contract says. Each mixer shares with that of its own direction; tensors of the second one stay in
-        the order from the end to the beginning."""
+        """Run as the contract says. Each mixer shares with that of its own direction."""
         half = len(shared) // 2
         past, _, of_past = self.past.mix_sharing(x, shared[:half], None, cu_seqlens)
-        bounds = mirror(cu_seqlens, x.shape[1])
-        future, _, of_future = self.future.mix_sharing(x.flip(1), shared[half:], None, bounds)
-        return (past + future.flip(1)) / 2, None, (*of_past, *of_future)
+        mirrored = tuple(tensor.flip(1) for tensor in shared[half:])
+        future, _, of_future = self.future.mix_sharing(x.flip(1), mirrored, None, mirror(cu_seqlens, x.shape[1]))
+        return (past + future.flip(1)) / 2, None, (*of_past, *(tensor.flip(1) for tensor in of_future))

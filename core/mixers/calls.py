@@ -92,9 +92,12 @@ def check_boundaries(x: Any, cu_seqlens: Any, grid: Any) -> None:
             )
         check_packing(cu_seqlens, x.shape[0], x.shape[1])
     if grid is not None:
-        if not (isinstance(grid, tuple | list) and len(grid) == 2 and all(map(_is_side, grid))):
-            raise ValueError(f"grid must be two whole numbers, (height, width) (got {described(grid)}); give (14, 14)")
-        check_grid((grid[0], grid[1]), x.shape[1], cu_seqlens)
+        if not (isinstance(grid, tuple | list) and 1 <= len(grid) <= 3 and all(map(_is_side, grid))):
+            raise ValueError(
+                f"grid must be one to three whole numbers, such as (height, width) (got {described(grid)}); "
+                "give (14, 14)"
+            )
+        check_grid(list(grid), x.shape[1], cu_seqlens)
 
 
 def _is_side(side: object) -> bool:

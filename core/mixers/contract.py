@@ -86,14 +86,15 @@ class Mixer(nn.Module):
         return y
 
     def forward(
-        self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None
+        self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None
     ) -> Tensor:  # pragma: no cover
         """Mix a batch of sequences.
 
         Args:
             x: `[B, T, dim]`; packed sequences are `[1, ΣT, dim]` with `cu_seqlens`.
             cu_seqlens: boundaries of packed sequences, `[sequences + 1]`.
-            grid: (height, width) where the tokens are the cells of a grid, row by row; for mixers that look around.
+            grid: its sides where the tokens are the cells of a grid, the last axis fastest: (height, width) of a
+                picture, (frames, height, width) of a clip; for mixers that look around.
         """
         raise NotImplementedError
 
@@ -120,7 +121,8 @@ class Mixer(nn.Module):
 
         Args:
             x: `[B, T, dim]`; a single step has T = 1.
-            shared: what the mixer of its name in the block before gave; empty for the first of them.
+            shared: what the mixer of its name in the block before gave, `[B, T, …]` each, a step's beside the steps of
+                `x`; empty for the first of them.
             state: before the first step, for a causal mixer.
             cu_seqlens: boundaries of packed sequences, which go without a state.
         """

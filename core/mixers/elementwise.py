@@ -39,7 +39,7 @@ class ElementwiseMixer(Mixer):
         self.conv_shape = conv_shape
         self.complex_hidden = complex_hidden
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         return self._mix(x, None, None, cu_seqlens)[0]
 
     def _mix(

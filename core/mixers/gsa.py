@@ -89,7 +89,7 @@ class GSA(GroupedMixer):
         self.g_norm = norms.HeadRMSNorm(value_dim, norm_eps, **dd)
         self.init_weights()
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         return self._attend(x, None, None, None, cu_seqlens)[0]
 
     def _attend(

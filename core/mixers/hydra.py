@@ -112,7 +112,7 @@ class Hydra(Mixer):
     def no_weight_decay(self) -> set[str]:
         return {"A_log", "D", "dt_bias"} | ({"init_states"} if self.init_states is not None else set())
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         groups, heads = 2 * self.ngroups * self.d_state, [self.nheads, self.headdim]
         widths = [self.d_inner, self.d_inner + 2 * groups, self.nheads, self.nheads]
         z, xBC, dt_past, dt_future = self.in_proj(x).split(widths, -1)

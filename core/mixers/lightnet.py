@@ -24,8 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sinuous.core import norms
-from sinuous.core.checks import check_grid
+from sinuous.core import checks, norms
 from sinuous.core.mixers import positions
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
 from sinuous.core.mixers.heads import heads_of, per_head
@@ -97,7 +96,7 @@ class LightNet(QueryKeyValueMixer):
         self.g_norm = norms.GatedRMSNorm(dim, norm_eps, **dd)
         self.init_weights()
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         return self._attend(x, None, None, None, cu_seqlens)[0]
 
     def _attend(
@@ -188,7 +187,7 @@ class LightNetNonCausal(Mixer):
     def output_weights(self) -> set[str]:
         return {"o_proj.weight"}
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         """Mix the cells of a grid, or rows of tokens.
 
         Args:
@@ -200,7 +199,7 @@ class LightNetNonCausal(Mixer):
             ValueError: if the grid has another number of cells than there are tokens, or the sequences are packed.
         """
         if grid is not None:
-            check_grid(grid, x.shape[1], cu_seqlens)
+            checks.check_grid(grid, x.shape[1], cu_seqlens)
         heads = [self.num_heads, -1]
         q, k, v = (F.silu(self.q_proj(x)).unflatten(-1, heads), self.k_proj(x).unflatten(-1, heads), self.v_proj(x))
         factor: Tensor | None = None

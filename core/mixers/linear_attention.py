@@ -185,7 +185,7 @@ class Retention(SwishGatedMixer):
                 nn.init.xavier_uniform_(layer.weight, gain=2**-2.5)
         nn.init.xavier_uniform_(self.o_proj.weight, gain=2**-1)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         return self._retain(x, None, None, None, cu_seqlens)[0]
 
     def _retain(

@@ -99,7 +99,7 @@ class ChannelStateMixer(Mixer):
     def output_weights(self) -> set[str]:
         return {"out_proj.weight"}
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         return self._mix(x, None, None, cu_seqlens)[0]
 
     def _mix(

@@ -120,7 +120,7 @@ class Mamba2(Mixer):
     def no_weight_decay(self) -> set[str]:
         return {"A_log", "D", "dt_bias"}
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         return self._mix(x, None, None, cu_seqlens)[0]
 
     def _mix(

@@ -65,7 +65,7 @@ class MemoryMixer(Mixer):
         self.conv_shape = conv_shape
         self.memory_shape = memory_shape
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         return self._mix(x, None, None, None, None, cu_seqlens)[0]
 
     def _mix(

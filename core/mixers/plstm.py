@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sinuous.core import norms
-from sinuous.core.checks import check_choice, check_grid
+from sinuous.core import checks, norms
+from sinuous.core.checks import check_choice
 from sinuous.core.mixers.contract import Mixer, register_mixer
 from sinuous.core.ops import grid_scan  # noqa: F401  (registers torch.ops.sinuous)
 
@@ -224,7 +224,7 @@ class PLSTMGrid(Mixer):
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith(("bias", "scale"))}
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         """Mix the cells of a grid, or rows of tokens.
 
         Args:
@@ -236,7 +236,7 @@ class PLSTMGrid(Mixer):
             ValueError: if the grid has another number of cells than there are tokens, or the sequences are packed.
         """
         if grid is not None:
-            check_grid(grid, x.shape[1], cu_seqlens)
+            checks.check_grid(grid, x.shape[1], cu_seqlens, axes=2)
             cells = x.unflatten(1, [grid[0], grid[1]])
         else:
             cells = x.unsqueeze(1)

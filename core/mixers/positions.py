@@ -65,7 +65,7 @@ def rotate(x: Tensor, steps: Tensor, theta: float) -> Tensor:
 
 
 @torch.fx.wrap
-def phases(x: Tensor, cu_seqlens: Tensor | None, grid: tuple[int, int] | None, theta: float) -> Tensor:
+def phases(x: Tensor, cu_seqlens: Tensor | None, grid: list[int] | None, theta: float) -> Tensor:
     r"""Cosines and sines of the phase of each cell of a grid, `[1, T, 1, 2K]`, fp32, or fp64 where x is.
 
         φ_c = row · θ^{-2c/K} for channels c < ⌈K/2⌉,    column · θ^{-2j/K} for the others, j counted from 0

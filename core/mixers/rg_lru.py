@@ -167,7 +167,7 @@ class RGLRU(Mixer):
     def no_weight_decay(self) -> set[str]:
         return {"rg_lru.a_param"}
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         return self._mix(x, None, None, None, cu_seqlens)[0]
 
     def _mix(

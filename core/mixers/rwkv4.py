@@ -140,7 +140,7 @@ class RWKV4(Mixer):
     def no_weight_decay(self) -> set[str]:
         return {"time_decay", "time_first", "time_mix_k", "time_mix_v", "time_mix_r"}
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         return self._mix(x, None, None, None, cu_seqlens)[0]
 
     def prefill(self, x: Tensor, state: RWKV4State | None = None) -> tuple[Tensor, RWKV4State]:

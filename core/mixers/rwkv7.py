@@ -155,7 +155,7 @@ class RWKV7(MatrixMixer):
         self,
         x: Tensor,
         cu_seqlens: Tensor | None = None,
-        grid: tuple[int, int] | None = None,
+        grid: list[int] | None = None,
         v_first: Tensor | None = None,
     ) -> Tensor:
         """Mix a batch of sequences.

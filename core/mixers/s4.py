@@ -256,7 +256,7 @@ class S4(Mixer):
         """Learning rates, by name, of parameters that need another one than the rest; absolute."""
         return {} if self.lr is None else dict.fromkeys(sorted(self.no_weight_decay()), self.lr)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         return self._mix(x, None, cu_seqlens)[0]
 
     def prefill(self, x: Tensor, state: LTIState | None = None) -> tuple[Tensor, LTIState]:

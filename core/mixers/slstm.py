@@ -125,7 +125,7 @@ class SLSTM(Mixer):
     def no_weight_decay(self) -> set[str]:
         return {"slstm_cell._recurrent_kernel_", "slstm_cell._bias_"}
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         return self._mix(x, None, None, None, None, None, cu_seqlens)[0]
 
     def _mix(

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sinuous.core import norms
-from sinuous.core.checks import check_grid, check_sizes
+from sinuous.core import checks, norms
+from sinuous.core.checks import check_sizes
 from sinuous.core.mixers.contract import Mixer, register_mixer
 from sinuous.core.mixers.convolutions import centred_conv1d, check_centred
 from sinuous.core.mixers.decay_init import init_A_log_s4d_real, init_dt_bias
@@ -104,7 +104,7 @@ class SS2D(Mixer):
     def no_weight_decay(self) -> set[str]:
         return {"A_logs", "Ds"}
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         """Mix the cells of a grid, or rows of tokens.
 
         Args:
@@ -123,7 +123,7 @@ class SS2D(Mixer):
             x = F.silu(centred_conv1d(x, middle, self.conv2d.bias, cu_seqlens))
             y = self._scan(torch.stack([x, x], 2), cu_seqlens).sum(2)
         else:
-            check_grid(grid, x.shape[1], cu_seqlens)
+            checks.check_grid(grid, x.shape[1], cu_seqlens, axes=2)
             height, width = grid
             if height * width > 0:  # torch's convolution refuses an image without a pixel
                 x = F.silu(self.conv2d(x.mT.unflatten(-1, [height, width])).flatten(2)).mT

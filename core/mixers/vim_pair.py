@@ -107,7 +107,7 @@ class VimPair(Mixer):
     def no_weight_decay(self) -> set[str]:
         return {"A_log", "A_b_log", "D", "D_b"}
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x_f, _ = torch.ops.sinuous.causal_conv1d(
             x, self.conv1d.weight.squeeze(1), self.conv1d.bias, None, cu_seqlens, True, False, ""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import sinuous.vision  # noqa: F401  (registers the models)
 from sinuous.core import registry
-from sinuous.vision.vim import Vim, checkpoint_filter_fn, resize_pos_embed
+from sinuous.core.patches import resize_pos_embed
+from sinuous.vision.vim import Vim, checkpoint_filter_fn
 
 TOTALS = {
     "vim_tiny_patch16_224": 7_148_008,
@@ -236,7 +237,7 @@ def test_set_input_size_to_another_patch_size() -> None:
 def test_a_constant_grid_of_positions_stays_constant_round_the_class_row() -> None:
     positions = torch.ones(1, 13, 4)
     positions[:, 6] = 9
-    resized = resize_pos_embed(positions, [3, 4], [5, 6])
+    resized = resize_pos_embed(positions, [3, 4], [5, 6], "middle")
     assert resized.shape == (1, 31, 4)
     torch.testing.assert_close(resized[:, 15], torch.full((1, 4), 9.0))
     torch.testing.assert_close(torch.cat([resized[:, :15], resized[:, 16:]], 1), torch.ones(1, 30, 4))

@@ -12,7 +12,8 @@ from torch import Tensor
 import sinuous
 import sinuous.vision
 from sinuous.core import mixers
-from sinuous.vision.vim import Vim, checkpoint_filter_fn, resize_pos_embed
+from sinuous.core.patches import resize_pos_embed
+from sinuous.vision.vim import Vim, checkpoint_filter_fn
 
 GRID_MIXERS = [name for name in mixers.list_mixers() if mixers.mixer_class(name).reads_grid]
 PLACES = {"head": 0, "middle": 20, "tail": 40}  # among 5 x 8 patches
@@ -105,7 +106,7 @@ def test_grid_mixers_are_told_the_grid_of_the_image(name: str) -> None:
     grids: list[Any] = []
     model.layers.register_forward_pre_hook(lambda _m, inputs: grids.append(inputs[2]))
     tokens = model.forward_features(x)
-    assert grids == [(5, 8)]
+    assert grids == [[5, 8]]
     torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), tokens.mean(1))
     assert not torch.allclose(tokens, row, atol=1e-4)
 

@@ -26,6 +26,8 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "class_token": ("front", 0, False),
     "embed_dim": NO_SIZE,
     "depth": NO_SIZE,
+    "pos_embed": ("yes", 1, None),
+    "route": ("no such", 3, None, [], ["raster", "rows"], [3]),
     "d_state": tuple(value for value in NO_SIZE if value is not None),
     "expand": (-1.0, math.nan, math.inf, "2", [2]),
     "mixer": ("no such", 3, None, ["mamba"]),
@@ -44,7 +46,7 @@ def test_every_option_is_looked_at() -> None:
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
 def test_a_wrong_option_is_named(name: str, value: Any) -> None:
     named = "d_state" if name == "mixer_options" and isinstance(value, dict) else name
-    with pytest.raises(ValueError, match=rf"{named} .*must|{named}.*got|no {named} 'no such'"):
+    with pytest.raises(ValueError, match=rf"{named} .*must|{named}.*got|no (scan )?{named} "):
         Vim(**{**SIZES, name: value})
 
 
