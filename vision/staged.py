@@ -35,8 +35,8 @@ from sinuous.core import norms
 from sinuous.core.checks import check_arguments, check_choice, check_range, check_sizes, described
 from sinuous.core.mixers import list_mixers, mixer_class
 from sinuous.core.mixers.calls import check_output, check_place
+from sinuous.core.patches import check_images
 from sinuous.core.stack import Stack, drop_path_rates
-from sinuous.vision.vim import at_least_a_patch
 
 __all__ = ["MergeDownsample", "StackStage", "Stage", "StagedBackbone", "Stem", "conv_downsample", "stage_rates"]
 
@@ -343,7 +343,7 @@ class StagedBackbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image `[B, C, H, W]` to the normed map of the last stage, `[B, D, h, w]`."""
-        x = self.patch_embed(at_least_a_patch(x, self.patch_embed.patch_size, self.in_chans))
+        x = self.patch_embed(check_images(x, self.patch_embed.patch_size, self.in_chans))
         for stage in self.layers:
             x = stage(x)
         y: Tensor = self.norm(x)
@@ -375,7 +375,7 @@ class StagedBackbone(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW' (got {output_fmt!r}); permute the maps for another")
         taken, last = _take(len(self.layers), indices)
-        x = self.patch_embed(at_least_a_patch(x, self.patch_embed.patch_size, self.in_chans))
+        x = self.patch_embed(check_images(x, self.patch_embed.patch_size, self.in_chans))
         stages = list(self.layers)
         intermediates = []
         for i, stage in enumerate(stages[: last + 1] if stop_early else stages):

@@ -86,12 +86,20 @@ GRIDS: dict[str, Any] = {
     "too many cells": (3, 5),
     "too few cells": (3, 3),
     "negative": (-3, -4),
-    "three axes": (3, 2, 2),
+    "four axes": (3, 2, 2, 1),
+    "no axes": (),
     "a number": STEPS,
     "floats": (3.0, 4.0),
     "a word": "3x4",
     "None in it": (3, None),
 }
+
+
+@pytest.mark.parametrize("name", ["ss2d", "plstm_grid"])
+def test_a_mixer_of_two_axes_refuses_a_third(name: str) -> None:
+    mixer = mixers.build_mixer(name, DIM)
+    with pytest.raises(ValueError, match="grid must have 2 sides for this mixer .got 3 x 2 x 2"):
+        mixer(torch.randn(BATCH, STEPS, DIM), grid=(3, 2, 2))
 
 
 @pytest.mark.parametrize("name", MIXERS)
