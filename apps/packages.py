@@ -47,15 +47,28 @@ def extras(project: str = "sinuous") -> dict[str, list[Requirement]]:
     return {extra: [r for r in requirements if added(r, extra)] for extra in extras_of if extra != "all"}
 
 
+DISTRIBUTIONS = {
+    "Bio": "biopython",
+    "cv2": "opencv-python",
+    "PIL": "pillow",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
+"""Distributions of modules that are imported under another name, for those that are not installed."""
+
+
 def extra_with(module: str) -> str | None:
     """The extra that brings the top-level `module`, such as `sinuous[train]`, from the metadata of our package and of
     those that bring domains; None if no extra does."""
+    installed_by = importlib.metadata.packages_distributions().get(module, [])
+    names = {canonicalize_name(name) for name in (module, DISTRIBUTIONS.get(module, module), *installed_by)}
     for project in dict.fromkeys(("sinuous", *(domain.distribution for domain in domains().values()))):
         try:
             requirements = extras(project)
         except importlib.metadata.PackageNotFoundError:
             continue
         for extra, added in requirements.items():
-            if any(canonicalize_name(requirement.name) == canonicalize_name(module) for requirement in added):
+            if any(canonicalize_name(requirement.name) in names for requirement in added):
                 return f"{project}[{extra}]"
     return None

@@ -13,7 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from sinuous.apps.packages import extras
+from sinuous.apps import packages
+from sinuous.apps.packages import extra_with, extras
 
 CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
 IMPORTS = """
@@ -65,6 +66,29 @@ def test_the_packages_of_an_extra_import_beside_the_others(extra: str, failures:
         if not modules(requirement):
             pytest.skip(f"{requirement.name} is not installed: pip install 'sinuous[{extra}]'")
         assert not {module: failures[module] for module in modules(requirement) if module in failures}
+
+
+@pytest.mark.parametrize("extra", extras())
+def test_a_missing_package_is_found_in_its_extra(extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name under which it is imported, as an error of the import gives it."""
+    for requirement in extras()[extra]:
+        imported = modules(requirement)
+        if not imported:
+            pytest.skip(f"{requirement.name} is not installed: pip install 'sinuous[{extra}]'")
+        assert [extra_with(module) for module in imported] == [f"sinuous[{extra}]"] * len(imported)
+        with monkeypatch.context() as bare:
+            bare.setattr(importlib.metadata, "packages_distributions", dict)
+            assert f"sinuous[{extra}]" in map(extra_with, imported), f"add {requirement.name} to DISTRIBUTIONS"
+
+
+def test_a_missing_package_of_another_name_is_found_in_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    added = {"genomics": [Requirement("Biopython>=1.84")], "train": [Requirement("found_by-metadata")]}
+    monkeypatch.setattr(packages, "extras", lambda project: added if project == "sinuous" else {})
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"fbm": ["Found-By.Metadata"]})
+    assert extra_with("Bio") == "sinuous[genomics]"
+    assert extra_with("fbm") == "sinuous[train]"
+    assert extra_with("found_by_metadata") == "sinuous[train]"
+    assert extra_with("nothing") is None
 
 
 def test_constraints_fix_a_version_for_every_requirement() -> None:
