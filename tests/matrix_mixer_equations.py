@@ -111,7 +111,8 @@ def gla(m: Any, x: Tensor) -> Tensor:
 
 def hgrn2(m: Any, x: Tensor) -> Tensor:
     q, f, i = (split(conv(getattr(m, f"{n}_conv1d"), getattr(m, f"{n}_proj")(x), nn.Identity()), m.size) for n in "qfi")
-    f = m.lower_bound + (1 - m.lower_bound) * torch.sigmoid(f)
+    bound = m.lower_bound if m.bounds is None else split(m.bounds, m.size)
+    f = bound + (1 - bound) * torch.sigmoid(f)
     o = outer_products(F.silu(q) * m.size**-0.5, 1 - f, i, f[..., None])
     return m.o_proj(rms(o.flatten(-2), m.g_norm))
 
@@ -177,7 +178,10 @@ def delta(m: Any, x: Tensor) -> Tensor:
             S = (one - b * key * key.mT) @ S + b * key * v[:, t, j, :, None, :]
         found.append((q[:, t, :, :, None] * S).sum(-2) * m.head_k_dim**-0.5)
     o = rms(torch.stack(found, 1), m.o_norm)
-    return m.o_proj((o if m.g_proj is None else o * F.silu(split(m.g_proj(x), m.head_v_dim))).flatten(-2))
+    if m.g_proj is None:
+        return m.o_proj(o.flatten(-2))
+    gate = split(m.g_proj(x), m.head_v_dim)
+    return m.o_proj((o * (torch.sigmoid(gate) if m.o_norm.sigmoid else F.silu(gate))).flatten(-2))
 
 
 def memory(m: Any, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> Tensor:

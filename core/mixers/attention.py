@@ -167,6 +167,7 @@ class SoftmaxAttention(Mixer):
         qkv_bias: biases in the first three projections.
         qk_norm: RMS norms, over a head, of queries and keys.
         rope_theta: base of the rotary positions; `None` for none.
+        norm_eps: added under the root of the norms.
 
     Raises:
         ValueError: if a size is less than 1, H does not divide into G groups or `dim` into heads, or K is odd where
@@ -185,6 +186,7 @@ class SoftmaxAttention(Mixer):
         qkv_bias: bool = False,
         qk_norm: bool = False,
         rope_theta: float | None = 10_000.0,
+        norm_eps: float = 1e-5,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -207,8 +209,8 @@ class SoftmaxAttention(Mixer):
         self.q_proj = nn.Linear(dim, heads * width, bias=qkv_bias, **dd)
         self.k_proj = nn.Linear(dim, groups * width, bias=qkv_bias, **dd)
         self.v_proj = nn.Linear(dim, groups * width, bias=qkv_bias, **dd)
-        self.q_norm = norms.HeadRMSNorm(width, **dd) if qk_norm else nn.Identity()
-        self.k_norm = norms.HeadRMSNorm(width, **dd) if qk_norm else nn.Identity()
+        self.q_norm = norms.HeadRMSNorm(width, norm_eps, **dd) if qk_norm else nn.Identity()
+        self.k_norm = norms.HeadRMSNorm(width, norm_eps, **dd) if qk_norm else nn.Identity()
         self.o_proj = nn.Linear(heads * width, dim, bias=False, **dd)
         self.init_weights()
 
@@ -263,7 +265,7 @@ class SlidingWindowAttention(SoftmaxAttention):
     Args:
         dim: width of the model.
         window_size: W, how many steps are seen, the newest one included.
-        num_heads, num_kv_heads, head_dim, qkv_bias, qk_norm, rope_theta: as in `SoftmaxAttention`.
+        num_heads, num_kv_heads, head_dim, qkv_bias, qk_norm, rope_theta, norm_eps: as in `SoftmaxAttention`.
 
     Raises:
         ValueError: as `SoftmaxAttention` does.
@@ -281,11 +283,12 @@ class SlidingWindowAttention(SoftmaxAttention):
         qkv_bias: bool = False,
         qk_norm: bool = False,
         rope_theta: float | None = 10_000.0,
+        norm_eps: float = 1e-5,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_sizes(window_size=window_size)
-        super().__init__(dim, num_heads, num_kv_heads, head_dim, qkv_bias, qk_norm, rope_theta, device, dtype)
+        super().__init__(dim, num_heads, num_kv_heads, head_dim, qkv_bias, qk_norm, rope_theta, norm_eps, device, dtype)
         self.window_size = window_size
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:

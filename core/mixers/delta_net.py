@@ -30,6 +30,7 @@ from sinuous.core.mixers.heads import per_head
 from sinuous.core.mixers.matrix_mixer import QueryKeyValueMixer
 from sinuous.core.ops import delta_rule  # noqa: F401  (registers torch.ops.sinuous)
 
+GATES = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}
 ACTIVATIONS = {"silu": "swish", "relu": "relu", "elu": "elu", "identity": "identity"}
 
 
@@ -47,15 +48,18 @@ class DeltaRuleMixer(QueryKeyValueMixer):
         norm_eps: float,
         dd: dict[str, Any],
         conv_silu: bool = True,
+        gate_activation: str = "silu",
     ) -> None:
         heads, head_k_dim, head_v_dim = memory_shape
         super().__init__(dim, memory_shape, heads * head_v_dim, widths, conv_size, conv_bias, dd, conv_silu)
         self.head_k_dim = head_k_dim
         self.head_v_dim = head_v_dim
         self.g_proj = nn.Linear(dim, heads * head_v_dim, bias=False, **dd) if use_gate else None
-        norm: type[norms.GatedRMSNorm] | type[norms.HeadRMSNorm]
-        norm = norms.GatedRMSNorm if use_gate else norms.HeadRMSNorm
-        self.o_norm: nn.Module = norm(head_v_dim, norm_eps, **dd)
+        self.o_norm: nn.Module
+        if use_gate:
+            self.o_norm = norms.GatedRMSNorm(head_v_dim, norm_eps, activation=gate_activation, **dd)
+        else:
+            self.o_norm = norms.HeadRMSNorm(head_v_dim, norm_eps, **dd)
 
     def _normed(self, x: Tensor, o: Tensor) -> Tensor:
         if self.g_proj is None:
@@ -108,7 +112,7 @@ class DeltaNet(DeltaRuleMixer):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         check_choice("qk_activation", qk_activation, ACTIVATIONS)
         check_choice("qk_norm", qk_norm, ("l2", "sum"))
-        keys, values = int(dim * expand_k), int(dim * expand_v)
+        keys, values = round(dim * expand_k), round(dim * expand_v)
         shape = (
             num_heads,
             per_head(keys, num_heads, "the width of the keys"),
@@ -163,6 +167,7 @@ class ProductMixer(DeltaRuleMixer):
         allow_neg_eigval: bool,
         norm_eps: float,
         dd: dict[str, Any],
+        gate_activation: str = "silu",
     ) -> None:
         v_heads = num_heads if num_v_heads is None else num_v_heads
         head_dim = max(dim * 3 // (4 * max(num_heads, 1)), 1) if head_dim is None else head_dim
@@ -173,7 +178,9 @@ class ProductMixer(DeltaRuleMixer):
         widths = (keys, num_householder * keys, num_householder * values)
         taps = conv_size if use_short_conv else None
         shape = (v_heads, head_dim, head_v_dim)
-        super().__init__(dim, shape, widths, taps, conv_bias, use_output_gate, norm_eps, dd)
+        super().__init__(
+            dim, shape, widths, taps, conv_bias, use_output_gate, norm_eps, dd, gate_activation=gate_activation
+        )
         self.factors = num_householder
         self.groups = groups
         self.greatest_beta = 2.0 if allow_neg_eigval else 1.0
@@ -230,14 +237,15 @@ class GatedDeltaNet(ProductMixer):
         num_v_heads: H, heads of values, gates and state, several per key where there are more; `None` is `num_heads`.
         head_dim: K; `None` is 3/4 dim / num_heads, the published proportion.
         expand_v: V / K.
-        use_gate: gate the output by silu(g_proj(x)).
+        use_gate: gate the output by f(g_proj(x)).
         use_short_conv: short convolutions behind q_proj, k_proj, v_proj.
         conv_size: their taps; conv_bias: their biases.
         allow_neg_eigval: β in (0, 2) instead of (0, 1).
         norm_eps: added under the root of the norm.
+        output_gate_activation: f, `silu`, which is also called `swish`, or `sigmoid`.
 
     Raises:
-        ValueError: if a size is less than 1, or `num_v_heads` is no multiple of `num_heads`.
+        ValueError: if a size is less than 1, `num_v_heads` is no multiple of `num_heads`, or a choice is unknown.
     """
 
     def __init__(
@@ -253,13 +261,15 @@ class GatedDeltaNet(ProductMixer):
         conv_bias: bool = False,
         allow_neg_eigval: bool = False,
         norm_eps: float = 1e-5,
+        output_gate_activation: str = "silu",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        check_choice("output_gate_activation", output_gate_activation, GATES)
         super().__init__(
             dim, num_heads, num_v_heads, head_dim, expand_v, 1, True, use_gate, use_short_conv, conv_size, conv_bias,
-            allow_neg_eigval, norm_eps, dd,
+            allow_neg_eigval, norm_eps, dd, GATES[output_gate_activation],
         )  # fmt: skip
 
 

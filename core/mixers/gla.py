@@ -70,7 +70,7 @@ class GLA(SwishGatedMixer):
         if clamp_min is not None and clamp_min > 0:
             raise ValueError(f"clamp_min bounds a logarithm of at most 0 from below (got {clamp_min})")
         taps = conv_size if use_short_conv else None
-        key_dim, value_dim = int(dim * expand_k), int(dim * expand_v)
+        key_dim, value_dim = round(dim * expand_k), round(dim * expand_v)
         super().__init__(
             dim, key_dim, value_dim, num_heads, num_kv_heads, taps, conv_bias, use_output_gate, norm_eps, dd
         )
@@ -108,6 +108,8 @@ class HGRN2(MatrixMixer):
         use_short_conv: short convolutions behind q_proj, f_proj, i_proj.
         conv_size: their taps; conv_bias: their biases.
         lower_bound: λ, the least decay, in [0, 1). The papers learn one per layer that rises with depth from 0.
+        channel_bounds: keep λ with the weights as a buffer `bounds`, a number for every channel, `lower_bound` at the
+            start. Published models have learnt them.
         norm_eps: added under the root of the norm.
 
     Raises:
@@ -123,6 +125,7 @@ class HGRN2(MatrixMixer):
         conv_size: int = 4,
         conv_bias: bool = False,
         lower_bound: float = 0.0,
+        channel_bounds: bool = False,
         norm_eps: float = 1e-5,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -135,10 +138,17 @@ class HGRN2(MatrixMixer):
         super().__init__(dim, (heads, size, size), dim, 3 * dim, taps, dd)
         self.size = size
         self.lower_bound = float(lower_bound)
+        self.bounds: Tensor | None
+        self.register_buffer("bounds", torch.empty(dim, **dd) if channel_bounds else None)
         self.q_proj, self.f_proj, self.i_proj = (nn.Linear(dim, dim, bias=False, **dd) for _ in range(3))
         self.q_conv1d, self.f_conv1d, self.i_conv1d = short_convolutions((dim, dim, dim), taps, conv_bias, dd)
         self.g_norm = norms.HeadRMSNorm(dim, norm_eps, **dd)
         self.init_weights()
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        if self.bounds is not None:
+            nn.init.constant_(self.bounds, self.lower_bound)
 
     def _streams(
         self, x: Tensor, conv: Tensor | None, cu_seqlens: Tensor | None
@@ -155,7 +165,10 @@ class HGRN2(MatrixMixer):
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         log_decay = F.logsigmoid(norms.at_least_fp32(k))
-        if self.lower_bound > 0:
+        if self.bounds is not None:
+            bounds = norms.at_least_fp32(self.bounds)
+            log_decay = torch.logaddexp(torch.log(bounds), torch.log1p(-bounds) + log_decay)  # a bound may be 0
+        elif self.lower_bound > 0:
             log_decay = torch.log(self.lower_bound + (1 - self.lower_bound) * torch.exp(log_decay))
         keys, heads = -torch.expm1(log_decay), [-1, self.size]
         o, memory, _ = torch.ops.sinuous.gla(

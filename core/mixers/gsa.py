@@ -78,7 +78,7 @@ class GSA(GroupedMixer):
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         taps = conv_size if use_short_conv else None
-        key_dim, value_dim = int(dim * expand_k), int(dim * expand_v)
+        key_dim, value_dim = round(dim * expand_k), round(dim * expand_v)
         super().__init__(dim, key_dim, value_dim, num_heads, num_kv_heads, taps, conv_bias, dd)
         self.num_slots = self.head_k_dim if num_slots is None else num_slots
         check_sizes(num_slots=self.num_slots)

@@ -33,6 +33,8 @@ class HGRN(ElementwiseMixer):
         dim: width of the model.
         expand: E / dim.
         lower_bound: β in [0, 1), which the paper lets rise from 0 in the first layer towards 1 in the last.
+        channel_bounds: keep β with the weights as a buffer `bounds`, a number for every channel, `lower_bound` at the
+            start. Published models have learnt them.
         use_short_conv: convolutions behind i_proj and f_proj.
         conv_size: their taps; conv_bias: their biases.
         norm_eps: added under the root of the norm.
@@ -48,6 +50,7 @@ class HGRN(ElementwiseMixer):
         dim: int,
         expand: float = 1,
         lower_bound: float = 0.0,
+        channel_bounds: bool = False,
         use_short_conv: bool = False,
         conv_size: int = 4,
         conv_bias: bool = False,
@@ -63,6 +66,8 @@ class HGRN(ElementwiseMixer):
             raise ValueError(f"lower_bound must lie in [0, 1) (got {lower_bound}); at 1 the state would never change")
         super().__init__(inner, (conv_size - 1, 2 * inner) if use_short_conv else (0, 0))
         self.lower_bound = float(lower_bound)
+        self.bounds: Tensor | None
+        self.register_buffer("bounds", torch.empty(inner, **dd) if channel_bounds else None)
         self.allow_neg_eigval = allow_neg_eigval
         self.i_proj = nn.Linear(dim, inner, bias=False, **dd)
         self.f_proj = nn.Linear(dim, inner, bias=False, **dd)
@@ -77,6 +82,8 @@ class HGRN(ElementwiseMixer):
         for layer in self.children():
             if isinstance(layer, nn.Linear | nn.Conv1d | norms.GatedRMSNorm):
                 layer.reset_parameters()
+        if self.bounds is not None:
+            nn.init.constant_(self.bounds, self.lower_bound)
 
     def output_weights(self) -> set[str]:
         return {"o_proj.weight"}
@@ -96,7 +103,8 @@ class HGRN(ElementwiseMixer):
         else:
             after = i.new_zeros([i.shape[0], 0, 0])
         # 1 - f, and not f, is what must not be rounded away where a channel remembers for long.
-        renewed = (1 - self.lower_bound) * torch.sigmoid(-norms.at_least_fp32(f))
+        renewed = torch.sigmoid(-norms.at_least_fp32(f))
+        renewed = renewed * ((1 - self.lower_bound) if self.bounds is None else (1 - norms.at_least_fp32(self.bounds)))
         decay = 1 - 2 * renewed if self.allow_neg_eigval else 1 - renewed
         h, hidden, _ = torch.ops.sinuous.linear_scan(
             (renewed * F.silu(i)).to(i.dtype), decay, None, hidden, cu_seqlens, False, ""

@@ -68,7 +68,7 @@ class LightNet(QueryKeyValueMixer):
         use_short_conv: short convolutions, without an activation, behind q_proj, k_proj, v_proj.
         conv_size: their taps; conv_bias: their biases.
         gate_low_rank_dim: rank of the layer that gives the gate.
-        norm_eps: added under the root of the norm.
+        norm_eps: added under the root of the norm; fla's layer has the default, whatever its own option says.
 
     Raises:
         ValueError: if `dim` is no multiple of the heads, or neither heads nor their size are given.
@@ -83,7 +83,7 @@ class LightNet(QueryKeyValueMixer):
         conv_size: int = 4,
         conv_bias: bool = False,
         gate_low_rank_dim: int = 128,
-        norm_eps: float = 1e-5,
+        norm_eps: float = 1e-6,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -163,7 +163,7 @@ class LightNetNonCausal(Mixer):
         gate_low_rank_dim: int = 128,
         rotate: bool = True,
         theta: float = 10000.0,
-        norm_eps: float = 1e-5,
+        norm_eps: float = 1e-6,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:

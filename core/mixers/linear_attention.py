@@ -70,7 +70,7 @@ class LinearAttention(GroupedMixer):
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         check_choice("output_norm", output_norm, ("none", "rms"))
-        key_dim, value_dim = int(dim * expand_k), int(dim * expand_v)
+        key_dim, value_dim = round(dim * expand_k), round(dim * expand_v)
         head_k_dim = per_head(key_dim, num_heads, "the width of the keys")
         head_v_dim = per_head(value_dim, num_heads, "the width of the values")
         shape = (num_heads, features(feature_map, head_k_dim), head_v_dim + normalize)
@@ -167,7 +167,7 @@ class Retention(SwishGatedMixer):
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         taps = conv_size if use_short_conv else None
-        key_dim, value_dim = int(dim * expand_k), int(dim * expand_v)
+        key_dim, value_dim = round(dim * expand_k), round(dim * expand_v)
         super().__init__(
             dim, key_dim, value_dim, num_heads, num_kv_heads, taps, conv_bias, use_output_gate, norm_eps, dd
         )
@@ -267,7 +267,7 @@ class SimpleGLA(SwishGatedMixer):
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         taps = conv_size if use_short_conv else None
-        key_dim, value_dim = int(dim * expand_k), int(dim * expand_v)
+        key_dim, value_dim = round(dim * expand_k), round(dim * expand_v)
         super().__init__(dim, key_dim, value_dim, num_heads, num_kv_heads, taps, conv_bias, True, norm_eps, dd)
         self.gk_proj = nn.Linear(dim, num_heads, **dd)
         self.feature_map = build_feature_map(feature_map, self.head_k_dim, dd, ELEMENTWISE)

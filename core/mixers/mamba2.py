@@ -48,6 +48,7 @@ class Mamba2(Mixer):
         bias: in the projections; conv_bias: in the convolution.
         D_has_hdim: D for every channel of the recurrence, and not for every head.
         A_init_range: -A is uniform in this range at the start.
+        norm_eps: added under the root of the norm.
 
     Raises:
         ValueError: if a size is less than 1 or does not divide what it must.
@@ -72,6 +73,7 @@ class Mamba2(Mixer):
         conv_bias: bool = True,
         D_has_hdim: bool = False,
         A_init_range: tuple[float, float] = (1.0, 16.0),
+        norm_eps: float = 1e-5,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -100,7 +102,7 @@ class Mamba2(Mixer):
         self.dt_bias = nn.Parameter(torch.empty(self.nheads, **dd))
         self.A_log = nn.Parameter(torch.empty(self.nheads, **dd))
         self.D = nn.Parameter(torch.empty(d_ssm if D_has_hdim else self.nheads, **dd))
-        norm = norms.GatedRMSNorm(d_ssm, 1e-5, d_ssm // ngroups, norm_before_gate, **dd) if rmsnorm else None
+        norm = norms.GatedRMSNorm(d_ssm, norm_eps, d_ssm // ngroups, norm_before_gate, **dd) if rmsnorm else None
         self.norm = norm
         self.out_proj = nn.Linear(inner, dim, bias=bias, **dd)
         self.init_weights()

@@ -99,7 +99,7 @@ class RWKV6(MatrixMixer):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if not 0 <= relative_depth <= 1:
             raise ValueError(f"relative_depth must be in [0, 1] (got {relative_depth})")
-        key_dim, value_dim = int(dim * expand_k), int(dim * expand_v)
+        key_dim, value_dim = round(dim * expand_k), round(dim * expand_v)
         heads = heads_of(key_dim, HEAD_SIZE) if num_heads is None else num_heads
         head_k_dim = per_head(key_dim, heads, "the width of the keys")
         head_v_dim = per_head(value_dim, heads, "the width of the values")

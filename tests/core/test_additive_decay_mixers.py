@@ -35,7 +35,7 @@ def weights(mixer: mixers.Mixer) -> dict[str, Tensor]:
 def out(w: dict[str, Tensor], x: Tensor, o: Tensor) -> Tensor:
     """o_proj of the norm over all heads, gated."""
     gate = F.silu(x @ w["g_proj.0.weight"].T @ w["g_proj.1.weight"].T)
-    normed = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-5) * w["g_norm.weight"]
+    normed = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * w["g_norm.weight"]
     return (normed * gate) @ w["o_proj.weight"].T
 
 

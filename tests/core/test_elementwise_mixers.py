@@ -30,6 +30,8 @@ def build(name: str, **options: Any) -> Any:
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        if getattr(mixer, "bounds", None) is not None:
+            mixer.bounds.uniform_()
     return mixer
 
 
@@ -58,7 +60,8 @@ def hgrn(m: Any, x: Tensor) -> Tensor:
     if m.i_conv1d is not None:
         i = convolved(i, m.i_conv1d.weight[:, 0], m.i_conv1d.bias)
         f = convolved(f, m.f_conv1d.weight[:, 0], m.f_conv1d.bias)
-    gate = m.lower_bound + (1 - m.lower_bound) / (1 + torch.exp(-f))
+    bound = m.lower_bound if m.bounds is None else m.bounds
+    gate = bound + (1 - bound) / (1 + torch.exp(-f))
     decay = 2 * gate - 1 if m.allow_neg_eigval else gate
     h = steps(decay, (1 - gate) * i / (1 + torch.exp(-i)))
     normed = h / (h.square().mean(-1, keepdim=True) + m.g_norm.eps).sqrt() * m.g_norm.weight
@@ -162,6 +165,7 @@ PAPERS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("hgrn", {}),
     ("hgrn", {"expand": 1.5, "lower_bound": 0.4}),
+    ("hgrn", {"expand": 2, "channel_bounds": True}),
     ("hgrn", {"use_short_conv": True, "conv_size": 3, "conv_bias": True, "allow_neg_eigval": True}),
     ("min_gru", {}),
     ("min_gru", {"expand": 1.5, "allow_neg_eigval": True}),
@@ -323,6 +327,13 @@ def test_hgrn_never_forgets_below_its_bound() -> None:
     past = mixer.initial_state(1)._replace(hidden=torch.ones(1, DIM, dtype=torch.float64))
     _, after = mixer.step(zero, past)
     torch.testing.assert_close(after.hidden, torch.full_like(zero, 0.875))  # f = σ(0) = 1/2 of the way to 1
+
+
+def test_bounds_of_channels_start_at_the_bound() -> None:
+    for name in ("hgrn", "hgrn2"):
+        heads = {"num_heads": 2} if name == "hgrn2" else {}
+        mixer = mixers.build_mixer(name, DIM, channel_bounds=True, lower_bound=0.75, **heads)
+        assert torch.equal(mixer.state_dict()["bounds"], torch.full((DIM,), 0.75))
 
 
 def test_s5_with_conjugate_pairs_equals_all_modes() -> None:

@@ -26,7 +26,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in FAMILY),
     ("mamba2", {"d_state": 6, "headdim": 8, "ngroups": 2, "norm_before_gate": True, "bias": True}),
     ("mamba2", {"d_state": 6, "headdim": 8, "d_ssm": 32, "rmsnorm": False, "conv_bias": False}),
-    ("mamba2", {"d_state": 6, "headdim": 12, "dt_limit": (0.02, 0.05)}),
+    ("mamba2", {"d_state": 6, "headdim": 12, "dt_limit": (0.02, 0.05), "norm_eps": 0.1}),
     ("linear_attention", {"feature_map": "dpfp", "num_kv_heads": 2, "output_norm": "rms"}),
     ("linear_attention", {"feature_map": "hedgehog", "norm_q": True, "norm_k": True}),
     ("linear_attention", {"feature_map": "elementwise_product", "normalize": False, "tie_feature_map_qk": True}),
@@ -36,11 +36,13 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("gla", {"num_kv_heads": 2, "use_short_conv": True, "conv_bias": True, "use_output_gate": False}),
     ("gla", {"clamp_min": -0.03, "feature_map": "swish", "expand_v": 2.0}),
     ("hgrn2", {"num_heads": 3, "use_short_conv": True, "conv_bias": True, "lower_bound": 0.4}),
+    ("hgrn2", {"num_heads": 2, "channel_bounds": True}),
     ("gsa", {"num_slots": 5, "num_kv_heads": 2, "use_short_conv": True, "feature_map": "t2r", "scale": 0.5}),
     ("rwkv6", {"num_heads": 3, "expand_k": 0.5, "expand_v": 2.0, "proj_low_rank_dim": 3, "gate_low_rank_dim": 5}),
     ("delta_net", {"use_gate": True, "allow_neg_eigval": True, "conv_bias": True}),
     ("delta_net", {"use_beta": False, "qk_activation": "elu", "qk_norm": "sum", "use_short_conv": False}),
     ("gated_delta_net", {"num_heads": 2, "num_v_heads": 6, "head_dim": 5, "use_gate": False}),
+    ("gated_delta_net", {"num_heads": 2, "head_dim": 5, "output_gate_activation": "sigmoid"}),
     ("gated_delta_product", {"num_householder": 3, "num_heads": 2, "num_v_heads": 4, "use_short_conv": False}),
     ("delta_product", {"num_householder": 1, "use_output_gate": False, "allow_neg_eigval": False}),
     ("mlstm", {"round_up_to": 16, "num_heads": 2, "qkv_block_size": 8, "bias": True, "input_activation": "sigmoid"}),
@@ -57,6 +59,8 @@ def build(name: str, options: dict[str, Any]) -> mixers.Mixer:
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        if isinstance(mixer, mixers.HGRN2) and mixer.bounds is not None:
+            mixer.bounds.copy_(torch.rand(DIM)).masked_fill_(torch.arange(DIM) < 2, 0)
     if name.startswith("mlstm"):
         mixer.eps = 0.0  # type: ignore[assignment]
     return mixer
@@ -158,6 +162,14 @@ def test_names_and_shapes_are_the_published_ones(
 ) -> None:
     actual = mixers.build_mixer(name, 16, **options).state_dict()
     assert {key: tuple(t.shape) for key, t in actual.items()} == shapes
+
+
+@pytest.mark.parametrize("name", ["gla", "retention", "linear_attention", "simple_gla", "gsa", "delta_net", "rwkv6"])
+def test_widths_that_are_nearly_whole_are_rounded(name: str) -> None:
+    assert int(200 * 0.29) == 57
+    mixer = mixers.build_mixer(name, 200, num_heads=29, expand_k=0.29, expand_v=0.29)
+    assert mixer.output_weights() == {"o_proj.weight"}
+    assert mixer.get_parameter("o_proj.weight").shape == (200, 58)
 
 
 def count(name: str, dim: int, **options: Any) -> int:
@@ -342,6 +354,7 @@ def test_norms_of_heads_and_groups() -> None:
         ("rwkv6", {"relative_depth": 2}, "relative_depth must be in .0, 1."),
         ("delta_net", {"qk_activation": "gelu"}, "qk_activation must be one of 'silu', 'relu', 'elu', 'identity'"),
         ("delta_net", {"qk_norm": "l1"}, "qk_norm must be 'l2' or 'sum'"),
+        ("gated_delta_net", {"output_gate_activation": "gelu"}, "output_gate_activation must be one of .*'sigmoid'"),
         ("gated_delta_net", {"num_heads": 0}, "num_heads must be at least 1"),
         ("gated_delta_net", {"num_heads": 4, "num_v_heads": 6}, "num_v_heads must be a positive multiple"),
         ("gated_delta_product", {"num_householder": 0}, "num_householder must be at least 1"),

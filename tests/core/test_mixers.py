@@ -56,6 +56,16 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
     assert [n for n, p in mixer.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+@pytest.mark.parametrize("name", [n for n in mixers.list_mixers() if "norm_eps" in mixers.mixer_options(n)])
+def test_the_epsilon_of_a_norm_reaches_it(name: str) -> None:
+    norm: dict[str, object] = {"qk_norm": True} if "qk_norm" in mixers.mixer_options(name) else {}
+    norm = {"output_norm": "rms"} if name == "linear_attention" else {} if name == "delta_net" else norm
+    mixer, x = build(name, **norm), sequence()
+    other = mixers.build_mixer(name, DIM, dtype=torch.float64, norm_eps=0.5, **norm)
+    other.load_state_dict(mixer.state_dict())
+    assert not torch.allclose(other(x), mixer(x), rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", mixers.list_mixers())
 def test_packed_sequences_equal_separate_ones(name: str) -> None:
     mixer, x = build(name), sequence(1)
