@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 import sinuous
 from sinuous.core import registry
 from sinuous.core.checkpoints import load_state_dict, save_safetensors
+from sinuous.core.language.fla_checkpoints import fla_options
 from sinuous.core.model_card import model_card
 from sinuous.core.weights import Weights, all_weights, check_card
 
@@ -208,8 +209,9 @@ def load(path_or_hub_id: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
     """A model with its weights, always: from a name, a folder, or the Hugging Face Hub.
 
     Args:
-        path_or_hub_id: `architecture.tag`, or an architecture that has weights; a folder of `save` or of timm's
-            `save_for_hf`; or `organisation/name` on the hub, `organisation/name@revision` for a certain one.
+        path_or_hub_id: `architecture.tag`, or an architecture that has weights; a folder of `save`, of timm's
+            `save_for_hf`, or of a language model of fla's; or `organisation/name` on the hub,
+            `organisation/name@revision` for a certain one.
         **kwargs: for the model's constructor, over those that the folder tells. A model of pictures is fitted to
             another `num_classes`, `in_chans` or `img_size` as timm does it.
 
@@ -287,6 +289,8 @@ def _read_config(folder: Path, name: str) -> tuple[str, dict[str, Any]]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"the {CONFIG} of {name} is not JSON ({error}); copy or download it again") from error
+    if isinstance(config, dict) and "model_type" in config and "architecture" not in config:  # transformers' layout
+        config = {"architecture": "fla_lm", "model_args": fla_options(config)}
     architecture = config.get("architecture") if isinstance(config, dict) else None
     if not isinstance(architecture, str):
         raise ValueError(

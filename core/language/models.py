@@ -22,6 +22,7 @@ import torch
 from timm.models import generate_default_cfgs
 from torch import Tensor
 
+from sinuous.core.language.fla_checkpoints import fla_options, from_fla, is_fla
 from sinuous.core.language.xlstm_checkpoints import from_block_stack, is_block_stack
 from sinuous.core.registry import register_model
 from sinuous.core.sequence_model import SequenceModel
@@ -34,6 +35,7 @@ NEOX_TOKENS = 50277
 LARGEST_PADDING = 128  # a file whose vocabulary differs by more has other tokens
 
 _MAMBA: dict[str, Any] = {"vocab_size": NEOX_TOKENS, "pattern": "mamba", "pad_vocab_multiple": 8}
+_FLA: dict[str, Any] = {"hidden_size": 2048, "num_hidden_layers": 24, "vocab_size": 32000}
 _MAMBA2: dict[str, Any] = {"vocab_size": NEOX_TOKENS, "pattern": "mamba2", "pad_vocab_multiple": 16}
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -73,6 +75,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "tie_head": False,
         "weight_init": "xlstm",
     },
+    "lightnet_1_4b": fla_options({"model_type": "lightnet", **_FLA}),
+    "fla_lm": fla_options({"model_type": "gla", **_FLA}),
     "bytes_5m": {"vocab_size": 256, "dim": 256, "depth": 6, "pattern": "mamba2", "mlp": "swiglu", "mlp_ratio": 2.0},
     "bytes_nano": {"vocab_size": 256, "dim": 160, "depth": 6, "pattern": "mamba", "mlp": "swiglu", "mlp_ratio": 1.9},
 }
@@ -112,7 +116,10 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: SequenceModel)
     Raises:
         ValueError: if the head differs from the embedding and the model's head is tied.
     """
-    state_dict = from_block_stack(state_dict) if is_block_stack(state_dict) else state_dict
+    if is_block_stack(state_dict):
+        state_dict = from_block_stack(state_dict)
+    elif is_fla(state_dict):
+        state_dict = from_fla(state_dict, model)
     state = dict(_unfused({_ours(name): tensor for name, tensor in state_dict.items()}, model))
     for name in ("embedding.weight", "head.weight"):
         if name in state and state[name].ndim == 2:
@@ -175,6 +182,8 @@ def _cfg(origin: str, paper: str, arxiv: str, license: str = "apache-2.0", conte
     }
 
 
+_FLA_ORIGIN = "https://github.com/fla-org/flash-linear-attention"
+
 _BYTES = {
     "num_classes": 256,
     "classifier": "head",
@@ -215,6 +224,22 @@ default_cfgs = generate_default_cfgs(
             **_cfg("", "xLSTM: Extended Long Short-Term Memory", "2405.04517", context=256),
             "num_classes": 50304,
             "origin_url": "https://github.com/NX-AI/xlstm",
+        },
+        "lightnet_1_4b.untrained": {
+            **_cfg(
+                "",
+                "You Only Scan Once: Efficient Multi-dimension Sequential Modeling with LightNet",
+                "2405.21022",
+            ),
+            "num_classes": 32000,
+            "origin_url": _FLA_ORIGIN,
+        },
+        "fla_lm.untrained": {
+            **_cfg(
+                "", "Gated Linear Attention Transformers with Hardware-Efficient Training", "2312.06635", license="mit"
+            ),
+            "num_classes": 32000,
+            "origin_url": _FLA_ORIGIN,
         },
         "bytes_5m.untrained": {**_BYTES, "input_size": (256,)},
         **shipped_cfgs(WEIGHTS, "bytes_nano", {**_BYTES, "input_size": (1024,)}),
@@ -292,6 +317,18 @@ def xlstm_7b(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
 def xlstm_14m(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
     """Six mLSTM blocks and one sLSTM block of width 128: the authors' example of their first models."""
     return _create("xlstm_14m", **kwargs)
+
+
+@register_model(domain="language")
+def lightnet_1_4b(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
+    """LightNet with 24 blocks of width 2048, each with a SwiGLU: the default of fla's language model."""
+    return _create("lightnet_1_4b", **kwargs)
+
+
+@register_model(domain="language")
+def fla_lm(pretrained: bool = False, **kwargs: Any) -> SequenceModel:
+    """A language model of fla's, built by `fla_options`; without any options a GLA of 24 blocks of width 2048."""
+    return _create("fla_lm", **kwargs)
 
 
 @register_model(domain="language")
