@@ -209,6 +209,13 @@ def test_gated_delta_net_starts_as_published() -> None:
     assert mixers.DeltaProduct(24).no_weight_decay() == set()
 
 
+def test_the_gate_of_gated_delta_net_is_silu_or_a_sigmoid() -> None:
+    gates = {
+        name: mixers.GatedDeltaNet(DIM, output_gate_activation=name).o_norm for name in ("silu", "swish", "sigmoid")
+    }
+    assert [norm.sigmoid for norm in gates.values()] == [False, False, True]
+
+
 def test_mlstm_starts_as_published() -> None:
     mixer, large = mixers.MLSTM(128, num_heads=4, num_blocks=3), mixers.MLSTMLarge(128, num_heads=4)
     cell = mixer.mlstm_cell

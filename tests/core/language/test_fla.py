@@ -220,12 +220,11 @@ def test_options_left_out_are_as_the_authors_have_them() -> None:
     assert set(FAMILIES) == set(PUBLISHED)
 
 
-@pytest.mark.parametrize("hidden", [24, 37, 1001, 5632])
-def test_the_width_of_the_mlp_is_the_one_that_is_told(hidden: int) -> None:
-    for dim in (31, 48, 100):
-        with torch.device("meta"):
-            model: Any = SequenceModel(**fla_options(config("retnet", hidden_size=dim * 16, intermediate_size=hidden)))
-        assert model.layers[0].mlp.fc2.in_features == hidden
+@pytest.mark.parametrize(("hidden", "dim"), [(24, 32), (5632, 2048), (29, 112), (123, 112), (2007, 1000)])
+def test_the_width_of_the_mlp_is_the_one_of_the_configuration(hidden: int, dim: int) -> None:
+    with torch.device("meta"):
+        model: Any = SequenceModel(**fla_options(config("lightnet", hidden_size=dim, intermediate_size=hidden)))
+    assert model.layers[0].mlp.fc2.in_features == hidden
 
 
 @pytest.mark.parametrize("family", LAYER_EPS)
@@ -233,6 +232,13 @@ def test_layers_that_ignore_their_epsilon_have_the_one_of_their_kernel(family: s
     model: Any = create(config(family, norm_eps=1e-2))
     assert model.layers[0].mixer.g_norm.eps == {"lightnet": 1e-6, "gsa": 1e-5, "hgrn2": 1e-5}[family]
     assert model.layers[0].norm.eps == model.norm_f.eps == 1e-2
+
+
+@pytest.mark.parametrize("family", ["gla", "retnet"])
+def test_feature_maps_have_the_names_of_activations(family: str) -> None:
+    for theirs, ours in ((None, "identity"), ("swish", "swish"), ("silu", "swish"), ("relu", "relu")):
+        model: Any = create(config(family, feature_map=theirs))
+        assert model.layers[0].mixer.feature_map.kind == ours
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
