@@ -97,7 +97,7 @@ class MambaVisionMixer(Mixer):
     def no_weight_decay(self) -> set[str]:
         return {"A_log", "D"}
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         x = self.in_proj(x)
         x, z = x[..., : self.d_half], x[..., self.d_half :]
         x = F.silu(centred_conv1d(x, self.conv1d_x.weight.squeeze(1), self.conv1d_x.bias, cu_seqlens))

@@ -66,7 +66,7 @@ class ViTAttention(Mixer):
     def output_weights(self) -> set[str]:
         return {"proj.weight"}
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, [3, self.num_heads, self.head_dim]).unbind(2)
         mask: Tensor | None = None
         if cu_seqlens is not None:

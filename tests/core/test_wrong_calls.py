@@ -98,7 +98,7 @@ GRIDS: dict[str, Any] = {
 @pytest.mark.parametrize("name", ["ss2d", "plstm_grid"])
 def test_a_mixer_of_two_axes_refuses_a_third(name: str) -> None:
     mixer = mixers.build_mixer(name, DIM)
-    with pytest.raises(ValueError, match="grid must have 2 sides for this mixer .got 3 x 2 x 2"):
+    with pytest.raises(ValueError, match=r"grid must have 2 sides for this mixer .got 3 x 2 x 2"):
         mixer(torch.randn(BATCH, STEPS, DIM), grid=(3, 2, 2))
 
 
