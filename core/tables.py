@@ -15,7 +15,8 @@ from rich.table import Table
 Row = dict[str, Any]
 
 
-def _text(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as the tables show it."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -33,7 +34,7 @@ def show(rows: Sequence[Row], columns: Sequence[str], *, title: str, group: Sequ
         table.add_column(column.replace("_", " "), justify="right" if numeric else "left")
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         ends = following is not None and any(row[g] != following[g] for g in group)
-        table.add_row(*(_text(row[c]) for c in columns), end_section=ends, style="bold" if row.get("ours") else None)
+        table.add_row(*(cell(row[c]) for c in columns), end_section=ends, style="bold" if row.get("ours") else None)
     console = Console()
     # A file or a pipe has no width to fit into.
     (console if console.is_terminal else Console(width=140)).print(table)
@@ -56,7 +57,7 @@ def write_markdown(
     head = [f"# {title}", "", method, "", *(f"- {note}" for note in notes), *([""] if notes else [])]
     table = markdown_table(
         [
-            {c: f"**{_text(row[c])}**" if row.get("ours") and c == "median_ms" else _text(row[c]) for c in columns}
+            {c: f"**{cell(row[c])}**" if row.get("ours") and c == "median_ms" else cell(row[c]) for c in columns}
             for row in rows
         ],
         columns,

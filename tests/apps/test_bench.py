@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
+import re
 import time
 from dataclasses import replace
 from functools import partial
@@ -167,13 +169,53 @@ def test_pages_hold_the_command_that_made_them(tmp_path):
 
 def test_backbones_times_attention_fused_and_plain(tmp_path):
     table, figure = tmp_path / "b.csv", tmp_path / "b.png"
-    arguments = ["--models", "deit_tiny_patch16_224,vit_tiny_patch16_224", "--sizes", "32,64", "--repeats", "1"]
+    arguments = [
+        "--models",
+        "deit_tiny_patch16_224,vit_tiny_patch16_224",
+        "--sizes",
+        "32,64",
+        "--repeats",
+        "1",
+        "--plain",
+    ]
     assert main(["backbones", *arguments, "--no-memory", "--csv", str(table), "--figure", str(figure)]) == 0
     rows = _rows(table)
     assert len(rows) == 2 * 2 * 2
-    assert {row["tokens"] for row in rows if row["size"] == "64"} == {"17"}
+    assert {row["tokens"] for row in rows if row["size"] == "64"} == {"16"}
     assert {row["versus"] for row in rows} == {"vit_tiny_patch16_224, fused attention"}
     assert figure.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_crossings_compare_each_of_ours_with_each_other(tmp_path):
+    times = {"ours": [4, 4, 4], "slow": [9, 9, 9], "theirs": [1, 4, 16]}
+    rows = [
+        {"size": size, "model": model, "ours": model != "theirs", "median_ms": values[i], "peak_mb": None}
+        for i, size in enumerate([100, 200, 400])
+        for model, values in times.items()
+    ]
+    assert backbones.crossings(rows) == [
+        {
+            "model": model,
+            "versus": "theirs",
+            "faster_from_px": pytest.approx(start),
+            "ratio_at_largest": pytest.approx(ratio),
+            "leaner_from_px": None,
+            "memory_ratio_at_largest": None,
+        }
+        for model, start, ratio in (("ours", 200, 4), ("slow", 200 * 2 ** (math.log(9 / 4) / math.log(4)), 16 / 9))
+    ]
+
+
+def test_backbones_of_every_kind_make_a_page_and_a_figure(tmp_path, capsys):
+    page, figure = tmp_path / "b.md", tmp_path / "b.png"
+    arguments = ["--models", "test_vim,test_vmamba,deit_tiny_patch16_224", "--sizes", "64,96", "--repeats", "1"]
+    assert main(["backbones", *arguments, "--no-memory", "--markdown", str(page), "--figure", str(figure)]) == 0
+    text = page.read_text()
+    assert re.search(r"\| 96 \| 144 \| test_vim \|", text)
+    assert re.search(r"\| 96 \| 576 \| test_vmamba \|", text)
+    assert "| test_vmamba | deit_tiny_patch16_224 | " in text
+    assert "Size from which a model stays ahead" in capsys.readouterr().out
+    assert figure.stat().st_size > 5000
 
 
 def test_fused_and_plain_attention_are_the_same_model():
