@@ -86,7 +86,7 @@ def patches(model: nn.Module, size: int) -> int:
     """Patches that a model cuts a picture into, at its finest resolution."""
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None:
-        side = math.ceil(size / cast("Any", model).feature_info[0]["reduction"])
+        side: int = math.ceil(size / cast("Any", model).feature_info[0]["reduction"])
         return side * side
     return math.prod(grid)
 
