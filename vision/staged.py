@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from timm.layers import (
     LayerNorm2d,
+    LayerScale2d,
     get_device_dtype,
     register_notrace_module,
-    to_2tuple,
     trunc_normal_,
 )
 from timm.models import checkpoint
@@ -35,12 +35,10 @@ from sinuous.core import norms
 from sinuous.core.checks import check_arguments, check_choice, check_range, check_sizes, described
 from sinuous.core.mixers import list_mixers, mixer_class
 from sinuous.core.mixers.calls import check_output, check_place
-from sinuous.core.patches import check_images
+from sinuous.core.patches import Sides, check_images, sides
 from sinuous.core.stack import Stack, drop_path_rates
 
 __all__ = ["MergeDownsample", "StackStage", "Stage", "StagedBackbone", "Stem", "conv_downsample", "stage_rates"]
-
-IntOrPair = int | tuple[int, int]
 
 STRIDE = 4
 """Stride of every stem."""
@@ -82,23 +80,21 @@ class Stem(nn.Sequential):
 
     Args:
         img_size: height and width in pixels, or one number for both. It is written down and binds nothing.
-        layers: one after another.
+        layers: as for `nn.Sequential`.
 
     Raises:
         ValueError: if an image is smaller than 4 × 4 pixels.
     """
 
-    def __init__(self, img_size: IntOrPair, *layers: nn.Module) -> None:
+    def __init__(self, img_size: Sides, *layers: Any) -> None:
         super().__init__(*layers)
         self.patch_size = (STRIDE, STRIDE)
         self.set_input_size(img_size)
 
     @torch.jit.ignore
-    def set_input_size(self, img_size: IntOrPair) -> None:
+    def set_input_size(self, img_size: Sides) -> None:
         """Write another image size down."""
-        height, width = to_2tuple(img_size)
-        for size in (height, width):
-            check_sizes(img_size=size)
+        height, width = sides("img_size", img_size, 2)
         if min(height, width) < STRIDE:
             raise ValueError(
                 f"img_size must be at least a patch of {STRIDE} x {STRIDE} pixels (got {height} x {width}); "
@@ -194,12 +190,12 @@ class StackStage(nn.Module):
         height, width = x.shape[2], x.shape[3]
         x = norms.at_least_fp32(x)
         if side == 0:
-            x = self.blocks(x.flatten(2).mT, None, (height, width)).mT.unflatten(2, [height, width])
+            x = self.blocks(x.flatten(2).mT, None, [height, width]).mT.unflatten(2, [height, width])
             return x.to(dtype)
         x = F.pad(x, [0, -width % side, 0, -height % side])
         rows, columns = x.shape[2] // side, x.shape[3] // side
         x = x.unflatten(3, [columns, side]).unflatten(2, [rows, side]).permute(0, 2, 4, 3, 5, 1)
-        x = self.blocks(x.flatten(3, 4).flatten(0, 2), None, (side, side))
+        x = self.blocks(x.flatten(3, 4).flatten(0, 2), None, [side, side])
         x = x.unflatten(0, [-1, rows, columns]).unflatten(3, [side, side]).permute(0, 5, 1, 3, 2, 4)
         return x.flatten(4, 5).flatten(2, 3)[:, :, :height, :width].to(dtype)
 
@@ -269,7 +265,7 @@ class StagedBackbone(nn.Module):
         Linear layers are N(0, 0.02²), cut at ±2, with biases of 0, as the references have them; what makes step sizes
         (`dt_proj`) and everything else in mixers starts by their own rules, convolutions and norms by torch's."""
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.LayerNorm):
+            if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.LayerNorm | LayerScale2d):
                 module.reset_parameters()
         for module in self.modules():
             if isinstance(module, Stack):
@@ -331,7 +327,7 @@ class StagedBackbone(nn.Module):
 
     @torch.jit.ignore
     @check_arguments
-    def set_input_size(self, img_size: IntOrPair | None = None) -> None:
+    def set_input_size(self, img_size: Sides | None = None) -> None:
         """Write another image size down; every size runs without it.
 
         Raises:

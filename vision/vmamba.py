@@ -22,11 +22,12 @@ from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 
 from sinuous.core.checks import check_arguments, check_choice, check_range, check_sizes
+from sinuous.core.patches import Sides
 from sinuous.core.registry import check_weights, register_vision_model
 from sinuous.core.stack import Stack
 from sinuous.core.weights import shipped_cfgs
+from sinuous.vision.isotropic import unwrapped
 from sinuous.vision.staged import (
-    IntOrPair,
     MergeDownsample,
     StackStage,
     StagedBackbone,
@@ -71,7 +72,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def _conv_stem(img_size: IntOrPair, in_chans: int, dim: int, **dd: Any) -> Stem:
+def _conv_stem(img_size: Sides, in_chans: int, dim: int, **dd: Any) -> Stem:
     """Two convolutions of side 3 and stride 2; identities keep the published numbers of the layers."""
     return Stem(
         img_size,
@@ -86,7 +87,7 @@ def _conv_stem(img_size: IntOrPair, in_chans: int, dim: int, **dd: Any) -> Stem:
     )
 
 
-def _patch_stem(img_size: IntOrPair, in_chans: int, dim: int, **dd: Any) -> Stem:
+def _patch_stem(img_size: Sides, in_chans: int, dim: int, **dd: Any) -> Stem:
     return Stem(img_size, nn.Conv2d(in_chans, dim, 4, 4, **dd), nn.Identity(), layer_norm_2d(dim, **dd))
 
 
@@ -121,7 +122,7 @@ class VMamba(StagedBackbone):
     @check_arguments
     def __init__(
         self,
-        img_size: IntOrPair = 224,
+        img_size: Sides = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
@@ -209,9 +210,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     Raises:
         ValueError: if the weights are of another model.
     """
-    for wrapper in ("model", "state_dict"):
-        state_dict = state_dict.get(wrapper, state_dict)
-    state = our_names({name.removeprefix("module."): tensor for name, tensor in state_dict.items()})
+    state = our_names(unwrapped(state_dict))
     for name, parameter in model.state_dict().items():
         if name in state and state[name].ndim == 4 and parameter.ndim == 2 and state[name].shape[2:] == (1, 1):
             state[name] = state[name].flatten(1)
