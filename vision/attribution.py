@@ -24,6 +24,13 @@ so that each pixel has a share, and the shares add up. The class token's row of 
 Source: the matrix is from Ali, Zimerman and Wolf, "The Hidden Attention of Mamba Models" (arXiv 2403.01590), section 3;
 holding the factors so that shares add up is from Jafari et al., "MambaLRP" (arXiv 2406.07592), here with the whole
 share of `y ⊙ silu(z)` going to y.
+
+Other models have no such map. Their shares are the gradient's mean along the straight line from the baseline,
+
+    share_i = (x - x₀)_i · 1/n Σ_k ∂score/∂x_i (x₀ + (k - ½)/n · (x - x₀)),
+
+which add up to score(x) - score(x₀) as the number of steps n grows (Sundararajan, Taly and Yan, "Axiomatic Attribution
+for Deep Networks", arXiv 1703.01365).
 """
 
 from __future__ import annotations
@@ -36,6 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sinuous.core.checks import check_sizes
 from sinuous.core.mixers.bidirectional import Bidirectional
 from sinuous.core.mixers.contract import Mixer
 from sinuous.core.mixers.mamba import Mamba
@@ -142,20 +150,68 @@ def evidence(
         ValueError: if `classes` has another number of them.
         ValueError: if the model has mixers that do not become linear when their coefficients are held.
     """
-    linear = (VimPair, Mamba, Bidirectional)
-    if others := sorted(
-        {type(m).__name__ for m in model.modules() if isinstance(m, Mixer) and not isinstance(m, linear)}
-    ):
+    if others := _not_linear(model):
         raise ValueError(f"evidence is defined for models of Vim's and Mamba's mixers (got {', '.join(others)})")
     with HeldCoefficients(), torch.enable_grad():
         source = images.detach().requires_grad_()
         logits = model(source)
-    classes = logits.argmax(-1) if classes is None else classes
-    if classes.ndim != 1 or len(classes) not in (1, len(images)):
-        raise ValueError(
-            f"classes must have one class for each of the {len(images)} pictures, or one for all (got shape "
-            f"{list(classes.shape)})"
-        )
-    classes = classes.expand(len(images))
+    classes = _explained(logits, classes)
     (slope,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), source)
     return Evidence(logits.detach(), classes, (slope * (images - baseline)).sum(1))
+
+
+def integrated_gradients(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    baseline: float | Tensor = 0.0,
+    classes: Tensor | None = None,
+    steps: int = 32,
+) -> Evidence:
+    """The share of each pixel in the score (logit) of a class, of any classifier.
+
+    Args:
+        model: a classifier `[B, C, H, W]` to `[B, classes]`.
+        images, baseline, classes: as in `evidence`; the shares add up to the score less the baseline's.
+        steps: n, places along the line from the baseline, one forward and backward pass each.
+
+    Raises:
+        ValueError: if `classes` has another number of them, or `steps` is not positive.
+    """
+    check_sizes(steps=steps)
+    images = images.detach()
+    with torch.no_grad():
+        logits = model(images)
+    classes = _explained(logits, classes)
+    slope = torch.zeros_like(images)
+    for step in range(steps):
+        with torch.enable_grad():
+            source = (baseline + (step + 0.5) / steps * (images - baseline)).requires_grad_()
+            scores = model(source).gather(1, classes[:, None]).sum()
+        slope += torch.autograd.grad(scores, source)[0] / steps
+    return Evidence(logits, classes, (slope * (images - baseline)).sum(1))
+
+
+def pixel_shares(model: nn.Module, images: Tensor, *, baseline: float | Tensor = 0.0) -> Evidence:
+    """`evidence` where the model's mixers allow it, else `integrated_gradients`."""
+    return (integrated_gradients if _not_linear(model) else evidence)(model, images, baseline=baseline)
+
+
+def _not_linear(model: nn.Module) -> list[str]:
+    """Mixers of a model that do not become linear when their coefficients are held, or the model where it has none."""
+    linear = (VimPair, Mamba, Bidirectional)
+    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    if not mixers:
+        return [type(model).__name__]
+    return sorted({type(mixer).__name__ for mixer in mixers if not isinstance(mixer, linear)})
+
+
+def _explained(logits: Tensor, classes: Tensor | None) -> Tensor:
+    """One class for each picture."""
+    classes = logits.argmax(-1) if classes is None else classes
+    if classes.ndim != 1 or len(classes) not in (1, len(logits)):
+        raise ValueError(
+            f"classes must have one class for each of the {len(logits)} pictures, or one for all (got shape "
+            f"{list(classes.shape)})"
+        )
+    return classes.expand(len(logits))

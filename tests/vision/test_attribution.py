@@ -10,7 +10,7 @@ from torch import Tensor
 import sinuous
 from sinuous.core import ops
 from sinuous.core.registry import list_models
-from sinuous.vision.attribution import HeldCoefficients, attention_rows, evidence
+from sinuous.vision.attribution import HeldCoefficients, attention_rows, evidence, integrated_gradients, pixel_shares
 from sinuous.vision.datasets import fashion_mnist
 from sinuous.vision.vim import Vim
 
@@ -217,3 +217,29 @@ def test_one_class_may_be_explained_for_all_pictures() -> None:
     for wrong in (torch.tensor([1, 2, 3]), torch.tensor(1)):
         with pytest.raises(ValueError, match="one class for each of the 2 pictures, or one for all"):
             evidence(model, images, classes=wrong)
+
+
+def test_integrated_gradients_add_up_to_what_the_picture_changes() -> None:
+    torch.manual_seed(0)
+    model = sinuous.create_model("test_vmamba", num_classes=5, dtype=torch.float64).eval()
+    images, baseline = (
+        torch.randn(2, 3, 32, 32, dtype=torch.float64),
+        torch.full((1, 3, 1, 1), 0.3, dtype=torch.float64),
+    )
+    images[0, :, :8] = 0.3
+    shares = integrated_gradients(model, images, baseline=baseline, steps=200)
+    with torch.no_grad():
+        start = model(baseline.expand_as(images)).gather(1, shares.classes[:, None])
+        end = model(images).gather(1, shares.classes[:, None])
+    torch.testing.assert_close(shares.pixels.sum((1, 2)), (end - start)[:, 0], rtol=2e-3, atol=1e-5)
+    assert not shares.pixels[0, :8].any()
+    with pytest.raises(ValueError, match="steps must"):
+        integrated_gradients(model, images, steps=0)
+
+
+def test_every_classifier_has_shares_and_vim_the_held_ones() -> None:
+    vim, images = sinuous.create_model("test_vim", num_classes=5).eval(), torch.randn(1, 3, 64, 64)
+    assert torch.equal(pixel_shares(vim, images).pixels, evidence(vim, images).pixels)
+    for other in (sinuous.create_model("test_vim", num_classes=5, mixer="gla"), torch.nn.Sequential()):
+        other.append(torch.nn.Flatten()) if isinstance(other, torch.nn.Sequential) else other.eval()
+        assert torch.equal(pixel_shares(other, images).pixels, integrated_gradients(other, images).pixels)
