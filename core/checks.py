@@ -5,6 +5,7 @@ Each error names the option, what it must be, and what it is.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import math
@@ -83,6 +84,19 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
         quoted = [repr(choice) for choice in choices]
         listed = " or ".join(quoted) if len(quoted) < 3 else f"one of {', '.join(quoted)}"
         raise ValueError(f"{name} must be {listed} (got {reprlib.repr(value)})")
+
+
+def check_near(name: str, value: str, choices: Collection[str]) -> None:
+    """Refuse a value of the option `name` that is not among `choices`, where they are many or easily misspelt.
+
+    Raises:
+        ValueError: naming the nearest, or listing the choices where none is near.
+    """
+    if isinstance(value, str) and value not in choices:
+        near = difflib.get_close_matches(value, choices, n=3, cutoff=0.5)
+        if near:
+            raise ValueError(f"there is no {name} {reprlib.repr(value)}; did you mean {' or '.join(map(repr, near))}?")
+    check_choice(name, value, choices)
 
 
 def check_place(block_index: int, num_blocks: int) -> None:

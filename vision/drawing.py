@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -16,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -99,6 +101,70 @@ def _smooth(evidence: Tensor, scale: int) -> Tensor:
     kernel = line[:, None] * line / line.sum() ** 2
     blurred = F.conv2d(evidence[None, None], kernel[None, None], padding=5)
     return F.interpolate(blurred, scale_factor=scale, mode="bicubic")[0, 0]
+
+
+class MaskedPicture(NamedTuple):
+    """A picture with the classes of its pixels.
+
+    Attributes:
+        picture: `[C, H, W]` in 0..1, gray or colour.
+        found: class of each pixel `[H, W]`, 0 for the background.
+        truth: the right classes, where known.
+        name: printed above, where there is one.
+    """
+
+    picture: Tensor
+    found: Tensor
+    truth: Tensor | None = None
+    name: str = ""
+
+
+def mask_grid(rows: Sequence[MaskedPicture], classes: Sequence[str], title: str, path: str | os.PathLike[str]) -> Path:
+    """Draw pictures beside the masks that were found in them, and the true ones where known.
+
+    Args:
+        rows: pictures of any sizes.
+        classes: names of the classes, that of the background first.
+        title: printed above.
+        path: the PNG to write.
+    """
+    panels = 2 + any(row.truth is not None for row in rows)
+    columns = 1 if len(rows) < 3 else 2
+    lines = math.ceil(len(rows) / columns)
+    figure = Figure(figsize=(1.9 * panels * columns + 1.7, 2.05 * lines + 0.7), facecolor="white")
+    height = figure.get_figheight()
+    widths = ([1.0] * panels + [0.12]) * columns + [0.75]
+    grid = figure.add_gridspec(
+        lines, len(widths), width_ratios=widths, left=0.015, right=0.995, top=1 - 0.62 / height, bottom=0.08 / height,
+        wspace=0.05, hspace=0.16,
+    )  # fmt: skip
+    colours = np.vstack([np.zeros((1, 3)), colormaps["tab20"](np.arange(len(classes) - 1) % 20)[:, :3]])
+    for place, row in enumerate(rows):
+        line, first = place % lines, (panels + 1) * (place // lines)
+        gray = row.picture.mean(0).clamp(0, 1).numpy()
+        shown: list[Any] = [row.picture.clamp(0, 1).movedim(0, -1).squeeze(-1).numpy(), row.found, row.truth]
+        for panel, (content, heading) in enumerate(zip(shown, ("picture", "found", "truth"), strict=True)):
+            if content is None:
+                continue
+            axes = figure.add_subplot(grid[line, first + panel])
+            if panel:
+                mask = content.numpy()
+                light = colours[mask] * (0.45 + 0.55 * gray[..., None])
+                content = np.where(mask[..., None] > 0, light, 0.35 * gray[..., None])
+            axes.imshow(content, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            label = row.name if panel == 0 and row.name else heading
+            axes.set_title(label, fontsize=8, color=_INK, pad=2)
+    masks = [mask for row in rows for mask in (row.found, row.truth) if mask is not None]
+    present = sorted({int(c) for mask in masks for c in mask.unique()} - {0})
+    handles = [Patch(color=colours[c], label=classes[c]) for c in present]
+    if handles:
+        figure.legend(handles=handles, loc="center right", frameon=False, fontsize=8, handlelength=1, handleheight=1)
+    figure.text(0.015, 1 - 0.3 / height, title, fontsize=11, weight="bold", color=_INK, va="center")
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=130)
+    return Path(path)
 
 
 def draw_evidence(result: Result, path: str | os.PathLike[str]) -> None:

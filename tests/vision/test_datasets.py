@@ -14,14 +14,14 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms.functional import pil_to_tensor
 
-from sinuous.vision import datasets
+from sinuous.core.data import SPLITS
 from sinuous.vision.datasets import (
     BUNDLED_FASHION_MNIST,
-    SPLITS,
     LabelledImages,
     cifar10,
     fashion_mnist,
     image_folder,
+    labelled,
     read_idx,
     synthetic,
 )
@@ -110,7 +110,7 @@ def test_a_failed_download_names_the_way_without_network(tmp_path: Path, monkeyp
         def __init__(self, root: Path, download: bool) -> None:
             raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
 
-    monkeypatch.setattr(datasets.datasets, "FashionMNIST", Unreachable)
+    monkeypatch.setattr(labelled.datasets, "FashionMNIST", Unreachable)
     with pytest.raises(OSError, match=r"could not be downloaded .*data\.source=folder data\.root=FOLDER"):
         fashion_mnist(source="download", root=tmp_path)
 

@@ -10,9 +10,9 @@ import functools
 import gzip
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
 
+from sinuous.core.checks import check_near
 from sinuous.core.data import SPLITS, check_split
 from sinuous.vision.io import MODES, PictureTransform, read_image
 
-BUNDLED_FASHION_MNIST = Path(__file__).parent / "samples" / "fashion_mnist"
+BUNDLED_FASHION_MNIST = Path(__file__).parents[1] / "samples" / "fashion_mnist"
 
-Transform = Callable[[Image.Image], Any]
+Transform = Callable[..., Any]
 
 
 class LabelledImages:
@@ -45,12 +46,15 @@ class LabelledImages:
         std: per channel, likewise.
         root: given to `dataset`, where it is not None.
         source: likewise.
+        lengths: number of pictures of splits, given to `dataset` as `length`.
 
     Raises:
         ValueError: for channels that no picture has, or another number of means than of channels.
     """
 
     noun = "images"
+    transform_of: ClassVar[Callable[..., Any]] = PictureTransform
+    """Makes of a transform and the number of channels what `dataset` is given."""
 
     def __init__(
         self,
@@ -65,6 +69,7 @@ class LabelledImages:
         std: Sequence[float],
         root: str | os.PathLike[str] | None = None,
         source: str | None = None,
+        lengths: Mapping[str, int] | None = None,
     ) -> None:
         places = {"root": root, "source": source}
         self.dataset = functools.partial(dataset, **{key: place for key, place in places.items() if place is not None})
@@ -73,6 +78,9 @@ class LabelledImages:
         self.num_classes, self.in_chans = num_classes, in_chans
         self.img_size = to_2tuple(img_size)
         self.mean, self.std = tuple(mean), tuple(std)
+        self.lengths = dict(lengths or {})
+        for split in self.lengths:
+            check_near("split of data.lengths", split, SPLITS)
         self.augment = True
 
     def split(self, name: str) -> Any:
@@ -82,14 +90,22 @@ class LabelledImages:
             ValueError: if the collection has another number of classes than `num_classes`.
         """
         augmented = name == "train" and self.augment
-        transform = PictureTransform(self.train_transform if augmented else self.eval_transform, self.in_chans)
-        made = self.dataset(split=name, transform=transform)
+        made = self.read(name, self.train_transform if augmented else self.eval_transform)
         if len(made.classes) != self.num_classes:
             raise ValueError(
                 f"the {name} data has {len(made.classes)} classes and the model predicts {self.num_classes}; "
                 f"give data.num_classes={len(made.classes)}"
             )
         return made
+
+    def read(self, name: str, transform: Transform) -> Any:
+        """The pictures of a split through `transform`."""
+        options = {"split": name, **self.options(name)}
+        return self.dataset(transform=self.transform_of(transform, self.in_chans), **options)
+
+    def options(self, name: str) -> dict[str, Any]:
+        """Options of `dataset` for one split."""
+        return {"length": self.lengths[name]} if name in self.lengths else {}
 
     @property
     def classes(self) -> Sequence[str]:
