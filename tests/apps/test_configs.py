@@ -16,6 +16,7 @@ from sinuous.apps import composition, domain_configs
 from sinuous.apps.train import make_batches, make_trainer, make_training, take_from_data
 from sinuous.core.data import lacking
 from sinuous.core.mixers import list_mixers, mixer_class
+from sinuous.vision.datasets import MaskedImages
 
 
 def options(group: str) -> list[str]:
@@ -44,7 +45,10 @@ def test_every_experiment_builds(experiment: str) -> None:
     assert {parameter.device.type for parameter in training.model.parameters()} == {"meta"}
     assert lacking(data, training.task.takes) == []
     logits = training.model(data.example().to("meta"))
-    assert logits.shape == ((1, data.num_classes) if data.noun == "images" else (1, data.length, data.vocab_size))
+    if isinstance(data, MaskedImages):
+        assert logits.shape == (1, data.num_classes, *data.img_size)
+    else:
+        assert logits.shape == ((1, data.num_classes) if data.noun == "images" else (1, data.length, data.vocab_size))
     assert training.make_optimizer(torch.nn.Linear(2, 2)).param_groups[0]["lr"] == config.optimizer.lr
 
 
@@ -79,10 +83,12 @@ def test_every_data_set_has_a_twin_or_is_one() -> None:
     twins = {o.removesuffix("_synthetic") for o in options("data")} - real
     assert twins == set()
     # fashion_mnist_full is fashion_mnist from elsewhere, imagenet is image_folder with another augmentation, the other
-    # two are what small and large pictures have in common, and the novels come with the package.
+    # two are what small and large pictures have in common, collages and arrows are made of what comes with the package,
+    # and the novels come with it.
     without = {o for o in real if f"{o}_synthetic" not in options("data")}
     pictures = {f"vision/{name}" for name in ("fashion_mnist_full", "imagenet", "small_images", "large_images")}
-    assert without == pictures | {"language/austen"}
+    made = {"vision/collage", "vision/arrow_pointing"}
+    assert without == pictures | made | {"language/austen"}
 
 
 def test_repeated_augmentation_shows_a_picture_several_times_in_a_batch() -> None:

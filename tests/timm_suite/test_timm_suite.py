@@ -26,7 +26,7 @@ WITHOUT_MAPS = ("vim_*", "test_vim")
 
 
 def ours() -> set[str]:
-    known = set(registry.list_models(domain="vision"))
+    known = set(filter(timm.is_model, registry.list_models(domain="vision")))
     small = {name for name in known if name.startswith("test_") or name.endswith("_nano")}
     asked = os.environ.get("SINUOUS_TIMM_MODELS", "")
     names = known if asked == "all" else {name.strip() for name in asked.split(",")} if asked else small
