@@ -145,7 +145,7 @@ class Segmenter(nn.Module):
     def no_weight_decay(self) -> set[str]:
         inner: Any = self.backbone
         model = getattr(inner, "model", inner)  # timm wraps models whose maps are taps
-        names = getattr(model, "no_weight_decay", set)()
+        names: set[str] = getattr(model, "no_weight_decay", set)()
         prefix = "backbone." if model is inner else "backbone.model."
         return {prefix + name for name in names}
 

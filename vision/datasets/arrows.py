@@ -102,7 +102,7 @@ class ArrowPointing(Dataset[tuple[Any, int]]):
         transform: Transform | None,
     ) -> None:
         self.side, self.unit, self.length, self.transform = side, unit, length, transform
-        self.arrow_length, self.arrow_width = tuple(arrow_length), tuple(arrow_width)
+        self.arrow_length, self.arrow_width = arrow_length, arrow_width
         self.first = int(np.random.default_rng(seed).integers(2**62))
 
     def __len__(self) -> int:
@@ -113,7 +113,7 @@ class ArrowPointing(Dataset[tuple[Any, int]]):
         rng = np.random.default_rng(self.first + index)
         pad, span = PAD * self.unit, self.side - 2 * PAD * self.unit
         label = int(rng.uniform() < 0.5)
-        arrow_length, arrow_width = int(rng.uniform(*self.arrow_length)), int(rng.uniform(*self.arrow_width))
+        arrow_length, arrow_width = (int(rng.uniform(low, high)) for low, high in (self.arrow_length, self.arrow_width))
         arrow = span * rng.uniform(), span * rng.uniform()
         radius = (LEAST_RADIUS + RADIUS_RANGE * rng.uniform()) * self.unit
         # At least two radii away along each axis, on a torus.
