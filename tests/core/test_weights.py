@@ -73,7 +73,7 @@ def test_shipped_weights_load_through_every_door_and_say_how_good_they_are(name:
 
 def test_finds_weights_by_name_and_names_the_closest() -> None:
     assert find_weights("vim_nano").name == "vim_nano.fashion_mnist"
-    with pytest.raises(ValueError, match=r"no weights 'vim_nano.fashion'; did you mean 'vim_nano.fashion_mnist'( or .*)?\?"):
+    with pytest.raises(ValueError, match=r"no weights 'vim_nano.fashion'; did you mean 'vim_nano.fashion_mnist'"):
         find_weights("vim_nano.fashion")
     with pytest.raises(ValueError, match=r"no weights '0'; there are: .*vim_nano.fashion_mnist"):
         find_weights("0")
