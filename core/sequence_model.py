@@ -50,7 +50,7 @@ class SequenceModel(nn.Module):
             logits have as many columns, as in the published models, and those from `vocab_size` on mean nothing.
         logit_cap: c of `c tanh(logits / c)`; `None` leaves logits as they are.
         residual_in_fp32: keep the residual stream in fp32 whatever the dtype of the parameters.
-        weight_init: `"gpt2"` or `"xlstm"`, how embedding, head and MLPs start; see `init_weights`.
+        weight_init: `"gpt2"`, `"xlstm"` or `"small"`, how embedding, head and MLPs start; see `init_weights`.
         drop_rate: dropout after the embedding and inside the MLPs.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
 
@@ -130,11 +130,11 @@ class SequenceModel(nn.Module):
 
     def init_weights(self) -> None:
         """Fill every parameter and buffer anew: blocks as in `Stack.init_weights`, embedding and head N(0, 0.02²), or
-        N(0, 2 / (5 dim)) with `"xlstm"`."""
+        N(0, 2 / (5 dim)) with `"xlstm"` and `"small"`."""
         self.layers.init_weights()
         if not isinstance(self.norm_f, nn.Identity):
             cast("norms.RMSNorm", self.norm_f).reset_parameters()
-        deviation = math.sqrt(2 / (5 * self.dim)) if self.weight_init == "xlstm" else 0.02
+        deviation = 0.02 if self.weight_init == "gpt2" else math.sqrt(2 / (5 * self.dim))
         nn.init.normal_(self.embedding.weight, std=deviation)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=deviation)

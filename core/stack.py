@@ -57,9 +57,10 @@ class Stack(nn.ModuleList):
         dim: width of the residual stream.
         depth: number of blocks.
         pattern: names of mixers, taken in turn and over again; one name stands for itself.
-        mixer_options: for each name of the pattern that needs any, keyword arguments of its constructor. Mixers that
-            have `num_blocks` or `block_index` are told `depth` and their place; those that share with their name in
-            later blocks (rwkv7 its first values) read, in each but the first of them, the shared tensors.
+        mixer_options: for each name of the pattern that needs any, keyword arguments of its constructor; or a list of
+            them, one for each place of the pattern, which may repeat a name. Mixers that have `num_blocks` or
+            `block_index` are told `depth` and their place; those that share with their name in later blocks (rwkv7 its
+            first values) read, in each but the first of them, the shared tensors.
         mlp: `"none"`, `"gelu"`, `"geglu"` or `"swiglu"`, after every mixer; or one of them for each name whose mixers
             have one, others having none.
         mlp_ratio: width of the MLP between its layers, over `dim`.
@@ -70,7 +71,7 @@ class Stack(nn.ModuleList):
         norm_placement: `"pre"`, `"post"` or `"both"`; see `ResidualBlock`.
         causal: `False` for a stack that sees both sides: causal mixers get a twin that runs from the end.
         residual_in_fp32: keep the residual stream in fp32 whatever the dtype of the parameters.
-        weight_init: `"gpt2"` or `"xlstm"`; see `init_weights`.
+        weight_init: `"gpt2"`, `"xlstm"` or `"small"`; see `init_weights`.
         drop_rate: dropout inside the MLPs.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first; or that of each block,
             for a stack that is a part of a deeper model.
@@ -91,7 +92,7 @@ class Stack(nn.ModuleList):
         dim: int,
         depth: int,
         pattern: str | Sequence[str] = ("mamba",),
-        mixer_options: Mapping[str, Mapping[str, Any]] | None = None,
+        mixer_options: Mapping[str, Mapping[str, Any]] | Sequence[Mapping[str, Any]] | None = None,
         mlp: str | Mapping[str, str] = "none",
         mlp_ratio: float = 4.0,
         mlp_multiple_of: int = 1,
@@ -116,7 +117,7 @@ class Stack(nn.ModuleList):
         self.causal = causal
         self.weight_init = weight_init
         self.grad_checkpointing = False
-        options = {} if mixer_options is None else mixer_options
+        options = _by_place(self.pattern, {} if mixer_options is None else mixer_options)
         mlps = dict.fromkeys(self.pattern, "none")
         mlps.update(dict.fromkeys(self.pattern, mlp) if isinstance(mlp, str) else mlp)
         check_sizes(dim=dim, depth=depth, mlp_multiple_of=mlp_multiple_of)
@@ -133,8 +134,8 @@ class Stack(nn.ModuleList):
             check_choice("mlp", kind, ("none", *MLPS))
         check_choice("norm", norm, NORMS)
         check_choice("norm_placement", norm_placement, PLACEMENTS)
-        check_choice("weight_init", weight_init, ("gpt2", "xlstm"))
-        _check_pattern(self.pattern, options, mlps, causal)
+        check_choice("weight_init", weight_init, ("gpt2", "xlstm", "small"))
+        _check_pattern(self.pattern, mlps, causal)
 
         make_norm = functools.partial(NORMS[norm], dim, eps=norm_eps, **dd)
         scale: Callable[[], nn.Module] = nn.Identity
@@ -145,7 +146,7 @@ class Stack(nn.ModuleList):
         names = [self.pattern[i % len(self.pattern)] for i in range(depth)]
         for i, (name, rate) in enumerate(zip(names, rates, strict=True)):
             block = blocks[mixer_class(name).shared_option is not None]
-            mixer = _mixer(name, dim, {**_place(names, i), **options.get(name, {}), **dd}, causal)
+            mixer = _mixer(name, dim, {**_place(names, i), **options[i % len(options)], **dd}, causal)
             mlp_of_block = _mlp(mlps[name], dim, hidden, mlp_options)
             self.append(block(mixer, mlp_of_block, make_norm, norm_placement, rate, residual_in_fp32, scale))
 
@@ -161,12 +162,13 @@ class Stack(nn.ModuleList):
         With `"gpt2"`, all that writes to the residual stream (`Mixer.output_weights` and the last layers of MLPs), as
         other rules leave it, is divided by the root of the number of its summands, except in mixers that are told
         `num_blocks` and have a rule of their own. With `"xlstm"`, the first layers of MLPs are N(0, 2 / (5 dim)) and
-        their last layers N(0, 4 / (depth² dim)), as in NX-AI/xlstm.
+        their last layers N(0, 4 / (depth² dim)), as in NX-AI/xlstm. With `"small"`, both are N(0, 2 / (5 n)) for n
+        inputs, as in ml-jku/plstm.
 
-        Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.3.
+        Source: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.3; for the small
+        start, Nguyen and Salazar (arXiv 1910.05895), section 2.2.
         """
-        xlstm = self.weight_init == "xlstm"
-        small, last = math.sqrt(2 / (5 * self.dim)), 2 / (len(self) * math.sqrt(self.dim))
+        scaled, last = self.weight_init != "small", 2 / (len(self) * math.sqrt(self.dim))
         blocks = [cast("ResidualBlock", block) for block in self]
         summands = sum(1 + block.mixes_channels for block in blocks)
         for block in blocks:
@@ -174,12 +176,13 @@ class Stack(nn.ModuleList):
         with torch.no_grad():
             for name, block in zip(self._names(), blocks, strict=True):
                 writes: list[Tensor] = []
-                if not PLACE & options_of(name):
+                if scaled and not PLACE & options_of(name):
                     writes += [block.mixer.get_parameter(key) for key in sorted(block.mixer.output_weights())]
-                if xlstm:
+                if self.weight_init != "gpt2":
                     for key, parameter in block.mlp.named_parameters():
                         if parameter.ndim == 2:
-                            parameter.normal_(std=last if key == "fc2.weight" else small)
+                            std = math.sqrt(2 / (5 * parameter.shape[1]))
+                            parameter.normal_(std=last if scaled and key == "fc2.weight" else std)
                 elif block.mixes_channels:
                     writes.append(block.mlp.get_parameter("fc2.weight"))
                 for weight in writes:
@@ -390,14 +393,25 @@ def _mlp(kind: str, dim: int, hidden: int, options: dict[str, Any]) -> nn.Module
     return MLPS[kind](dim, 2 * hidden if kind == "geglu" else hidden, **options)  # GluMlp counts both halves
 
 
-def _check_pattern(names: tuple[str, ...], options: Mapping[str, Any], mlps: Mapping[str, str], causal: bool) -> None:
+def _by_place(names: Sequence[str], options: Mapping[str, Any] | Sequence[Any]) -> list[Mapping[str, Any]]:
+    """Options of each place of a pattern."""
+    if isinstance(options, Mapping):
+        if strangers := sorted(set(options) - set(names)):
+            raise ValueError(
+                f"mixer_options has options for {', '.join(strangers)}, which the pattern {list(names)} lacks; "
+                "correct the name or leave them out"
+            )
+        return [options.get(name, {}) for name in names]
+    if len(options) != len(names):
+        raise ValueError(
+            f"mixer_options must have one entry for each of the {len(names)} places of the pattern (got {len(options)})"
+        )
+    return list(options)
+
+
+def _check_pattern(names: tuple[str, ...], mlps: Mapping[str, str], causal: bool) -> None:
     if not names:
         raise ValueError(f"pattern must name at least one mixer (got none); choose from {', '.join(list_mixers())}")
-    if strangers := sorted(set(options) - set(names)):
-        raise ValueError(
-            f"mixer_options has options for {', '.join(strangers)}, which the pattern {list(names)} lacks; "
-            "correct the name or leave them out"
-        )
     for name in mlps:
         mixer_class(name)  # refuses a name that no mixer has
     blind = [name for name in names if not mixer_class(name).causal]

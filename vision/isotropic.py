@@ -50,7 +50,7 @@ class Isotropic(nn.Module):
         depth: number of blocks.
         pos_embed: learned positions, added to the tokens.
         mixer: any registered mixer. Without a class token, it is told the grid.
-        mixer_options: keyword arguments of the mixer.
+        mixer_options: keyword arguments of the mixer; or a list of such, taken in turn by the blocks.
         route: the order in which mixers visit the patches, a name of `list_routes()`, or several, taken in turn by the
             blocks. Tokens stay in raster order outside of the blocks, and the class token keeps its place in every
             order. Mixers that read a grid visit it in their own order, whatever the route.
@@ -93,7 +93,7 @@ class Isotropic(nn.Module):
         depth: int,
         pos_embed: bool,
         mixer: str,
-        mixer_options: Mapping[str, Any],
+        mixer_options: Mapping[str, Any] | Sequence[Mapping[str, Any]],
         route: str | Sequence[str],
         drop_rate: float,
         drop_path_rate: float,
@@ -129,9 +129,9 @@ class Isotropic(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, rows, embed_dim, **dd)) if pos_embed else None
         self.any_size = dynamic_img_size or not pos_embed
         self.pos_drop = nn.Dropout(drop_rate)
-        blocks = Stack(
-            embed_dim, depth, mixer, {mixer: dict(mixer_options)}, drop_path_rate=drop_path_rate, **{**stack, **dd}
-        )
+        by_place = [mixer_options] if isinstance(mixer_options, Mapping) else list(mixer_options)
+        pattern = (mixer,) * len(by_place)
+        blocks = Stack(embed_dim, depth, pattern, by_place, drop_path_rate=drop_path_rate, **{**stack, **dd})
         setattr(self, self.blocks_name, blocks)
         self.feature_info = [
             {"module": f"{self.blocks_name}.{i}", "num_chs": embed_dim, "reduction": max(self.patch_embed.stride[-2:])}
@@ -150,16 +150,19 @@ class Isotropic(nn.Module):
     def init_weights(self) -> None:
         """Fill every parameter anew: patches as LeCun, positions and head truncated normal of 0.02, blocks by their own
         rules."""
-        lecun_normal_(self.patch_embed.proj.weight)
         nn.init.zeros_(cast("Tensor", self.patch_embed.proj.bias))
-        for parameter in (self.cls_token, self.pos_embed):
-            if parameter is not None:
-                trunc_normal_(parameter, std=0.02)
+        self._init_tokens()
         self.stack.init_weights()
         norm = getattr(self, self.norm_name)
         if not isinstance(norm, nn.Identity):
             norm.reset_parameters()
         self._init_head()
+
+    def _init_tokens(self) -> None:
+        lecun_normal_(self.patch_embed.proj.weight)
+        for parameter in (self.cls_token, self.pos_embed):
+            if parameter is not None:
+                trunc_normal_(parameter, std=0.02)
 
     def _new_head(self, **dd: Any) -> nn.Module:
         if self.num_classes == 0:
@@ -385,11 +388,15 @@ class Isotropic(nn.Module):
             pre_logits: leave the classifier out.
             grid: of the patches, for a pooling that looks for places in it; that of `img_size` if absent.
         """
-        if self.global_pool == "token":
-            x = x[:, class_row(x.shape[1] - 1, self.class_token)]
-        elif self.global_pool == "avg":
-            x = without_class_token(x, self.class_token).mean(1)
+        x = self._pooled(x, [int(side) for side in self.patch_embed.grid_size] if grid is None else grid)
         return x if pre_logits else self.head(x)
+
+    def _pooled(self, x: Tensor, grid: list[int]) -> Tensor:
+        if self.global_pool == "token":
+            return x[:, class_row(x.shape[1] - 1, self.class_token)]
+        if self.global_pool == "avg":
+            return without_class_token(x, self.class_token).mean(1)
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
         x, grid = self._features(x)

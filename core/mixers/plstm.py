@@ -42,7 +42,8 @@ TRANSITION_FACTOR = 5.0
 """Factor of the argument of tanh: with the bias of 1 at the start, λ = 0.9999."""
 
 
-def _small_(t: Tensor) -> None:
+def small_(t: Tensor) -> None:
+    """Draw from N(0, 2 / (5 n)), n the last side of t."""
     nn.init.normal_(t, std=(2 / (5 * t.shape[-1])) ** 0.5)
 
 
@@ -67,7 +68,7 @@ class Gate(nn.Module):
         nn.init.constant_(self.bias, -4.0)
         nn.init.zeros_(self.weight)
         if weights:
-            _small_(self.weight)
+            small_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sigmoid(_of_slices(x, self.weight, self.bias))
@@ -87,7 +88,7 @@ class Transition(nn.Module):
         nn.init.ones_(self.eigenvalues_bias)
         nn.init.zeros_(self.eigenvalues_weight)
         if weights:
-            _small_(self.eigenvalues_weight)
+            small_(self.eigenvalues_weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.factor * _of_slices(x, self.eigenvalues_weight, self.eigenvalues_bias))
@@ -116,7 +117,7 @@ class HeadProjection(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_heads, dim // num_heads, 1, **dd))
 
     def init_weights(self) -> None:
-        _small_(self.weight)
+        small_(self.weight)
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -210,13 +211,13 @@ class PLSTMGrid(Mixer):
                 self.orientation_bias.copy_(torch.linspace(-2, 2, heads) if heads > 1 else torch.zeros(1))
             nn.init.zeros_(self.orientation_weight)
             if self.gate_weights:
-                _small_(self.orientation_weight)
+                small_(self.orientation_weight)
         for layer in self.children():
             if isinstance(layer, (Gate, Transition)):
                 layer.init_weights(self.gate_weights)
             elif isinstance(layer, (Direct, HeadProjection, HeadScaleRMSNorm)):
                 layer.init_weights()
-        _small_(self.outprojection.weight)
+        small_(self.outprojection.weight)
 
     def output_weights(self) -> set[str]:
         return {"outprojection.weight"}

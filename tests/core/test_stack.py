@@ -126,6 +126,22 @@ def test_an_option_that_the_mixer_lacks_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script.:FutureWarning")
+def test_places_of_the_pattern_have_options_of_their_own() -> None:
+    stack = build(("gla", "gla"), 5, mixer_options=[{"num_heads": 2}, {"num_heads": 3}])
+    assert [block.mixer.num_heads for block in stack] == [2, 3, 2, 3, 2]
+    with pytest.raises(ValueError, match="mixer_options must have one entry for each of the 2 places"):
+        build(("gla", "mamba"), mixer_options=[{}])
+
+
+def test_small_weights_depend_on_their_inputs_alone() -> None:
+    stack = Stack(256, 8, "gla", mlp="gelu", weight_init="small")
+    stack.init_weights()
+    for weight, inputs in ((stack[7].mlp.fc1.weight, 256), (stack[7].mlp.fc2.weight, 1024)):
+        assert weight.std().item() == pytest.approx((2 / (5 * inputs)) ** 0.5, rel=0.05)
+    alone = mixers.build_mixer("gla", 256)
+    torch.testing.assert_close(stack[7].mixer.o_proj.weight.std(), alone.o_proj.weight.std(), rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize("placement", ["pre", "post", "both"])
 def test_scripts_compiles_and_exports(placement: str) -> None:
     stack, x, file = (
