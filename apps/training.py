@@ -55,6 +55,7 @@ class Training(L.LightningModule):
             raise ValueError(f"ema_decay must be in [0, 1), or null for no average (got {ema_decay})")
         self.model = model
         self.task = task
+        task.prepare(model)
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.ema_decay, self.new_schedule = ema_decay, new_schedule
         self._last_finite = "none was finite"
@@ -145,6 +146,8 @@ class Training(L.LightningModule):
             optimizer = self.make_optimizer(self.model)
         except (TypeError, ValueError) as error:
             raise ValueError(f"optimizer: {error}; correct its options") from error
+        if of_task := [parameter for parameter in self.task.parameters() if parameter.requires_grad]:
+            optimizer.add_param_group({"params": of_task, "weight_decay": 0.0})
         learning_rates.honour(self.model, optimizer)
         optimizer.register_load_state_dict_pre_hook(_check_groups)
         if self.new_schedule:

@@ -1,16 +1,22 @@
-"""Classification and segmentation of pictures: the shared tasks, with pages of predictions and masks."""
+"""Tasks of pictures: the shared ones with pages of predictions and masks, and distillation."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
-from torch import nn
+from timm.layers import get_device_dtype, trunc_normal_
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
+from sinuous.core.checks import check_range
 from sinuous.core.tasks.classification import Classification
 from sinuous.core.tasks.labelling import Labelling
+from sinuous.core.tasks.task import Task
+from sinuous.vision import distillation
 from sinuous.vision.drawing import MaskedPicture, mask_grid, prediction_grid
 
 
@@ -54,3 +60,74 @@ class Segmentation(Labelling):
             folder / "masks.png",
         )
         return [*super().report(model, data, seen, scores, folder, split), f"masks: {page}"]
+
+
+class Distillation(Task):
+    """Trains an isotropic student by an isotropic teacher, L_activation + λ L_masked (arXiv 2504.00037).
+
+    The teacher reads whole pictures; labels are not used. Scores are the two losses and their sum, with the same masks
+    each time. Model, optimizer and exported weights are the student's; the mask token, and the projection where widths
+    differ, belong to the task.
+
+    Args:
+        teacher: a model of ours or timm's with as many patches as the student: its name, with its weights' tag, or the
+            model itself. It is frozen.
+        teacher_options: of a teacher that is named, such as `img_size`.
+        masked: share of the patches that the student does not see.
+        mask_weight: λ.
+        stages: number of equal parts of the depth at whose ends tokens are compared.
+
+    Raises:
+        ValueError: for an unknown teacher (naming the nearest), models that are not isotropic or have too few blocks,
+            or a number out of its range.
+    """
+
+    def __init__(
+        self,
+        teacher: str | nn.Module,
+        teacher_options: Mapping[str, Any] | None = None,
+        masked: float = 0.75,
+        mask_weight: float = 1.0,
+        stages: int = 4,
+    ) -> None:
+        super().__init__({name: MeanMetric() for name in ("loss", "activation_loss", "masked_loss")})
+        if not 0 < masked < 1:
+            raise ValueError(f"task.masked must lie between 0 and 1, both excluded (got {masked})")
+        check_range(0, math.inf, mask_weight=mask_weight)
+        if isinstance(teacher, str):
+            teacher = distillation.load_teacher(teacher, **(teacher_options or {}))
+        distillation.check_isotropic("teacher", teacher, stages)
+        # In a list: no part of checkpoints, of averages or of what is put into training mode.
+        self._teacher = [teacher.eval().requires_grad_(False)]
+        self.masked, self.mask_weight, self.stages = masked, mask_weight, stages
+
+    def prepare(self, model: nn.Module) -> None:
+        distillation.check_isotropic("student", model, self.stages)
+        width, teacher_width = (int(cast("Any", m).num_features) for m in (model, self._teacher[0]))
+        dd = get_device_dtype(model)
+        self.mask_token = nn.Parameter(trunc_normal_(torch.empty(width, **dd), std=0.02))
+        same = width == teacher_width
+        self.project = nn.Identity() if same else nn.Linear(width, teacher_width, **dd)
+
+    def _losses(self, model: nn.Module, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        self._teacher[0] = self._teacher[0].to(x.device)
+        with torch.no_grad():
+            taught, goal = distillation.stages_and_output(self._teacher[0], x, self.stages)
+        mask = distillation.random_mask(len(goal), goal.shape[1], self.masked, generator).to(x.device)
+        with distillation.masked_patches(model, mask, self.mask_token):
+            learned, output = distillation.stages_and_output(model, x, self.stages)
+        seen = [[distillation.visible(tokens, mask) for tokens in stages] for stages in (taught, learned)]
+        return distillation.activation_loss(*seen), distillation.masked_loss(goal, self.project(output), mask)
+
+    def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+        activation, masked = self._losses(model, batch[0], None)
+        return activation + self.mask_weight * masked
+
+    def score(self, model: nn.Module, batch: Sequence[Tensor]) -> int:
+        """Update the scores; returns the number of pictures."""
+        activation, masked = self._losses(model, batch[0], torch.Generator().manual_seed(0))
+        count = len(batch[0])
+        self.count("loss", activation + self.mask_weight * masked, count)
+        self.count("activation_loss", activation, count)
+        self.count("masked_loss", masked, count)
+        return count

@@ -35,6 +35,13 @@ class Task(nn.Module):
         """Update the metric `name` of `scores`."""
         cast("Any", self.scores[name]).update(*arguments)
 
+    def prepare(self, model: nn.Module) -> None:
+        """Called once, before anything is trained, with the model.
+
+        A task with parameters of its own makes them here; they are trained beside the model's, without decay, and are
+        no part of its exported weights.
+        """
+
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Loss of a training batch, a scalar."""
         raise NotImplementedError
