@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sinuous.kernels.torch.chunked import run_sums
+from sinuous.kernels.torch.chunked import LARGEST_ROUNDING, run_sums
 from sinuous.kernels.torch.mlstm import initial_states
 from sinuous.kernels.triton.matrix_state_kernels import FORGOTTEN, gradient_of_sums, segment_at
 from sinuous.kernels.triton.matrix_states import (
@@ -50,7 +50,7 @@ def _larger(a, b):
 @triton.jit(do_not_specialize=["length"])
 def gates(
     input_gate, forget_gate, initial_m, cu_seqlens, rows, columns, since_start, until_end, floor,
-    chunk_m, final_m, length,
+    chunk_m, exact_m, length,
     H: tl.constexpr, BH: tl.constexpr, CHUNK: tl.constexpr, STABILISED: tl.constexpr,
     PACKED: tl.constexpr, REVERSE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -61,6 +61,7 @@ def gates(
     begin, steps, batch = bounds_of(n, cu_seqlens, length, PACKED, REVERSE)
     end = begin + steps
     m = tl.load(initial_m + n * H + h, mask=h < H, other=0).to(tl.float64)
+    tl.store(exact_m + n * H + h, m, mask=h < H)
     chunks, first_chunk = tl.cdiv(length, CHUNK), begin // CHUNK
     past_chunk = tl.where(steps > 0, tl.cdiv(end, CHUNK), first_chunk)
     for j in range(first_chunk, past_chunk):
@@ -89,7 +90,7 @@ def gates(
         tl.store(since_start + at, tl.exp((before[None, :] - mu).to(ACC)), mask=there)
         tl.store(until_end + at, tl.exp((u - last[None, :]).to(ACC)), mask=there)
         tl.store(floor + at, tl.exp((-mu - b).to(ACC)), mask=there)
-    tl.store(final_m + n * H + h, m, mask=h < H)
+        tl.store(exact_m + n * H + h, m, mask=h < H)  # of every chunk: behind the loop it costs registers
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -132,7 +133,8 @@ def gate_gradients(
 
 
 class MLSTMGates:
-    """The gates of a call and the results of the kernel `gates`."""
+    """The gates of a call, the results of the kernel `gates`, and the unit of the final C and n: e^m over that of the m
+    that is returned, which is rounded."""
 
     def __init__(
         self,
@@ -149,14 +151,18 @@ class MLSTMGates:
         since_start, until_end, floor = (torch.empty_like(logs[0], dtype=call.dtype) for _ in range(3))
         self.weights = Weights(logs[0], logs[1], since_start, until_end)
         self.normaliser = Normaliser(floor, eps)
-        self.chunk_m, self.m = call.empty_states(initial_m), torch.empty_like(initial_m)
+        self.chunk_m = call.empty_states(initial_m)
+        exact_m = torch.empty_like(initial_m, dtype=torch.float64)
         self.blocks, form = call.over_gates()
         self.form = {**form, "STABILISED": self.stabilised, "ACC": call.sizes["ACC"]}
         with on_device(input_gate):
             gates[(call.sequences * self.blocks,)](
                 self.input_gate, self.forget_gate, initial_m, call.bounds, *self.weights, floor,
-                self.chunk_m, self.m, call.length, **self.form,
+                self.chunk_m, exact_m, call.length, **self.form,
             )  # fmt: skip
+        self.m = exact_m.to(initial_m.dtype)
+        rounding = (exact_m - self.m).nan_to_num_(0).clamp_(-LARGEST_ROUNDING, LARGEST_ROUNDING)
+        self.unit = rounding.exp_().to(self.m.dtype)
 
     def stabiliser_gradients(
         self, through_eps: Tensor, into_last: Tensor, cu_seqlens: Tensor | None, reverse: bool
@@ -215,6 +221,7 @@ def forward(
     y = read(call, q, k, v, made.weights, (C, n), chunk_states, made.normaliser if normalize else None)
     assert final_n is not None
     assert chunk_states[1] is not None
+    final_C, final_n = final_C * made.unit[..., None, None], final_n * made.unit[..., None]
     return y, final_C, final_n, made.m, chunk_states[0], chunk_states[1], made.chunk_m
 
 
@@ -250,7 +257,8 @@ def backward(
         zeros = [torch.zeros_like(t) for t in (q, k, v, input_gate, forget_gate)]
         return [*zeros, *(None if t is None else gradient for t, gradient in zip(states, (dC, dn, dm), strict=True))]
     made = MLSTMGates(call, input_gate, forget_gate, m, eps, input_activation)
-    initial, chunk_states, dfinal = (C, n), (chunk_C, chunk_n), (dC, dn)
+    dfinal = (dC * made.unit[..., None, None], dn * made.unit[..., None])
+    initial, chunk_states = (C, n), (chunk_C, chunk_n)
     weights, weight, extra = made.weights, made.weights.since_start, torch.zeros_like(made.weights.since_start)
     through_eps = torch.zeros_like(weights.rows)
     if normalize:

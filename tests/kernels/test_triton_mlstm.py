@@ -8,7 +8,7 @@ import interpreted
 import pytest
 import torch
 from interpreted import BOUNDS, MARKS
-from parity import assert_close, cast, draw, error, run_with_gradients
+from parity import assert_close, cast, draw, error, run, run_with_gradients
 
 from sinuous.core.ops.laws import LAWS
 
@@ -77,7 +77,26 @@ def test_chunk_states_are_those_of_the_definition(reverse: bool) -> None:
 def test_extreme_gates(gate: str, value: float) -> None:
     arguments = single("full", 1, 130)
     arguments[gate][0, [0, 3, 4, 64, 100], 0] = value
-    compare(arguments)
+    found = run_with_gradients(MLSTM, "triton", arguments)
+    assert error(found["y"], run(MLSTM, "recurrent", cast(arguments, torch.float64))[0]) <= 1e-4
+    # States are in units of e^m, and so in those of the m of single precision.
+    assert_close(found, run_with_gradients(MLSTM, "recurrent", arguments), 1e-4)
+
+
+@pytest.mark.parametrize("split", [64, 77])
+def test_states_at_large_input_gates_are_in_units_of_the_m_that_is_returned(split: int) -> None:
+    """m is rounded to single precision, by up to 5e-4 here, in the definition as in the kernels."""
+    arguments = single("full", 1, 130)
+    arguments["input_gate"] += 1e4
+    found, wanted = (run_with_gradients(MLSTM, form, arguments) for form in ("triton", "recurrent"))
+    assert_close(found, wanted, 1e-4)
+    first, second = (
+        {name: t[:, part] if name in MLSTM.time else t for name, t in arguments.items()}
+        for part in (slice(None, split), slice(split, None))
+    )
+    second["initial_state"] = run(MLSTM, "triton", first)[1]
+    exact, _ = run(MLSTM, "recurrent", cast(arguments, torch.float64))
+    assert error(run(MLSTM, "triton", second)[0], exact[:, split:]) <= 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
