@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
@@ -39,9 +39,17 @@ class ResidualBlock(nn.Module):
     """
 
     # TorchScript compiles only the branch that a constant takes; the other one reads weights that a block may lack.
-    __constants__: ClassVar[list[str]] = ["mixes_channels", "shares"]
+    __constants__: ClassVar[list[str]] = ["mixes_channels", "norms_last", "shares"]
     shares = False
     """The block takes tensors from blocks before it, and gives some to those behind; see `SharingBlock`."""
+    norm_name: ClassVar[str] = "norm"
+    mixer_name: ClassVar[str] = "mixer"
+    """Parts of names of parameters. A subclass with names of its own has properties `norm` and `mixer` and replaces
+    `forward` and `_before_mixer`, which TorchScript compiles."""
+
+    if TYPE_CHECKING:
+        norm: nn.Module
+        mixer: Mixer
 
     def __init__(
         self,
@@ -56,8 +64,8 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norms_last = placement == "post"
         self.fp32_stream = fp32_stream
-        self.norm = norm()
-        self.mixer = mixer
+        setattr(self, self.norm_name, norm())
+        setattr(self, self.mixer_name, mixer)
         self.norm_out = norm() if placement == "both" else nn.Identity()
         self.ls1 = scale()
         self.norm2 = nn.Identity() if mlp is None else norm()

@@ -189,7 +189,8 @@ class Stack(nn.ModuleList):
                     weight.div_(math.sqrt(summands))
 
     def no_weight_decay(self) -> set[str]:
-        return {f"{i}.mixer.{name}" for i, b in enumerate(self) for name in cast("Any", b).mixer.no_weight_decay()}
+        blocks = [cast("ResidualBlock", block) for block in self]
+        return {f"{i}.{b.mixer_name}.{name}" for i, b in enumerate(blocks) for name in b.mixer.no_weight_decay()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""

@@ -314,7 +314,7 @@ class Isotropic(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC' (got {output_fmt!r})")
-        taken, _ = _take(len(self.stack), indices)
+        taken, _ = take_features(len(self.stack), indices)
         x, grid = self._embed(x)
         orders = self._orders(x, grid)
         x, taps = self.stack.forward_intermediates(
@@ -332,7 +332,7 @@ class Isotropic(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what intermediates at `indices` do not need; returns the indices kept."""
-        taken, last = _take(len(self.stack), indices)
+        taken, last = take_features(len(self.stack), indices)
         del self.stack[last + 1 :]
         if prune_norm:
             setattr(self, self.norm_name, nn.Identity())
@@ -453,13 +453,18 @@ def _routes(route: str | Sequence[str], mixer: str, axes: int) -> tuple[str, ...
     return routes
 
 
-def _take(blocks: int, indices: int | list[int] | None) -> tuple[list[int], int]:
+def take_features(blocks: int, indices: int | list[int] | None, name: str = "blocks") -> tuple[list[int], int]:
+    """Blocks that `indices` stands for among so many, as timm reads it, and the last of them.
+
+    Raises:
+        ValueError: if there are no such blocks, calling them `name`.
+    """
     try:
         taken, last = feature_take_indices(blocks, indices)
         taken = [operator.index(block) for block in taken]
     except (AssertionError, TypeError) as error:
         raise ValueError(
-            f"indices must be blocks from {-blocks} to {blocks - 1}, or how many of the last of {blocks} "
+            f"indices must be {name} from {-blocks} to {blocks - 1}, or how many of the last of {blocks} "
             f"(got {described(indices)})"
         ) from error
     return taken, last

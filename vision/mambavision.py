@@ -7,17 +7,17 @@ In stages 3 and 4 the first ⌈depth / 2⌉ blocks have MambaVision's mixer, the
 models.
 
 Paper: Hatamizadeh and Kautz, "MambaVision: A Hybrid Mamba-Transformer Vision Backbone" (arXiv 2407.08083, CVPR 2025).
-Reference: https://github.com/NVlabs/MambaVision. This is an independent implementation that reads the authors' files:
+Reference: https://github.com/NVlabs/MambaVision. This is an independent implementation with the authors' names, which
+reads their files:
 
     model = sinuous.create_model("mambavision_t", checkpoint_path="mambavision_tiny_1k.pth.tar")
 """
 
 import math
-import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -26,15 +26,16 @@ from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
+from sinuous.core.blocks import ResidualBlock, SharingBlock
 from sinuous.core.checks import check_arguments, check_positive, check_sizes
 from sinuous.core.patches import Sides
 from sinuous.core.registry import check_weights, register_vision_model
 from sinuous.core.stack import Stack
 from sinuous.core.weights import shipped_cfgs
 from sinuous.vision.isotropic import unwrapped
-from sinuous.vision.staged import StackStage, Stage, StagedBackbone, Stem, check_stages, stage_rates
+from sinuous.vision.staged import StackStage, Stage, StagedBackbone, Stem, check_stages, renamed, stage_rates
 
-__all__ = ["ConvBlock", "MambaVision", "checkpoint_filter_fn", "conv_stem", "our_names", "plain_downsample"]
+__all__ = ["ConvBlock", "MambaVision", "checkpoint_filter_fn", "conv_stem", "plain_downsample"]
 
 _SMALL_HEADS, _LARGE_HEADS = (2, 4, 8, 16), (4, 8, 16, 32)
 
@@ -153,6 +154,48 @@ class ConvBlock(nn.Module):
         return y
 
 
+class MambaVisionBlock(ResidualBlock):
+    """A `ResidualBlock` with MambaVision's names: `norm1`, `mixer`, `gamma_1`, `norm2`, `mlp`, `gamma_2`."""
+
+    norm_name: ClassVar[str] = "norm1"
+    __jit_unused_properties__: ClassVar[list[str]] = ["norm"]
+
+    if TYPE_CHECKING:
+        gamma_1: nn.Parameter | None
+        gamma_2: nn.Parameter | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.init_values: float | None = getattr(self.ls1, "init_values", None)
+        self.register_parameter("gamma_1", getattr(self.ls1, "gamma", None))
+        self.register_parameter("gamma_2", getattr(self.ls2, "gamma", None))
+        self.ls1 = self.ls2 = nn.Identity()
+
+    @property
+    def norm(self) -> nn.Module:  # type: ignore[override]
+        return cast("nn.Module", self.norm1)
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        for gamma in (self.gamma_1, self.gamma_2):
+            if gamma is not None:
+                nn.init.constant_(gamma, cast("float", self.init_values))
+
+    def _before_mixer(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.norm1(x)  # type: ignore[operator]
+        return normed
+
+    def _after_mixer(self, x: Tensor, y: Tensor) -> Tensor:
+        x = x + self.drop_path(_scaled(y, self.gamma_1))
+        y = self.mlp(self.norm2(x))
+        x = x + self.drop_path(_scaled(y, self.gamma_2))
+        return x
+
+
+def _scaled(y: Tensor, gamma: Tensor | None) -> Tensor:
+    return y if gamma is None else gamma * y
+
+
 class MambaVision(StagedBackbone):
     """MambaVision's backbone.
 
@@ -175,6 +218,11 @@ class MambaVision(StagedBackbone):
     Raises:
         ValueError: if a size is not allowed, heads do not divide a width, or an image is smaller than 4 × 4 pixels.
     """
+
+    stages_name: ClassVar[str] = "levels"
+
+    if TYPE_CHECKING:
+        levels: nn.ModuleList
 
     @check_arguments
     def __init__(
@@ -223,6 +271,7 @@ class MambaVision(StagedBackbone):
                 causal=False,
                 drop_path_rate=rates,
                 init_values=init_values,
+                blocks=(MambaVisionBlock, SharingBlock),
                 **dd,
             )
             stages.append(StackStage(blocks, end, windows[stage]))
@@ -238,6 +287,11 @@ class MambaVision(StagedBackbone):
             **dd,
         )
         self.init_weights()
+
+    def _run(self, x: Tensor) -> Tensor:
+        for stage in self.levels:
+            x = stage(x)
+        return x
 
     @torch.jit.ignore
     @check_arguments
@@ -255,7 +309,7 @@ class MambaVision(StagedBackbone):
         super().set_input_size(img_size)
         if windows is not None:
             for stage, side in zip(
-                self.layers, windows, strict=False
+                self.levels, windows, strict=False
             ):  # those of stages that were pruned away are over
                 if isinstance(stage, StackStage):
                     stage.window_size = side
@@ -268,30 +322,16 @@ def _windows(window_size: int | Sequence[int]) -> tuple[int, ...]:
     return windows
 
 
-_RENAMED = (
-    (r"^levels\.", "layers."),
-    (r"^(layers\.[23]\.blocks\.\d+)\.norm1\.", r"\1.norm."),
-    (r"\.gamma_(\d)$", r".ls\1.gamma"),
-)
-
-
-def our_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the parameters of a file of the reference; our own names stay as they are."""
-    state = {}
-    for name, tensor in state_dict.items():
-        for pattern, ours in _RENAMED:
-            name = re.sub(pattern, ours, name)
-        state[name] = tensor
-    return state
+_RENAMED = ((r"^layers\.", "levels."), (r"^(levels\.[23]\.blocks\.\d+)\.norm\.", r"\1.norm1."))
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """The authors' checkpoints, or our own, as `model` needs them: unwrapped and renamed.
+    """The authors' checkpoints, or our own, as `model` needs them: unwrapped.
 
     Raises:
         ValueError: if the weights are of another model.
     """
-    state = our_names(unwrapped(state_dict))
+    state = renamed(unwrapped(state_dict), _RENAMED)
     check_weights(state, model, adapted=("head.", "patch_embed.conv_down.0.weight"))
     return state
 

@@ -12,9 +12,9 @@ Shapes: B batch, C channels of the image, H Ã— W its pixels, D_s width and h_s Ã
 
 # Annotations stay objects: FX copies that of `forward` into its graphs, and TorchScript cannot read a string there.
 import math
-import operator
-from collections.abc import Sequence
-from typing import Any, cast
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,6 @@ from timm.layers import (
     trunc_normal_,
 )
 from timm.models import checkpoint
-from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
@@ -37,6 +36,7 @@ from sinuous.core.mixers import list_mixers, mixer_class
 from sinuous.core.mixers.calls import check_output, check_place
 from sinuous.core.patches import Sides, check_images, sides
 from sinuous.core.stack import Stack, drop_path_rates
+from sinuous.vision.isotropic import take_features
 
 __all__ = ["MergeDownsample", "StackStage", "Stage", "StagedBackbone", "Stem", "conv_downsample", "stage_rates"]
 
@@ -68,6 +68,16 @@ def check_stages(name: str, values: Sequence[Any], stages: int = 4) -> None:
         raise ValueError(f"{name} must have one number for each of the {stages} stages (got {described(values)})")
     for value in values:
         check_sizes(**{name: value})
+
+
+def renamed(state: Mapping[str, Any], names: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """`state` with its keys changed by regular expressions, one after another: (pattern, replacement)."""
+    changed = {}
+    for key, value in state.items():
+        for pattern, replacement in names:
+            key = re.sub(pattern, replacement, key)
+        changed[key] = value
+    return changed
 
 
 def layer_norm_2d(dim: int, **dd: Any) -> LayerNorm2d:
@@ -207,7 +217,9 @@ class StackStage(nn.Module):
 class StagedBackbone(nn.Module):
     """Stem, stages, norm and classifier, with timm's interface.
 
-    A family's constructor makes the parts, hands them over and calls `init_weights`.
+    A family's constructor makes the parts, hands them over and calls `init_weights`. A family with names of its own for
+    them says so in `stages_name`, `norm_name` and `head_name`, and replaces `_run`, `_norm` and `_classify`, which
+    TorchScript compiles.
 
     Args:
         patch_embed: the stem, of stride 4.
@@ -224,6 +236,15 @@ class StagedBackbone(nn.Module):
     """
 
     output_fmt = "NCHW"
+    stages_name: ClassVar[str] = "layers"
+    norm_name: ClassVar[str] = "norm"
+    head_name: ClassVar[str] = "head"
+    __jit_unused_properties__: ClassVar[list[str]] = ["stages"]
+
+    if TYPE_CHECKING:
+        layers: nn.ModuleList
+        norm: nn.Module
+        head: nn.Module
 
     def __init__(
         self,
@@ -249,14 +270,26 @@ class StagedBackbone(nn.Module):
         self.global_pool = global_pool
         self.grad_checkpointing = False
         self.patch_embed = patch_embed
-        self.layers = nn.ModuleList(layers)
+        setattr(self, self.stages_name, nn.ModuleList(layers))
         self.feature_info = [
-            {"module": f"layers.{stage}.blocks", "num_chs": width, "reduction": STRIDE * 2**stage}
+            {"module": f"{self.stages_name}.{stage}.blocks", "num_chs": width, "reduction": STRIDE * 2**stage}
             for stage, width in enumerate(widths)
         ]
-        self.norm = norm
+        for name in (self.norm_name, self.head_name):
+            if "." in name:
+                self.add_module(name.partition(".")[0], nn.ModuleDict())
+        self.set_submodule(self.norm_name, norm)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(widths[-1], num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.set_submodule(self.head_name, self._new_head(**dd))
+
+    @property
+    def stages(self) -> nn.ModuleList:
+        return cast("nn.ModuleList", getattr(self, self.stages_name))
+
+    def _new_head(self, **dd: Any) -> nn.Module:
+        if self.num_classes == 0:
+            return nn.Identity()
+        return nn.Linear(self.num_features, self.num_classes, **dd)
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -287,28 +320,22 @@ class StagedBackbone(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that sort parameters by depth, for layer-wise learning rates."""
-        blocks = (
-            r"^layers\.(\d+)"
-            if coarse
-            else [
-                (r"^layers\.(\d+)\.downsample", (0,)),
-                (r"^layers\.(\d+)\.blocks\.(\d+)", None),
-                (r"^norm", (99999,)),
-            ]
-        )
-        return {"stem": r"^patch_embed", "blocks": blocks}
+        stage = rf"^{self.stages_name}\.(\d+)"
+        last = (rf"^{re.escape(self.norm_name)}\.", (99999,))
+        fine = [(rf"{stage}\.downsample", (0,)), (rf"{stage}\.blocks\.(\d+)", None), last]
+        return {"stem": r"^patch_embed", "blocks": stage if coarse else fine}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
-        for stage in self.layers:
+        for stage in self.stages:
             cast("Any", stage).set_grad_checkpointing(enable)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The linear layer behind the pooling."""
-        return self.head
+        return self.get_submodule(self.head_name)
 
     @torch.jit.ignore
     @check_arguments
@@ -320,10 +347,10 @@ class StagedBackbone(nn.Module):
             check_choice("global_pool", global_pool, POOLS)
             self.global_pool = global_pool
         self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self.head.train(self.training)
-        if isinstance(self.head, nn.Linear):
-            _init_linear(self.head)
+        head = self._new_head(**dd).train(self.training)
+        if isinstance(head, nn.Linear):
+            _init_linear(head)
+        self.set_submodule(self.head_name, head)
 
     @torch.jit.ignore
     @check_arguments
@@ -340,10 +367,20 @@ class StagedBackbone(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Image `[B, C, H, W]` to the normed map of the last stage, `[B, D, h, w]`."""
         x = self.patch_embed(check_images(x, self.patch_embed.patch_size, self.in_chans))
+        return self._norm(self._run(x))
+
+    def _run(self, x: Tensor) -> Tensor:
         for stage in self.layers:
             x = stage(x)
+        return x
+
+    def _norm(self, x: Tensor) -> Tensor:
         y: Tensor = self.norm(x)
         return y
+
+    def _classify(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(x)
+        return logits
 
     @torch.jit.ignore
     def forward_intermediates(
@@ -370,18 +407,18 @@ class StagedBackbone(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW' (got {output_fmt!r}); permute the maps for another")
-        taken, last = _take(len(self.layers), indices)
+        taken, last = take_features(len(self.stages), indices, "stages")
         x = self.patch_embed(check_images(x, self.patch_embed.patch_size, self.in_chans))
-        stages = list(self.layers)
+        stages = list(self.stages)
         intermediates = []
         for i, stage in enumerate(stages[: last + 1] if stop_early else stages):
             y = cast("Any", stage).features(x)
             x = cast("Any", stage).downsample(y)
             if i in taken:
-                intermediates.append(self.norm(y) if norm and i == len(stages) - 1 else y)
+                intermediates.append(self._norm(y) if norm and i == len(stages) - 1 else y)
         if intermediates_only:
             return intermediates
-        return self.norm(x) if not stop_early or last == len(stages) - 1 else x, intermediates
+        return self._norm(x) if not stop_early or last == len(stages) - 1 else x, intermediates
 
     @torch.jit.ignore
     def prune_intermediate_layers(
@@ -390,14 +427,14 @@ class StagedBackbone(nn.Module):
         """Drop what intermediates at `indices` do not need; returns the indices kept.
 
         The norm goes with the last stage, whose width it has."""
-        taken, last = _take(len(self.layers), indices)
-        if last < len(self.layers) - 1:
-            del self.layers[last + 1 :]
-            cast("Any", self.layers[last]).downsample = nn.Identity()
+        taken, last = take_features(len(self.stages), indices, "stages")
+        if last < len(self.stages) - 1:
+            del self.stages[last + 1 :]
+            cast("Any", self.stages[last]).downsample = nn.Identity()
             self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
             prune_norm = True
         if prune_norm:
-            self.norm = nn.Identity()
+            self.set_submodule(self.norm_name, nn.Identity())
         if prune_head:
             self.reset_classifier(0, "")
         return taken
@@ -406,9 +443,9 @@ class StagedBackbone(nn.Module):
         """Map `[B, D, h, w]` to logits `[B, K]`, or to what the classifier reads; without pooling, maps of both."""
         if self.global_pool == "avg":
             x = self.head_drop(x.mean([2, 3]))
-            return x if pre_logits else self.head(x)
+            return x if pre_logits else self._classify(x)
         x = self.head_drop(x)
-        return x if pre_logits else self.head(x.movedim(1, -1)).movedim(-1, 1)
+        return x if pre_logits else self._classify(x.movedim(1, -1)).movedim(-1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
@@ -418,15 +455,3 @@ def _init_linear(layer: nn.Linear) -> None:
     trunc_normal_(layer.weight, std=0.02)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
-
-
-def _take(stages: int, indices: int | list[int] | None) -> tuple[list[int], int]:
-    try:
-        taken, last = feature_take_indices(stages, indices)
-        taken = [operator.index(stage) for stage in taken]
-    except (AssertionError, TypeError) as error:
-        raise ValueError(
-            f"indices must be stages from {-stages} to {stages - 1}, or how many of the last of {stages} "
-            f"(got {described(indices)})"
-        ) from error
-    return taken, last

@@ -3,25 +3,26 @@
     x ← x + SS2D(LN(x));   x ← x + MLP(LN(x))         the vanilla models have no MLP but a gate in SS2D
 
 Paper: Liu, Tian, Zhao, Yu, Xie, Wang, Ye, Jiao and Liu, "VMamba: Visual State Space Model" (arXiv 2401.10166, NeurIPS
-2024). Reference: https://github.com/MzeroMiko/VMamba (MIT). This is an independent implementation that reads the
-reference's files, those of its older code, too:
+2024). Reference: https://github.com/MzeroMiko/VMamba (MIT). This is an independent implementation with the
+reference's names, which reads its files, those of its older code, too:
 
     model = sinuous.create_model("vmamba_tiny_s1l8", checkpoint_path="vssm1_tiny_0230s_ckpt_epoch_264.pth")
 
 In a name, s is the expansion of SS2D and l the depth of the third stage.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 
+from sinuous.core.blocks import ResidualBlock, SharingBlock
 from sinuous.core.checks import check_arguments, check_choice, check_range, check_sizes
+from sinuous.core.mixers import Mixer
 from sinuous.core.patches import Sides
 from sinuous.core.registry import check_weights, register_vision_model
 from sinuous.core.stack import Stack
@@ -35,6 +36,7 @@ from sinuous.vision.staged import (
     check_stages,
     conv_downsample,
     layer_norm_2d,
+    renamed,
     stage_rates,
 )
 
@@ -95,6 +97,20 @@ STEMS = {"conv": _conv_stem, "patch": _patch_stem}
 DOWNSAMPLES = {"conv": conv_downsample, "merge": MergeDownsample}
 
 
+class VSSBlock(ResidualBlock):
+    """A `ResidualBlock` with VMamba's names: `norm`, `op`, `norm2`, `mlp`."""
+
+    mixer_name: ClassVar[str] = "op"
+    __jit_unused_properties__: ClassVar[list[str]] = ["mixer"]
+
+    @property
+    def mixer(self) -> Mixer:  # type: ignore[override]
+        return cast("Mixer", self.op)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
+        return self._after_mixer(x, self.op(self._before_mixer(x), cu_seqlens, grid))  # type: ignore[operator]
+
+
 class VMamba(StagedBackbone):
     """VMamba's backbone.
 
@@ -118,6 +134,12 @@ class VMamba(StagedBackbone):
     Raises:
         ValueError: if a size or a choice is not allowed, or an image is smaller than 4 × 4 pixels.
     """
+
+    norm_name: ClassVar[str] = "classifier.norm"
+    head_name: ClassVar[str] = "classifier.head"
+
+    if TYPE_CHECKING:
+        classifier: nn.ModuleDict
 
     @check_arguments
     def __init__(
@@ -163,6 +185,7 @@ class VMamba(StagedBackbone):
                 norm="layer",
                 causal=False,
                 drop_path_rate=rates,
+                blocks=(VSSBlock, SharingBlock),
                 **dd,
             )
             last = stage == len(widths) - 1
@@ -182,24 +205,27 @@ class VMamba(StagedBackbone):
         )
         self.init_weights()
 
+    def _norm(self, x: Tensor) -> Tensor:
+        y: Tensor = self.classifier["norm"](x)
+        return y
+
+    def _classify(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier["head"](x)
+        return logits
+
 
 _RENAMED = (
     (r"^patch_embed\.proj\.", "patch_embed.0."),
     (r"^patch_embed\.norm\.", "patch_embed.2."),
-    (r"^classifier\.", ""),
+    (r"^(norm|head)\.", r"classifier.\1."),
     (r"\.ln_1\.", ".norm."),
-    (r"\.(op|self_attention)\.", ".mixer."),
+    (r"\.self_attention\.", ".op."),
 )
 
 
 def our_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the parameters of a file of the reference, new or old; our own names stay as they are."""
-    state = {}
-    for name, tensor in state_dict.items():
-        for pattern, ours in _RENAMED:
-            name = re.sub(pattern, ours, name)
-        state[name] = tensor
-    return state
+    """Give the parameters of a file of the reference's older code the names of the newer one, which are ours, too."""
+    return renamed(state_dict, _RENAMED)
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -214,7 +240,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     for name, parameter in model.state_dict().items():
         if name in state and state[name].ndim == 4 and parameter.ndim == 2 and state[name].shape[2:] == (1, 1):
             state[name] = state[name].flatten(1)
-    check_weights(state, model, adapted=("head.", "patch_embed.0.weight"))
+    check_weights(state, model, adapted=("classifier.head.", "patch_embed.0.weight"))
     return state
 
 
@@ -228,7 +254,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "patch_embed.0",
-        "classifier": "head",
+        "classifier": "classifier.head",
         "license": "mit",
         "paper_name": "VMamba: Visual State Space Model",
         "paper_ids": "arXiv:2401.10166",

@@ -15,7 +15,7 @@ import sinuous
 import sinuous.vision
 from sinuous.core.mixers import MambaVisionMixer
 from sinuous.core.registry import model_info
-from sinuous.vision.mambavision import MambaVision, checkpoint_filter_fn, our_names
+from sinuous.vision.mambavision import MambaVision, checkpoint_filter_fn
 
 TOTALS = {
     "mambavision_t": 31_794_248,
@@ -52,7 +52,7 @@ def test_sizes_are_those_of_the_reference(name: str, total: int) -> None:
         model = timm.create_model(name)
     assert sum(p.numel() for p in model.parameters()) == total
     heads = (16, 32) if "_l" in name else (8, 16)
-    for stage, window, head in zip(model.layers[2:], WINDOWS.get(name, (14, 7)), heads, strict=True):
+    for stage, window, head in zip(model.levels[2:], WINDOWS.get(name, (14, 7)), heads, strict=True):
         depth = len(stage.blocks)
         scans = [isinstance(block.mixer, MambaVisionMixer) for block in stage.blocks]
         assert scans == [i < math.ceil(depth / 2) for i in range(depth)]
@@ -127,7 +127,7 @@ def published_shapes(dim: int, stem_dim: int, depths: tuple[int, ...], layer_sca
 def test_state_dict_has_the_reference_layout(name: str, sizes: Any) -> None:
     with torch.device("meta"):
         shapes = {key: tuple(t.shape) for key, t in timm.create_model(name).state_dict().items()}
-    assert shapes == our_names(published_shapes(*sizes))
+    assert shapes == published_shapes(*sizes)
 
 
 def test_reads_the_authors_file_and_its_sizes(tmp_path: Path) -> None:
@@ -138,8 +138,8 @@ def test_reads_the_authors_file_and_its_sizes(tmp_path: Path) -> None:
     model: Any = sinuous.create_model("mambavision_b", checkpoint_path=tmp_path / "mambavision.pth.tar", **SMALL)
     assert model.num_classes == 7
     loaded = model.state_dict()
-    assert set(loaded) == set(our_names(state))
-    assert all(torch.equal(loaded[name], t) for name, t in our_names(state).items())
+    assert set(loaded) == set(state)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 
 def test_the_file_of_another_variant_is_refused() -> None:
@@ -157,7 +157,7 @@ def test_maps_of_any_size_are_padded_axis_by_axis(sides: tuple[int, int]) -> Non
     taps = model.forward_intermediates(images(*sides), intermediates_only=True)
     shapes = [tuple(math.ceil(side / stride) for side in sides) for stride in (4, 8, 16, 32)]
     assert [tuple(tap.shape[2:]) for tap in taps] == shapes
-    stage, x = model.layers[2], torch.randn(2, 32, *shapes[2])
+    stage, x = model.levels[2], torch.randn(2, 32, *shapes[2])
     height, width = shapes[2]
     below, right = -height % 3, -width % 3
     padded = nn.functional.pad(x, [0, right, 0, below])
@@ -169,7 +169,7 @@ def test_maps_of_any_size_are_padded_axis_by_axis(sides: tuple[int, int]) -> Non
 
 
 def test_windows_do_not_see_each_other() -> None:
-    stage, x = build(**ATTENTION).layers[2], torch.randn(1, 32, 6, 6)
+    stage, x = build(**ATTENTION).levels[2], torch.randn(1, 32, 6, 6)
     expected = stage.features(x)
     x[:, :, 4, 1] = math.nan  # in the window below the first
     found = stage.features(x)
@@ -216,9 +216,9 @@ def test_starts_as_the_reference_does() -> None:
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "dt_proj" not in name}
     assert all(m.weight.std().item() == pytest.approx(0.02, rel=0.05) for m in linear.values())
     assert not any(m.bias.any() for m in linear.values() if m.bias is not None)
-    assert torch.equal(model.layers[3].blocks[1].ls2.gamma, torch.full((1024,), 1e-5))
-    assert not hasattr(model.layers[0].blocks[0].ls, "gamma")
-    assert {"layers.2.blocks.0.mixer.A_log", "layers.2.blocks.0.mixer.D"} <= model.no_weight_decay()
+    assert torch.equal(model.levels[3].blocks[1].gamma_2, torch.full((1024,), 1e-5))
+    assert not hasattr(model.levels[0].blocks[0].ls, "gamma")
+    assert {"levels.2.blocks.0.mixer.A_log", "levels.2.blocks.0.mixer.D"} <= model.no_weight_decay()
 
 
 @pytest.mark.parametrize(
