@@ -24,7 +24,17 @@ from torch import Tensor, nn
 from sinuous.core import norms, patches
 from sinuous.core.checks import check_arguments, check_choice, check_range, check_sizes, described
 from sinuous.core.mixers import mixer_class
-from sinuous.core.patches import CLASS_TOKENS, PatchEmbed, Sides, class_row, with_class_token, without_class_token
+from sinuous.core.patches import (  # some by their bare names: FX looks for its leaves among a module's own
+    CLASS_TOKENS,
+    PatchEmbed,
+    Sides,
+    check_images,
+    class_row,
+    fit_pos_embed,
+    grid_sides,
+    with_class_token,
+    without_class_token,
+)
 from sinuous.core.registry import check_weights
 from sinuous.core.scan_routes import check_route, row_order
 from sinuous.core.stack import Stack
@@ -237,18 +247,18 @@ class Isotropic(nn.Module):
     def _grid(self, x: Tensor) -> list[int]:
         """Sides of a map `[B, D, …]` of patches, constants where the model has one size."""
         if self.any_size:
-            grid: list[int] = patches.grid_sides(x)
+            grid: list[int] = grid_sides(x)
             return grid
         return [int(side) for side in self.patch_embed.grid_size]
 
     def _embed(self, x: Tensor) -> tuple[Tensor, list[int]]:
         """Image `[B, C, H, W]` to the residual stream `[B, L, D]`, in fp32 at least, and the grid of its patches."""
-        x = self.patch_embed(patches.check_images(x, self.patch_embed.patch_size, self.in_chans))
+        x = self.patch_embed(check_images(x, self.patch_embed.patch_size, self.in_chans))
         grid = self._grid(x)
         pos_embed = self.pos_embed
         if pos_embed is not None:
-            pos_embed = patches.fit_pos_embed(
-                pos_embed, self.patch_embed.grid_size, patches.grid_sides(x), self.any_size, self.pos_class_token
+            pos_embed = fit_pos_embed(
+                pos_embed, self.patch_embed.grid_size, grid_sides(x), self.any_size, self.pos_class_token
             )
         x = x.flatten(2).transpose(1, 2)
         if pos_embed is not None and self.pos_class_token == "none":

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import register_notrace_function, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
@@ -156,6 +156,11 @@ class PLSTMVis(Isotropic):
         if self.pos_embed is not None:
             small_(self.pos_embed)
 
+    def _new_head(self, **dd: Any) -> nn.Module:
+        # As timm has it: heads of others are built on `num_features` where the model has no classes.
+        self.num_features = self.embed_dim if self.num_classes else self.head_hidden_size
+        return super()._new_head(**dd)
+
     def _init_head(self) -> None:
         if isinstance(self.head, nn.Linear):
             trunc_normal_(self.head.weight, std=2e-5)
@@ -179,7 +184,7 @@ def _checked(modes: tuple[str, ...]) -> tuple[str, ...]:
     return modes
 
 
-@register_notrace_function
+@torch.fx.wrap
 def corners(x: Tensor, grid: list[int]) -> Tensor:
     """Tokens `[B, h·w, D]` at the corners of their grid, `[B, 4 D]`: top left, bottom left, top right, bottom right."""
     height, width = grid[0], grid[1]

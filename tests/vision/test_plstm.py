@@ -154,6 +154,9 @@ def test_the_head_reads_the_corners_of_the_grid() -> None:
     assert model.head.in_features == model.head_hidden_size == 128
     model.reset_classifier(7, "avg")
     assert model.head.in_features == model.head_hidden_size == 32
+    for classes, width in ((5, 32), (0, 128)):
+        model.reset_classifier(classes, "corners")
+        assert (model.num_features, model.head_hidden_size) == (width, 128)
 
 
 def test_corners_are_those_of_the_picture_where_every_size_runs() -> None:
