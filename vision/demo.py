@@ -1,13 +1,15 @@
-"""Classify pictures of clothing, and show the evidence for each answer.
+"""Classify pictures of clothing and show the evidence, label their pixels, or tell where arrows point.
 
 sinuous demo vision --image shoe.png --out evidence.png
+sinuous demo vision --task segment --image wardrobe.png --out masks.png
+sinuous demo vision --task arrow --image arrow.png --out answers.png
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,9 +20,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from sinuous.core.checks import check_near
+from sinuous.vision import demo_arrow, demo_segment
 from sinuous.vision.attribution import evidence
 from sinuous.vision.datasets import fashion_mnist
-from sinuous.vision.io import as_seen, read_image
+from sinuous.vision.io import light_on_black, read_named
 
 MODEL = "vim_nano.fashion_mnist"
 
@@ -61,14 +65,9 @@ class Result:
 def prepare(image: Image.Image, size: int = 28) -> Image.Image:
     """A picture of any size and colour as Fashion-MNIST would show it: gray, square, the subject light on black.
 
-    The border's median gray is taken for the background. What differs from it becomes light (so that dark clothing on
-    a light ground is inverted), is cut out, and fills the square along its longer side.
+    What `light_on_black` makes light is cut out, and fills the square along its longer side.
     """
-    gray = np.asarray(as_seen(image, 1), dtype=np.float32)
-    border = np.concatenate((gray[0], gray[-1], gray[:, 0], gray[:, -1]))
-    background = np.median(border)
-    subject = background - gray if background > 127 else gray - background
-    subject = np.clip(subject / max(subject.max(), 1.0), 0, 1)
+    subject = light_on_black(image)
     rows, columns = ((subject > 0.1).any(axis) for axis in (1, 0))
     if rows.any():
         (top, bottom), (left, right) = (np.flatnonzero(inside)[[0, -1]] for inside in (rows, columns))
@@ -119,9 +118,9 @@ def explain(
         names, note = truths, None
         known: list[str | None] = list(truths)
     else:
-        opened = [image if isinstance(image, Image.Image) else read_image(image) for image in images]
-        names = [f"picture {i + 1}" if isinstance(p, Image.Image) else Path(p).name for i, p in enumerate(images)]
-        pictures, known, note = [prepare(image) for image in opened], [None] * len(opened), NOTE
+        named = read_named(images)
+        names, pictures = [name for name, _ in named], [prepare(image) for _, image in named]
+        known, note = [None] * len(named), NOTE
     gray = torch.stack([pil_to_tensor(p) for p in pictures]).float() / 255
     mean, std = (torch.tensor(cfg[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
     shares = evidence(network, (gray - mean) / std, baseline=(0 - mean) / std)
@@ -136,26 +135,39 @@ def explain(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
+        "--task",
+        default="classify",
+        metavar="|".join(TASKS),
+        help="what to do with the pictures: name what they show, the class of each pixel, or where an arrow points",
+    )
+    parser.add_argument(
         "--image", type=Path, nargs="+", metavar="PATH", help="your pictures (default: bundled samples)"
     )
     parser.add_argument("--out", type=Path, default=Path("sinuous_vision.png"), metavar="PNG")
-    parser.add_argument("--model", default=MODEL, help=f"a Vision Mamba with weights (default: {MODEL})")
+    parser.add_argument("--model", help=f"a model with weights for the task (default for classify: {MODEL})")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the answers, and draw them with their evidence into `options.out`.
+    """Print what was found, and draw it into `options.out`.
 
     Raises:
         ValueError: for what cannot be shown or read.
     """
+    check_near("--task", options.task, TASKS)
+    if options.out.is_dir() or not options.out.suffix:
+        raise ValueError(f"--out must be a picture's file, such as {options.out / 'seen.png'} (got {options.out})")
+    TASKS[options.task](options)
+    print(options.out)
+
+
+def _classify(options: argparse.Namespace) -> None:
+    """Print the answers, and draw them with their evidence."""
     from rich.console import Console
     from rich.table import Table
 
     from sinuous.vision import drawing  # needs matplotlib
 
-    if options.out.is_dir() or not options.out.suffix:
-        raise ValueError(f"--out must be a picture's file, such as {options.out / 'seen.png'} (got {options.out})")
-    result = explain(options.image, model=options.model)
+    result = explain(options.image, model=options.model or MODEL)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     drawing.draw_evidence(result, options.out)
     table = Table(title=f"{result.model} sees", title_justify="left")
@@ -169,4 +181,11 @@ def run(options: argparse.Namespace) -> None:
     Console().print(table)
     if result.note:
         print(result.note)
-    print(options.out)
+
+
+TASKS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "classify": _classify,
+    "segment": demo_segment.show,
+    "arrow": demo_arrow.show,
+}
+"""What `--task` names: each prints what it finds and draws `options.out`."""

@@ -103,6 +103,33 @@ def _smooth(evidence: Tensor, scale: int) -> Tensor:
     return F.interpolate(blurred, scale_factor=scale, mode="bicubic")[0, 0]
 
 
+def answer_grid(
+    pictures: Sequence[Any], captions: Sequence[tuple[str, bool]], title: str, path: str | os.PathLike[str]
+) -> Path:
+    """Draw pictures with an answer below each, green where it is right or the truth is not known, else red.
+
+    Args:
+        pictures: what matplotlib draws, PIL images among others.
+        captions: answer, and whether it is right.
+        title: printed above.
+        path: the PNG to write.
+    """
+    lines = -(-len(pictures) // COLUMNS)
+    columns = min(COLUMNS, len(pictures))
+    figure = Figure(figsize=(max(1.5 * columns, 4.5), 1.75 * lines + 0.5), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11, color=_INK, x=0.01, ha="left")
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axis in axes[len(pictures) :]:
+        axis.set_axis_off()
+    for axis, picture, (text, right) in zip(axes, pictures, captions, strict=False):
+        axis.imshow(picture)
+        axis.set(xticks=[], yticks=[])
+        axis.set_xlabel(text, fontsize=7, color=_RIGHT if right else _WRONG)
+    figure.savefig(path, dpi=130)
+    return Path(path)
+
+
 class MaskedPicture(NamedTuple):
     """A picture with the classes of its pixels.
 

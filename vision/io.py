@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,18 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         ) from error
 
 
+def read_named(images: Sequence[Image.Image | str | os.PathLike[str]]) -> list[tuple[str, Image.Image]]:
+    """Read pictures from paths, and give each its file's name, or its number if it is a picture already.
+
+    Raises:
+        ValueError: if a file is no picture or is damaged.
+    """
+    return [
+        (f"picture {i}", image) if isinstance(image, Image.Image) else (Path(image).name, read_image(image))
+        for i, image in enumerate(images, 1)
+    ]
+
+
 def as_seen(image: Image.Image, channels: int = 3) -> Image.Image:
     """Show a picture of any of PIL's modes as a viewer does: upright, on white where it is transparent, in 8 bits.
 
@@ -47,6 +60,20 @@ def as_seen(image: Image.Image, channels: int = 3) -> Image.Image:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return image.convert(MODES[channels])
+
+
+def light_on_black(image: Image.Image) -> np.ndarray:
+    """Show a picture in gray `[H, W]` from 0 to 1 with its subject light on black, as Fashion-MNIST does.
+
+    The border's median gray is taken for the background. What differs from it becomes light, so that dark clothing on a
+    light ground is inverted.
+    """
+    gray = np.asarray(as_seen(image, 1), dtype=np.float32)
+    border = np.concatenate((gray[0], gray[-1], gray[:, 0], gray[:, -1]))
+    background = np.median(border)
+    subject = background - gray if background > 127 else gray - background
+    light: np.ndarray = np.clip(subject / max(subject.max(), 1.0), 0, 1)
+    return light
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:

@@ -31,6 +31,7 @@ def composed(*overrides: str, name: str = "train") -> DictConfig:
         return compose(name, [*overrides, "output_dir=nowhere"])
 
 
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")  # of a teacher
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_builds(experiment: str) -> None:
     bare = composed(f"experiment={experiment}")
