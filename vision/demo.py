@@ -188,4 +188,4 @@ TASKS: dict[str, Callable[[argparse.Namespace], None]] = {
     "segment": demo_segment.show,
     "arrow": demo_arrow.show,
 }
-"""What `--task` names: each prints what it finds and draws `options.out`."""
+"""Functions by their `--task`: each prints what it finds and draws `options.out`."""

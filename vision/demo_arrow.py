@@ -17,7 +17,7 @@ from sinuous.vision.datasets import arrow_pointing
 from sinuous.vision.io import as_seen, read_named
 
 TAG = "arrow_pointing_small"
-"""Of weights that were trained by the experiment of that name."""
+"""Tag of weights that the experiment of that name trained."""
 
 SIDES = (96, 192)
 """Pixels: of the training, and of pictures to extrapolate to."""
@@ -102,13 +102,13 @@ def point(
         shown = [(of_file, prepare(image, SIDES[0]), None) for of_file, image in read_named(images)]
     cfg = cast("dict[str, Any]", network.pretrained_cfg)
     mean, std = (torch.tensor(cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
-    found = []
+    answers = []
     for of_picture, image, truth in shown:
         network.set_input_size(img_size=image.size[::-1])
         with torch.no_grad():
             logits = network(((pil_to_tensor(image) / 255 - mean) / std)[None])
-        found.append(Pointing(of_picture, image, float(logits[0].softmax(0)[1]), truth))
-    return found
+        answers.append(Pointing(of_picture, image, float(logits[0].softmax(0)[1]), truth))
+    return answers
 
 
 def show(options: argparse.Namespace) -> None:
@@ -123,15 +123,15 @@ def show(options: argparse.Namespace) -> None:
     from sinuous.vision import drawing  # needs matplotlib
 
     model = options.model or default_model()
-    found = point(options.image, model=model)
+    answers = point(options.image, model=model)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    captions = [(f"{_WORDS[one.answer]} ({one.probability:.0%})", one.truth in (None, one.answer)) for one in found]
-    pictures = [one.picture for one in found]
+    captions = [(f"{_WORDS[one.answer]} ({one.probability:.0%})", one.truth in (None, one.answer)) for one in answers]
+    pictures = [one.picture for one in answers]
     drawing.answer_grid(pictures, captions, f"{model}: does the arrow point at the circle?", options.out)
     table = Table(title=f"{model} sees", title_justify="left")
     for column in ("picture", "points at the circle", "probability"):
         table.add_column(column)
-    for one, (_, right) in zip(found, captions, strict=True):
+    for one, (_, right) in zip(answers, captions, strict=True):
         answer = "yes" if one.answer else "no"
         table.add_row(one.name, answer if right else f"[red]{answer}[/]", f"{one.probability:.1%}")
     Console().print(table)

@@ -34,18 +34,18 @@ class Labelled:
     Attributes:
         name: where the picture comes from.
         picture: what the model saw, `[C, H, W]` in 0..1.
-        found: class of each pixel, `[H, W]`, 0 for the background.
+        predicted: class of each pixel, `[H, W]`, 0 for the background.
         truth: the right classes, where known.
     """
 
     name: str
     picture: Tensor
-    found: Tensor
+    predicted: Tensor
     truth: Tensor | None
 
     def shares(self, classes: Sequence[str]) -> list[tuple[str, float]]:
-        """Classes found besides the background with their shares of its complement, the largest first."""
-        counts = torch.bincount(self.found.flatten(), minlength=len(classes))[1:].double()
+        """Predicted classes besides the background with their shares of its complement, the largest first."""
+        counts = torch.bincount(self.predicted.flatten(), minlength=len(classes))[1:].double()
         order = counts.argsort(descending=True)
         return [
             (classes[int(c) + 1], float(counts[c] / counts.sum()))
@@ -72,7 +72,7 @@ def segment(
         model: a segmenter of gray pictures.
 
     Returns:
-        What was found, and the names of the classes, that of the background first.
+        The pictures with their classes, and the names of the classes, that of the background first.
 
     Raises:
         ValueError: if a file is no picture, or the model has no weights or is no segmenter of gray pictures.
@@ -95,13 +95,13 @@ def segment(
         longest = max(cfg["input_size"][1:])
         shown = [(name, prepare(image, longest), None) for name, image in read_named(images)]
     mean, std = (torch.tensor(cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
-    found = []
+    labelled = []
     for name, image, truth in shown:
         picture = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)[None]
         with torch.no_grad():
             logits = network(((picture - mean) / std)[None])
-        found.append(Labelled(name, picture, logits[0].argmax(0), truth))
-    return found, list(classes)
+        labelled.append(Labelled(name, picture, logits[0].argmax(0), truth))
+    return labelled, list(classes)
 
 
 def show(options: argparse.Namespace) -> None:
@@ -116,14 +116,14 @@ def show(options: argparse.Namespace) -> None:
     from sinuous.vision import drawing  # needs matplotlib
 
     model = options.model or MODEL
-    found, classes = segment(options.image, model=model)
+    labelled, classes = segment(options.image, model=model)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = [drawing.MaskedPicture(one.picture, one.found, one.truth, one.name) for one in found]
+    rows = [drawing.MaskedPicture(one.picture, one.predicted, one.truth, one.name) for one in labelled]
     drawing.mask_grid(rows, classes, f"{model}: the class of each pixel", options.out)
     table = Table(title=f"{model} sees", title_justify="left")
     for column in ("picture", "classes, by their share of what is no background"):
         table.add_column(column)
-    for one in found:
+    for one in labelled:
         listed = ", ".join(f"{name} {share:.0%}" for name, share in one.shares(classes))
         table.add_row(one.name, listed or "nothing")
     Console().print(table)

@@ -135,19 +135,19 @@ class MaskedPicture(NamedTuple):
 
     Attributes:
         picture: `[C, H, W]` in 0..1, gray or colour.
-        found: class of each pixel `[H, W]`, 0 for the background.
+        predicted: class of each pixel `[H, W]`, 0 for the background.
         truth: the right classes, where known.
         name: printed above, where there is one.
     """
 
     picture: Tensor
-    found: Tensor
+    predicted: Tensor
     truth: Tensor | None = None
     name: str = ""
 
 
 def mask_grid(rows: Sequence[MaskedPicture], classes: Sequence[str], title: str, path: str | os.PathLike[str]) -> Path:
-    """Draw pictures beside the masks that were found in them, and the true ones where known.
+    """Draw pictures beside their predicted masks, and the true ones where known.
 
     Args:
         rows: pictures of any sizes.
@@ -169,8 +169,8 @@ def mask_grid(rows: Sequence[MaskedPicture], classes: Sequence[str], title: str,
     for place, row in enumerate(rows):
         line, first = place % lines, (panels + 1) * (place // lines)
         gray = row.picture.mean(0).clamp(0, 1).numpy()
-        shown: list[Any] = [row.picture.clamp(0, 1).movedim(0, -1).squeeze(-1).numpy(), row.found, row.truth]
-        for panel, (content, heading) in enumerate(zip(shown, ("picture", "found", "truth"), strict=True)):
+        shown: list[Any] = [row.picture.clamp(0, 1).movedim(0, -1).squeeze(-1).numpy(), row.predicted, row.truth]
+        for panel, (content, heading) in enumerate(zip(shown, ("picture", "predicted", "truth"), strict=True)):
             if content is None:
                 continue
             axes = figure.add_subplot(grid[line, first + panel])
@@ -183,7 +183,7 @@ def mask_grid(rows: Sequence[MaskedPicture], classes: Sequence[str], title: str,
             axes.spines[:].set_visible(False)
             label = row.name if panel == 0 and row.name else heading
             axes.set_title(label, fontsize=8, color=_INK, pad=2)
-    masks = [mask for row in rows for mask in (row.found, row.truth) if mask is not None]
+    masks = [mask for row in rows for mask in (row.predicted, row.truth) if mask is not None]
     present = sorted({int(c) for mask in masks for c in mask.unique()} - {0})
     handles = [Patch(color=colours[c], label=classes[c]) for c in present]
     if handles:

@@ -51,10 +51,10 @@ class Segmentation(Labelling):
         pictures, masks = zip(*(pairs[i] for i in range(min(self.PICTURES, len(pairs)))), strict=True)
         x = torch.stack(pictures)
         with torch.no_grad():
-            found = model(x.to(next(model.parameters()).device)).argmax(1).cpu()
+            predicted = model(x.to(next(model.parameters()).device)).argmax(1).cpu()
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
         page = mask_grid(
-            [MaskedPicture(*row) for row in zip(x * std + mean, found, masks, strict=True)],
+            [MaskedPicture(*row) for row in zip(x * std + mean, predicted, masks, strict=True)],
             data.classes,
             f"{split.capitalize()} set, mean IoU {scores['mean_iou']:.3f}",
             folder / "masks.png",
@@ -112,12 +112,15 @@ class Distillation(Task):
     def _losses(self, model: nn.Module, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         self._teacher[0] = self._teacher[0].to(x.device)
         with torch.no_grad():
-            taught, goal = distillation.stages_and_output(self._teacher[0], x, self.stages)
-        mask = distillation.random_mask(len(goal), goal.shape[1], self.masked, generator).to(x.device)
+            teacher_stages, teacher_output = distillation.stages_and_output(self._teacher[0], x, self.stages)
+        mask = distillation.random_mask(len(x), teacher_output.shape[1], self.masked, generator).to(x.device)
         with distillation.masked_patches(model, mask, self.mask_token):
-            learned, output = distillation.stages_and_output(model, x, self.stages)
-        seen = [[distillation.visible(tokens, mask) for tokens in stages] for stages in (taught, learned)]
-        return distillation.activation_loss(*seen), distillation.masked_loss(goal, self.project(output), mask)
+            student_stages, output = distillation.stages_and_output(model, x, self.stages)
+        visible = [
+            [distillation.visible(tokens, mask) for tokens in stages] for stages in (teacher_stages, student_stages)
+        ]
+        masked = distillation.masked_loss(teacher_output, self.project(output), mask)
+        return distillation.activation_loss(*visible), masked
 
     def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
         activation, masked = self._losses(model, batch[0], None)

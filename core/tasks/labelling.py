@@ -53,7 +53,8 @@ class Labelling(Task):
         class_weights: factors of the loss, one for each class; None weighs all alike.
 
     Raises:
-        ValueError: if there are not as many weights as classes, or `background` is no class.
+        ValueError: if there are not as many weights as classes, or `background` is no class; of a batch, if labels are
+            no classes or are not of the model's positions.
     """
 
     takes: ClassVar[type] = PositionLabels
@@ -80,17 +81,34 @@ class Labelling(Task):
         self.register_buffer("class_weights", weights, persistent=False)
 
     def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-        logits, labels = _classes_second(apply(model, batch), batch[1]), batch[1]
+        logits, labels = self._logits(model, batch), batch[1]
         if not bool((labels != IGNORED).any()):  # where torch's mean over nothing is NaN
             return logits.sum() * 0
         return F.cross_entropy(logits, labels, self.class_weights, ignore_index=IGNORED)
 
     def score(self, model: nn.Module, batch: Sequence[Tensor]) -> int:
         """Update the scores; returns the number of positions that counted."""
-        logits = _classes_second(apply(model, batch), batch[1])
+        logits = self._logits(model, batch)
         for name in self.scores:
             self.count(name, logits.argmax(1), batch[1])
         return int((batch[1] != IGNORED).sum())
+
+    def _logits(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+        logits, labels = _classes_second(apply(model, batch), batch[1]), batch[1]
+        positions = (*logits.shape[:1], *logits.shape[2:])
+        if positions != labels.shape:
+            raise ValueError(
+                f"labels must have one entry for each of the model's positions, {list(positions)} (got "
+                f"{list(labels.shape)}); give pictures or sequences with labels of the same size"
+            )
+        counted = labels[labels != IGNORED]
+        if counted.numel() and not (int(counted.min()) >= 0 and int(counted.max()) < logits.shape[1]):
+            strangers = sorted(set(counted.unique().tolist()) - set(range(logits.shape[1])))
+            raise ValueError(
+                f"labels must be classes from 0 to {logits.shape[1] - 1}, or {IGNORED} for what does not count (got "
+                f"{', '.join(map(str, strangers[:5]))}); correct the labels, or give the model more classes"
+            )
+        return logits
 
     def report(
         self, model: nn.Module, data: Any, seen: Sequence[Any], scores: Mapping[str, float], folder: Path, split: str

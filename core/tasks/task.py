@@ -36,10 +36,9 @@ class Task(nn.Module):
         cast("Any", self.scores[name]).update(*arguments)
 
     def prepare(self, model: nn.Module) -> None:
-        """Called once, before anything is trained, with the model.
+        """Make the task's own parameters, where it has any; called once, before a model is trained or scored.
 
-        A task with parameters of its own makes them here; they are trained beside the model's, without decay, and are
-        no part of its exported weights.
+        They are trained beside the model's, without decay, and are no part of its exported weights.
         """
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:

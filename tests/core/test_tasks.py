@@ -146,6 +146,21 @@ def test_labelling_in_one_axis_and_in_two() -> None:
         assert computed(task) == pytest.approx({"accuracy": 2 / 3, "mean_iou": (1 + 0.5 + 0) / 3})
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([[0, 3, -1, 2]]), r"classes from 0 to 2, or -100 .*got -1, 3.; correct the labels"),
+        (torch.zeros(1, 5, dtype=torch.long), r"of the model's positions, \[1, 4\] .got \[1, 5\].*of the same size"),
+        (torch.zeros(1, 2, 3, dtype=torch.long), r"of the model's positions, \[1, 2, 2\] .got \[1, 2, 3\]"),
+    ],
+)
+def test_labels_of_other_classes_or_sizes_are_told(labels: Tensor, message: str) -> None:
+    model = Fixed(torch.randn(1, 4, 3) if labels.ndim == 2 else torch.randn(1, 3, 2, 2))
+    for call in (Labelling(3).loss, Labelling(3).score):
+        with pytest.raises(ValueError, match=message):
+            call(model, (labels, labels))
+
+
 def test_the_background_counts_as_a_mistake_but_not_in_the_mean() -> None:
     labels, predicted = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 1, 1, 1]])
     task = Labelling(3, background=0)

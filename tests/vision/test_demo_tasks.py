@@ -79,7 +79,7 @@ def test_without_pictures_the_first_test_collages_are_shown_with_the_truth(segme
         assert one.truth is not None
         assert torch.equal(one.truth, mask)
         assert np.array_equal(np.round(one.picture[0].numpy() * 255), np.asarray(picture))
-        assert one.found.shape == mask.shape
+        assert one.predicted.shape == mask.shape
         shares = one.shares(classes)
         assert sum(share for _, share in shares) == pytest.approx(1, abs=0.06)
         assert "background" not in dict(shares)

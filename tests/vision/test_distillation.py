@@ -92,6 +92,8 @@ ISOTROPIC: list[tuple[str, dict[str, Any]]] = [
     ("vit_tiny_patch16_224", {**VIT_SIZES, "dynamic_img_size": True}),  # embeds patches as [B, h, w, D]
     ("vit_small_patch14_reg4_dinov2", {**VIT_SIZES, "num_classes": 10}),  # five tokens in front
 ]
+# Those of ours that are registered.
+ISOTROPIC += [(name, SIZES) for name in ("test_vir", "test_lightnet", "test_plstm_vis") if timm.is_model(name)]
 
 
 @pytest.mark.parametrize(("name", "options"), ISOTROPIC)

@@ -29,7 +29,12 @@ BACKBONES: list[tuple[str, dict[str, Any]]] = [
     ("test_maxvit", {}),  # of one size only
 ]
 
-# Ours join as they are registered.
+# Those of ours that are registered.
+BACKBONES += [
+    (name, {"img_size": 32})
+    for name in ("test_vir", "test_lightnet", "test_plstm_vis", "test_vmamba", "test_mambavision")
+    if timm.is_model(name)
+]
 STAGED = [name for name in ("test_convnext", "test_vmamba", "test_mambavision", "test_hvir") if timm.is_model(name)]
 
 
@@ -67,14 +72,12 @@ def test_torchvisions_pyramid_runs_over_staged_maps(name: str) -> None:
     maps, _ = feature_maps(name)
     info: Any = maps.feature_info
     assert info.reduction() == [4, 8, 16, 32]
-    given = maps(torch.randn(2, 3, 64, 96))
-    assert [tuple(m.shape[2:]) for m in given] == [(64 // s, 96 // s) for s in (4, 8, 16, 32)]
-    pyramid = FeaturePyramidNetwork(info.channels(), 24)(
-        {str(s): m for s, m in zip(info.reduction(), given, strict=True)}
-    )
-    assert {key: tuple(level.shape) for key, level in pyramid.items()} == {
-        str(s): (2, 24, 64 // s, 96 // s) for s in (4, 8, 16, 32)
-    }
+    staged = maps(torch.randn(2, 3, 64, 96))
+    assert [tuple(m.shape[2:]) for m in staged] == [(64 // s, 96 // s) for s in (4, 8, 16, 32)]
+    levels = dict(zip(map(str, info.reduction()), staged, strict=True))
+    pyramid = FeaturePyramidNetwork(info.channels(), 24)(levels)
+    shapes = {str(s): (2, 24, 64 // s, 96 // s) for s in (4, 8, 16, 32)}
+    assert {key: tuple(level.shape) for key, level in pyramid.items()} == shapes
     sum(level.mean() for level in pyramid.values()).backward()
     assert Segmenter(name, 3, decoder_dim=8).reductions == [4, 8, 16, 32]
 
@@ -182,9 +185,9 @@ def test_the_mean_leaves_out_the_background() -> None:
 
     masks = torch.zeros(1, 4, 4, dtype=torch.long)
     masks[0, 0] = 1
-    found = masks.clone()
-    found[0, 1, :2] = 1  # two pixels of background taken for class 1
-    logits = nn.functional.one_hot(found, 3).movedim(-1, 1).float()
+    predicted = masks.clone()
+    predicted[0, 1, :2] = 1  # two pixels of background taken for class 1
+    logits = nn.functional.one_hot(predicted, 3).movedim(-1, 1).float()
     task = Segmentation(3, background=0)
     task.score(nn.Identity(), (logits, masks))
     mean_iou: Any = task.scores["mean_iou"]

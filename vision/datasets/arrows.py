@@ -109,7 +109,7 @@ class ArrowPointing(Dataset[tuple[Any, int]]):
         return self.length
 
     def scene(self, index: int) -> Scene:
-        """What picture `index` shows."""
+        """Arrow and circle of picture `index`."""
         rng = np.random.default_rng(self.first + index)
         pad, span = PAD * self.unit, self.side - 2 * PAD * self.unit
         label = int(rng.uniform() < 0.5)

@@ -54,7 +54,7 @@ class LabelledImages:
 
     noun = "images"
     transform_of: ClassVar[Callable[..., Any]] = PictureTransform
-    """Makes of a transform and the number of channels what `dataset` is given."""
+    """Maker of the transform that `dataset` is given, of one of those below and the number of channels."""
 
     def __init__(
         self,
