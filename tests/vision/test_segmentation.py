@@ -99,6 +99,15 @@ def test_pictures_of_a_batch_do_not_mix() -> None:
     torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-4, atol=1e-5)
 
 
+def test_any_number_of_pictures_is_exported() -> None:
+    torch.manual_seed(0)
+    model = Segmenter("test_vim", 3, decoder_dim=8, img_size=32).eval()
+    sizes = {"x": {0: torch.export.Dim("pictures")}}
+    program = torch.export.export(model, (torch.randn(2, 3, 40, 24),), dynamic_shapes=sizes)
+    x = torch.randn(5, 3, 40, 24)
+    assert torch.equal(program.module()(x), model(x))
+
+
 def test_weight_decay_spares_what_the_backbone_says() -> None:
     for backbone in ("test_vim", "test_convnext"):
         model = Segmenter(backbone, 3)
