@@ -42,6 +42,7 @@ from sinuous.core.mixers.s5 import S5
 from sinuous.core.mixers.slstm import SLSTM, SLSTMState
 from sinuous.core.mixers.ss2d import SS2D
 from sinuous.core.mixers.vim_pair import VimPair
+from sinuous.core.mixers.vir import ViRRetention, ViRRetentionGrid, ViRState
 from sinuous.core.mixers.vit_attention import ViTAttention
 
 __all__ = [
@@ -100,6 +101,9 @@ __all__ = [
     "SimpleGLA",
     "SlidingWindowAttention",
     "SoftmaxAttention",
+    "ViRRetention",
+    "ViRRetentionGrid",
+    "ViRState",
     "ViTAttention",
     "VimPair",
     "WindowState",
