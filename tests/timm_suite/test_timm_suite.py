@@ -22,7 +22,7 @@ VERSION = importlib.metadata.version("timm")
 FILE = Path(__file__).parents[2] / ".cache" / "timm_tests" / VERSION / "test_models.py"
 
 # timm sorts its families into such with and without maps of features; ours without are named here.
-WITHOUT_MAPS = ("plstm_vis_*", "test_plstm_vis", "vim_*", "test_vim")
+WITHOUT_MAPS = ("plstm_vis_*", "test_plstm_vis", "vim_*", "test_vim", "vir_*", "test_vir")
 
 
 def ours() -> set[str]:
