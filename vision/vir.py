@@ -56,6 +56,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "embed_dim": 64,
         "depth": 6,
         "num_heads": 4,
+        "mlp_ratio": 2.0,
     },
     "test_vir": {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
 }
@@ -105,7 +106,7 @@ class ViRBlock(ResidualBlock):
                 trunc_normal_(module.weight, std=0.02)
 
 
-class SharingViRBlock(Sharing, ViRBlock):
+class SharingViRBlock(Sharing, ViRBlock):  # type: ignore[misc]
     """The `ViRBlock` of mixers that share."""
 
 

@@ -167,7 +167,8 @@ def _all_pairs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, softm
         scores = scores.masked_fill(apart, -math.inf if softmax else 0.0)
     if softmax:
         scores = scores.softmax(-1)
-    return (scores.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
+    y: Tensor = (scores.to(v.dtype) @ v.transpose(1, 2)).transpose(1, 2)
+    return y
 
 
 @register_mixer("vir_retention_grid")
