@@ -132,6 +132,37 @@ class HeadRMSNorm(RMSNorm):
         return F.rms_norm(wide, (self.dim,), self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
+class MultiHeadRMSNorm(nn.Module):
+    """RMS norm of each head by itself, with a scale for every channel, `[…, H, V]`.
+
+    The arithmetic is at least fp32; the output has the dtype of x.
+
+    Args:
+        num_heads: H.
+        head_dim: V.
+        eps: added to the mean square.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        eps: float = 1e-5,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(num_heads, head_dim, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.rms_norm(at_least_fp32(x), [self.scale.shape[1]], None, self.eps)
+        return (y * self.scale).to(x.dtype)
+
+
 class MultiHeadLayerNorm(nn.Module):
     """Layer norm of each head by itself, with a weight for every channel: `[…, H, V]` to `[…, H · V]`.
 

@@ -8,6 +8,7 @@ Shapes: B batch, M patches, D width, L tokens: the patches and, where there is o
 """
 
 # Annotations stay objects: FX copies that of `forward` into its graphs, and TorchScript cannot read a string there.
+import functools
 import math
 import operator
 import warnings
@@ -130,6 +131,8 @@ class Isotropic(nn.Module):
         self.patch_embed = PatchEmbed(
             img_size, patch_size, stride, in_chans, embed_dim, self._axes(img_size, patch_size), **dd
         )
+        if self.patch_embed.axes != 2:
+            self._traits = {"fixed_input_size": False}  # timm's sizes are those of pictures; clips have theirs from us
         self.routes = _routes(route, mixer, self.patch_embed.axes)
         self.has_routes = any(name != "raster" for name in self.routes)
         has_token = self.class_token != "none"
@@ -267,7 +270,11 @@ class Isotropic(nn.Module):
             x = with_class_token(x, self.cls_token.expand(x.shape[0], -1, -1), self.class_token)
         if pos_embed is not None and self.pos_class_token != "none":
             x = x + pos_embed
-        return norms.at_least_fp32(self.pos_drop(x)), grid
+        return self._placed(norms.at_least_fp32(self.pos_drop(x)), grid), grid
+
+    def _placed(self, x: Tensor, grid: list[int]) -> Tensor:
+        """The stream ahead of the blocks, where a family has positions of its own to add."""
+        return x
 
     def _mix(self, x: Tensor, grid: list[int] | None, orders: list[Tensor] | None) -> Tensor:
         stream: Tensor = self.layers(x, None, grid, orders)  # type: ignore[operator]
@@ -543,13 +550,20 @@ def _grid_of_checkpoint(model: Isotropic, tokens: int, patch_size: tuple[int, ..
 
 def create(cls: type[Isotropic], variant: str, pretrained: bool, filter_fn: Any, sizes: Mapping[str, Any]) -> Any:
     """Build a registered model as timm does, its maps taken after each quarter of the depth."""
-    depth = sizes["depth"]
+    depth, img_size = sizes["depth"], sizes.get("img_size")
     quarters = tuple(sorted({max(0, depth * (k + 1) // 4 - 1) for k in range(4)}))
+    build: Any = cls
+    unknown: tuple[str, ...] = ()
+    clip = any(isinstance(size, Sequence) and len(size) == 3 for size in (img_size, sizes.get("patch_size")))
+    if clip and img_size is not None:  # timm knows the sides of pictures alone
+        build, unknown = functools.partial(cls, img_size=img_size), ("img_size",)
+        sizes = {name: value for name, value in sizes.items() if name != "img_size"}
     return build_model_with_cfg(
-        cast("Any", cls),
+        build,
         variant,
         pretrained,
         pretrained_filter_fn=filter_fn,
         feature_cfg={"out_indices": quarters, "feature_cls": "getter"},
+        kwargs_filter=unknown,
         **sizes,
     )

@@ -136,7 +136,7 @@ class LightNetNonCausal(Mixer):
     """LightNet's mixer for grids, in which every cell sees all others.
 
     The paper's other positions, MD-TPE, are an exponentially weighted sum of the embedding along each axis; they belong
-    ahead of the first layer.
+    ahead of the first layer (`sinuous.vision.lightnet.MDTPE`).
 
     Args:
         dim: width of the model.
@@ -193,7 +193,7 @@ class LightNetNonCausal(Mixer):
         Args:
             x: `[B, T, dim]`, the cells row by row; packed sequences are `[1, ΣT, dim]` with `cu_seqlens`.
             cu_seqlens: boundaries of packed sequences; each is a row.
-            grid: (height, width), height · width = T; a single row if absent.
+            grid: its sides, the last axis fastest, their product T; a single row if absent.
 
         Raises:
             ValueError: if the grid has another number of cells than there are tokens, or the sequences are packed.

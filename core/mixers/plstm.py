@@ -126,22 +126,6 @@ class HeadProjection(nn.Module):
         return y
 
 
-class HeadScaleRMSNorm(nn.Module):
-    """RMS norm of each head by itself, with a scale for every channel, `[…, H, V]`."""
-
-    def __init__(self, num_heads: int, width: int, eps: float, dd: dict[str, Any]) -> None:
-        super().__init__()
-        self.eps = eps
-        self.scale = nn.Parameter(torch.empty(num_heads, width, **dd))
-
-    def init_weights(self) -> None:
-        nn.init.ones_(self.scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.rms_norm(norms.at_least_fp32(x), [self.scale.shape[1]], None, self.eps)
-        return (y * self.scale).to(x.dtype)
-
-
 @register_mixer("plstm_grid")
 class PLSTMGrid(Mixer):
     """pLSTM's layer for grids.
@@ -200,7 +184,7 @@ class PLSTMGrid(Mixer):
             self.mark_l, self.mark_u = Gate(dim, heads, dd), Gate(dim, heads, dd)
         self.direct = Direct(heads, dd)
         self.query, self.key, self.value_ = (HeadProjection(dim, heads, dd) for _ in range(3))
-        self.mhnorm = HeadScaleRMSNorm(heads, dim // heads, eps, dd)
+        self.mhnorm = norms.MultiHeadRMSNorm(heads, dim // heads, eps, **dd)
         self.outprojection = nn.Linear(dim, dim, bias=False, **dd)
         self.init_weights()
 
@@ -215,8 +199,9 @@ class PLSTMGrid(Mixer):
         for layer in self.children():
             if isinstance(layer, (Gate, Transition)):
                 layer.init_weights(self.gate_weights)
-            elif isinstance(layer, (Direct, HeadProjection, HeadScaleRMSNorm)):
+            elif isinstance(layer, (Direct, HeadProjection)):
                 layer.init_weights()
+        self.mhnorm.reset_parameters()
         small_(self.outprojection.weight)
 
     def output_weights(self) -> set[str]:

@@ -68,25 +68,31 @@ def rotate(x: Tensor, steps: Tensor, theta: float) -> Tensor:
 def phases(x: Tensor, cu_seqlens: Tensor | None, grid: list[int] | None, theta: float) -> Tensor:
     r"""Cosines and sines of the phase of each cell of a grid, `[1, T, 1, 2K]`, fp32, or fp64 where x is.
 
-        φ_c = row · θ^{-2c/K} for channels c < ⌈K/2⌉,    column · θ^{-2j/K} for the others, j counted from 0
+        φ_{s·e + j} = n_s · θ^{-2j/K},    j = 0 … e - 1,    e = ⌈K/m⌉        for a cell at n_1 … n_m of m axes
+
+    Axis s owns the channels from s·e on, of which there are K in all.
 
     Args:
         x: `[B, T, H, K]`, for its shape, device and dtype.
         cu_seqlens: boundaries of packed sequences, each a row; it goes without a grid.
-        grid: (height, width), height · width = T; a single row if absent.
+        grid: its sides, their product T; a single row of two axes if absent.
         theta: θ.
 
     Source: Qin et al., LRPE (arXiv 2307.09270), in several dimensions as in LightNet (arXiv 2405.21022).
     """
     dtype = real_dtype(x.dtype)
-    index = steps(x, None, cu_seqlens)[0]
-    width = x.shape[1] if grid is None else grid[1]
-    row = torch.zeros_like(index) if grid is None else torch.div(index, width, rounding_mode="floor")
-    column = index - row * width
+    sides = [1, x.shape[1]] if grid is None else grid
     channels = x.shape[3]
-    first = (channels + 1) // 2
-    frequency = torch.pow(theta, -2 * torch.arange(first, device=x.device, dtype=dtype) / channels)
-    by_row = row.to(dtype).unsqueeze(1) * frequency
-    by_column = column.to(dtype).unsqueeze(1) * frequency[: channels - first]
-    phase = torch.cat([by_row, by_column], 1)
+    per_axis = (channels + len(sides) - 1) // len(sides)
+    frequency = torch.pow(theta, -2 * torch.arange(per_axis, device=x.device, dtype=dtype) / channels)
+    rest = steps(x, None, cu_seqlens)[0]
+    cells = x.shape[1]
+    phases: list[Tensor] = []
+    for axis, side in enumerate(sides):
+        cells = cells // max(side, 1)
+        place = torch.div(rest, max(cells, 1), rounding_mode="floor")
+        rest = rest - place * cells
+        width = max(0, min(per_axis, channels - axis * per_axis))
+        phases.append(place.to(dtype).unsqueeze(1) * frequency[:width])
+    phase = torch.cat(phases, 1)
     return torch.cat([phase.cos(), phase.sin()], 1).unsqueeze(0).unsqueeze(2)

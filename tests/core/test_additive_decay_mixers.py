@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -67,24 +68,43 @@ def test_lightnet_is_a_softmax_over_the_past(options: dict[str, object]) -> None
     torch.testing.assert_close(mixer(x), out(w, x, torch.stack(o, 1)), atol=1e-11, rtol=0)
 
 
-@pytest.mark.parametrize(("grid", "keys"), [((3, 4), 6), ((2, 6), 5), ((1, 12), 4), (None, 4)])
-def test_lightnet_of_a_grid_knows_distances_along_either_axis(grid: tuple[int, int] | None, keys: int) -> None:
+GRIDS = [((3, 4), 6), ((2, 6), 5), ((1, 12), 4), (None, 4), ((12,), 5), ((2, 3, 2), 8), ((2, 2, 3), 7), ((1, 3, 4), 2)]
+
+
+@pytest.mark.parametrize(("grid", "keys"), GRIDS)
+def test_lightnet_of_a_grid_knows_distances_along_each_axis(grid: tuple[int, ...] | None, keys: int) -> None:
     """Each product of a query and a key, channel by channel, times the cosine of the angle between their cells."""
     mixer, x = build("lightnet_noncausal", num_heads=2, expand_ratio=keys), torch.randn(2, 12, DIM, dtype=torch.float64)
     w = weights(mixer)
     q, k, v = (t.unflatten(-1, [2, -1]) for t in streams(w, x))
-    height, width = (1, 12) if grid is None else grid
-    half, angle = math.ceil(keys / 2), torch.zeros(12, 12, keys, dtype=torch.float64)
-    for i in range(12):
-        for j in range(12):
-            rows, columns = i // width - j // width, i % width - j % width
+    sides = (1, 12) if grid is None else grid
+    per_axis, angle = math.ceil(keys / len(sides)), torch.zeros(12, 12, keys, dtype=torch.float64)
+    places = list(itertools.product(*(range(side) for side in sides)))
+    for i, here in enumerate(places):
+        for j, there in enumerate(places):
             for c in range(keys):
-                steps, channel = (rows, c) if c < half else (columns, c - half)
-                angle[i, j, c] = steps * 10000 ** (-2 * channel / keys)
-    assert height * width == 12
+                steps = here[c // per_axis] - there[c // per_axis]
+                angle[i, j, c] = steps * 10000 ** (-2 * (c % per_axis) / keys)
     scores = torch.einsum("bihc,bjhc,ijc->bhij", F.silu(q), torch.softmax(k, 1), angle.cos()) / math.sqrt(keys)
     o = torch.einsum("bhij,bjhv->bihv", scores, v).flatten(2)
     torch.testing.assert_close(mixer(x, grid=grid), out(w, x, o), atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["lightnet", "lightnet_noncausal"])
+def test_a_constant_for_all_keys_of_a_channel_changes_nothing(name: str) -> None:
+    options = {"num_heads": 2, "expand_ratio": 5}
+    mixer, x = build(name, **options), torch.randn(2, 9, DIM, dtype=torch.float64)
+    expected = mixer(x)
+    mixer.k_proj.bias = torch.nn.Parameter(torch.randn(10, dtype=torch.float64))
+    torch.testing.assert_close(mixer(x), expected, atol=1e-12, rtol=0)
+
+
+def test_the_first_step_of_lightnet_is_its_value_times_the_sum_of_its_query() -> None:
+    mixer, x = build("lightnet", num_heads=2, expand_ratio=5), torch.randn(2, 1, DIM, dtype=torch.float64)
+    w = weights(mixer)
+    q, _, v = (t.unflatten(-1, [2, -1]) for t in streams(w, x))
+    o = F.silu(q).sum(-1, keepdim=True) * v / math.sqrt(5)
+    torch.testing.assert_close(mixer(x), out(w, x, o.flatten(2)), atol=1e-12, rtol=0)
 
 
 def test_lightnet_of_a_grid_without_phases_does_not_know_the_order() -> None:
