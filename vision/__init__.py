@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sinuous.vision import lightnet, mambavision, plstm, segmentation, vim, vir, vmamba
+from sinuous.vision import hvir, lightnet, mambavision, plstm, segmentation, vim, vir, vmamba
 
-__all__ = ["lightnet", "mambavision", "plstm", "segmentation", "vim", "vir", "vmamba"]
+__all__ = ["hvir", "lightnet", "mambavision", "plstm", "segmentation", "vim", "vir", "vmamba"]
