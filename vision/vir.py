@@ -34,6 +34,7 @@ from sinuous.core.blocks import ResidualBlock, Sharing
 from sinuous.core.checks import check_arguments, check_range, described
 from sinuous.core.mixers import Mixer, mixer_class, register_state
 from sinuous.core.mixers.calls import check_batch_size
+from sinuous.core.mixers.vir import SMALLEST
 from sinuous.core.patches import Sides
 from sinuous.core.registry import register_vision_model
 from sinuous.core.weights import shipped_cfgs
@@ -57,6 +58,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "depth": 6,
         "num_heads": 4,
         "mlp_ratio": 2.0,
+        "init_values": 0.0,
     },
     "test_vir": {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
 }
@@ -99,10 +101,11 @@ class ViRBlock(ResidualBlock):
         return normed
 
     def init_weights(self) -> None:
-        """Start the MLP as the reference does, N(0, 0.02²) cut at ±2, and the rest as other blocks do."""
+        """Start the MLP as the reference does, N(0, 0.02²) cut at ±2, or by torch's rule in narrower models than the
+        reference's, and the rest as other blocks do."""
         super().init_weights()
         for module in self.mlp.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and min(module.weight.shape) >= SMALLEST:
                 trunc_normal_(module.weight, std=0.02)
 
 

@@ -38,6 +38,10 @@ from sinuous.kernels.precision import real_dtype
 
 MODES = ("parallel", "chunkwise", "recurrent")
 
+SMALLEST = 384
+"""Width of the smallest published model. Narrower ones start larger: weights of 0.02 would make q, k and v, of whose
+product nothing restores the size, too small to learn from."""
+
 BACKENDS = {"chunkwise": "torch", "recurrent": "recurrent"}
 """How `ssd` computes a mode."""
 
@@ -68,9 +72,12 @@ class _QKVMixer(Mixer):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Start weights N(0, 0.02²), cut at ±2, and biases at zero, as the authors' code does."""
+        """Start weights N(0, 0.02²), cut at ±2, as the authors' code does, or by torch's rule in narrower models than
+        theirs, and biases at zero."""
         for layer in (self.qkv, self.out_proj):
-            nn.init.trunc_normal_(layer.weight, std=0.02)
+            layer.reset_parameters()
+            if layer.in_features >= SMALLEST:
+                nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
     def output_weights(self) -> set[str]:

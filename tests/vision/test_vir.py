@@ -131,7 +131,7 @@ def test_any_mixer_trains_a_step(mixer: str) -> None:
 
 
 def test_starts_as_the_posted_code_does() -> None:
-    model = sinuous.create_model("test_vir", embed_dim=64, init_values=1e-5)
+    model = sinuous.create_model("test_vir", embed_dim=384, depth=1, init_values=1e-5)
     block = model.blocks[0]
     for layer in (block.retention.qkv, block.mlp.fc1):
         assert abs(layer.weight.std().item() / 0.02 - 1) < 0.05
