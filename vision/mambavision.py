@@ -33,7 +33,7 @@ from sinuous.core.registry import check_weights, register_vision_model
 from sinuous.core.stack import Stack
 from sinuous.core.weights import shipped_cfgs
 from sinuous.vision.isotropic import unwrapped
-from sinuous.vision.staged import StackStage, Stage, StagedBackbone, Stem, check_stages, renamed, stage_rates
+from sinuous.vision.staged import StackStage, Stage, StagedBackbone, Stem, check_stages, stage_rates
 
 __all__ = ["ConvBlock", "MambaVision", "checkpoint_filter_fn", "conv_stem", "plain_downsample"]
 
@@ -322,16 +322,13 @@ def _windows(window_size: int | Sequence[int]) -> tuple[int, ...]:
     return windows
 
 
-_RENAMED = ((r"^layers\.", "levels."), (r"^(levels\.[23]\.blocks\.\d+)\.norm\.", r"\1.norm1."))
-
-
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """The authors' checkpoints, or our own, as `model` needs them: unwrapped.
 
     Raises:
         ValueError: if the weights are of another model.
     """
-    state = renamed(unwrapped(state_dict), _RENAMED)
+    state = unwrapped(state_dict)
     check_weights(state, model, adapted=("head.", "patch_embed.conv_down.0.weight"))
     return state
 

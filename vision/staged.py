@@ -13,7 +13,7 @@ Shapes: B batch, C channels of the image, H Ã— W its pixels, D_s width and h_s Ã
 # Annotations stay objects: FX copies that of `forward` into its graphs, and TorchScript cannot read a string there.
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -68,16 +68,6 @@ def check_stages(name: str, values: Sequence[Any], stages: int = 4) -> None:
         raise ValueError(f"{name} must have one number for each of the {stages} stages (got {described(values)})")
     for value in values:
         check_sizes(**{name: value})
-
-
-def renamed(state: Mapping[str, Any], names: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """`state` with its keys changed by regular expressions, one after another: (pattern, replacement)."""
-    changed = {}
-    for key, value in state.items():
-        for pattern, replacement in names:
-            key = re.sub(pattern, replacement, key)
-        changed[key] = value
-    return changed
 
 
 def layer_norm_2d(dim: int, **dd: Any) -> LayerNorm2d:

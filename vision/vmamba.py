@@ -11,6 +11,7 @@ reference's names, which reads its files, those of its older code, too:
 In a name, s is the expansion of SS2D and l the depth of the third stage.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -36,7 +37,6 @@ from sinuous.vision.staged import (
     check_stages,
     conv_downsample,
     layer_norm_2d,
-    renamed,
     stage_rates,
 )
 
@@ -225,7 +225,12 @@ _RENAMED = (
 
 def our_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Give the parameters of a file of the reference's older code the names of the newer one, which are ours, too."""
-    return renamed(state_dict, _RENAMED)
+    state = {}
+    for name, tensor in state_dict.items():
+        for pattern, ours in _RENAMED:
+            name = re.sub(pattern, ours, name)
+        state[name] = tensor
+    return state
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
