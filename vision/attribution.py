@@ -126,12 +126,14 @@ class HeldCoefficients(TorchFunctionMode):
 class Evidence(NamedTuple):
     """Shares of pixels in scores: `pixels[i].sum()` is `scores[i]` less the held score of the baseline.
 
-    logits: `[B, classes]`; classes: the class explained per picture, `[B]`; pixels: `[B, H, W]`, summed over channels.
+    logits: `[B, classes]`; classes: the class explained per picture, `[B]`; pixels: `[B, H, W]`, summed over channels;
+    method: how they were found, in a few words.
     """
 
     logits: Tensor
     classes: Tensor
     pixels: Tensor
+    method: str
 
 
 def evidence(
@@ -157,7 +159,8 @@ def evidence(
         logits = model(source)
     classes = _explained(logits, classes)
     (slope,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), source)
-    return Evidence(logits.detach(), classes, (slope * (images - baseline)).sum(1))
+    method = "the two scans of every layer, read as attention, multiplied through the network"
+    return Evidence(logits.detach(), classes, (slope * (images - baseline)).sum(1), method)
 
 
 def integrated_gradients(
@@ -189,7 +192,8 @@ def integrated_gradients(
             source = (baseline + (step + 0.5) / steps * (images - baseline)).requires_grad_()
             scores = model(source).gather(1, classes[:, None]).sum()
         slope += torch.autograd.grad(scores, source)[0] / steps
-    return Evidence(logits, classes, (slope * (images - baseline)).sum(1))
+    method = f"the mean slope of the score over {steps} steps from one to the other (integrated gradients)"
+    return Evidence(logits, classes, (slope * (images - baseline)).sum(1), method)
 
 
 def pixel_shares(model: nn.Module, images: Tensor, *, baseline: float | Tensor = 0.0) -> Evidence:

@@ -22,7 +22,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from sinuous.core.checks import check_near
 from sinuous.vision import demo_arrow, demo_segment
-from sinuous.vision.attribution import evidence
+from sinuous.vision.attribution import pixel_shares
 from sinuous.vision.datasets import fashion_mnist
 from sinuous.vision.io import light_on_black, read_named
 
@@ -55,10 +55,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Result:
-    """All findings of one model, and what was done to the pictures first, or None."""
+    """All findings of one model, how the evidence was found, and what was done to the pictures first, or None."""
 
     model: str
     findings: list[Finding]
+    method: str
     note: str | None
 
 
@@ -100,7 +101,8 @@ def explain(
 
     Args:
         images: pictures or paths of pictures; one of each class from the bundled test set if absent.
-        model: a Vision Mamba trained on Fashion-MNIST.
+        model: a classifier trained on Fashion-MNIST. Evidence is the attention of scans where its mixers have it, as
+            those of Vim, else integrated gradients.
         top: how many answers to keep.
 
     Raises:
@@ -123,14 +125,14 @@ def explain(
         known, note = [None] * len(named), NOTE
     gray = torch.stack([pil_to_tensor(p) for p in pictures]).float() / 255
     mean, std = (torch.tensor(cfg[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
-    shares = evidence(network, (gray - mean) / std, baseline=(0 - mean) / std)
+    shares = pixel_shares(network, (gray - mean) / std, baseline=(0 - mean) / std)
     probabilities = shares.logits.softmax(-1)
     findings = []
     for i, name in enumerate(names):
         best = probabilities[i].topk(min(top, len(classes)))
         answers = [(classes[c], float(p)) for p, c in zip(best.values, best.indices.tolist(), strict=True)]
         findings.append(Finding(name, gray[i, 0], known[i], answers, shares.pixels[i]))
-    return Result(model, findings, note)
+    return Result(model, findings, shares.method, note)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

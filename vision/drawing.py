@@ -255,7 +255,7 @@ def draw_evidence(result: Result, path: str | os.PathLike[str]) -> None:
     bar.spines[:].set_visible(False)
     explanation = (
         "Colour is each pixel's share in the score of the first answer, compared with a black picture:\n"
-        "the two scans of every layer, read as attention, multiplied through the network. The shares add up."
+        f"{result.method}. The shares add up."
     )
     figure.text(0.32, 0.42 / height, explanation, fontsize=8, color=faint, va="center", linespacing=1.5)
     figure.savefig(path, dpi=150)

@@ -14,6 +14,7 @@ from torchvision.datasets import FashionMNIST
 
 from sinuous import vision
 from sinuous.apps import cli
+from sinuous.core.registry import list_models
 from sinuous.vision import demo, drawing
 
 
@@ -80,6 +81,15 @@ def test_answers_are_probabilities_and_evidence_has_the_size_of_the_picture(mode
         assert values == sorted(values, reverse=True)
         assert finding.evidence.shape == finding.picture.shape == (28, 28)
         assert (finding.evidence[finding.picture == 0] == 0).all(), "a black pixel is what the picture is compared with"
+
+
+@pytest.mark.parametrize("name", list_models("*_nano.fashion_mnist", domain="vision", pretrained=True))
+def test_every_shipped_classifier_is_explained(name, tmp_path):
+    image = Image.fromarray(np.asarray(demo.samples()[0][7]))
+    result = demo.explain([image], model=name)
+    assert result.findings[0].answers[0][0] in ("Sneaker", "Ankle boot", "Sandal")
+    assert result.findings[0].evidence.abs().sum() > 0
+    assert ("attention" in result.method) == name.startswith("vim_nano")
 
 
 def test_smoothing_keeps_the_sum():
