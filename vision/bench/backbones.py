@@ -91,7 +91,9 @@ def patches(model: nn.Module, size: int) -> int:
     return math.prod(grid)
 
 
-def _inference(model: nn.Module, image: torch.Tensor) -> Callable[[], object]:
+def _inference(model: nn.Module, size: int, batch: int, device: torch.device) -> Callable[[], object]:
+    image = torch.randn(batch, getattr(model, "in_chans", 3), size, size, device=device)
+
     def call() -> object:
         with torch.inference_mode():
             return model(image)
@@ -106,9 +108,9 @@ def measure_peak(
     torch.set_num_threads(threads)
     place = torch.device(device)
     model = build(name, size, attention, place)
-    call = _inference(model, torch.randn(batch, 3, size, size, device=place))
-    small = build(name, 64, attention, place)
-    _inference(small, torch.randn(1, 3, 64, 64, device=place))()
+    call = _inference(model, size, batch, place)
+    small = min(size, 64)
+    _inference(build(name, small, attention, place), small, 1, place)()
     return measure.peak_growth({"inference": call}, place)
 
 
@@ -135,7 +137,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         for label, (name, attention) in candidates.items():
             model = build(name, size, attention, device)
             tokens[label] = patches(model, size)
-            calls[label] = _inference(model, torch.randn(options.batch, 3, size, size, device=device))
+            calls[label] = _inference(model, size, options.batch, device)
         samples = measure.round_robin(calls, device, repeats=options.repeats, clock=options.clock)
         medians = {label: measure.median(values) for label, values in samples.items()}
         peaks: dict[str, float | None] = dict.fromkeys(candidates)
