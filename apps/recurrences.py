@@ -47,7 +47,7 @@ def ops() -> list[Row]:
 
 
 def _op(name: str, laws: Laws) -> Row:
-    module = inspect.getmodule(laws.call)
+    module = inspect.getmodule(laws.family.recurrent)
     source = re.search(r"Sources?: (.+?)\.?\n\n", inspect.cleandoc(inspect.getdoc(laws.call) or "") + "\n\n", re.DOTALL)
     assert source is not None, f"the docstring of {name} names no source"
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sinuous.core.ops.additive_decay import additive_decay
 from sinuous.core.ops.causal_conv1d import causal_conv1d
+from sinuous.core.ops.dag_scan import dag_scan
 from sinuous.core.ops.delta_rule import delta_rule
 from sinuous.core.ops.dplr import dplr
 from sinuous.core.ops.gla import gla
@@ -19,6 +20,7 @@ from sinuous.core.ops.ssd import ssd
 __all__ = [
     "additive_decay",
     "causal_conv1d",
+    "dag_scan",
     "delta_rule",
     "dplr",
     "gla",

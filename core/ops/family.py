@@ -45,7 +45,7 @@ class Family:
         recurrent: the definition, keyword arguments -> outputs and what is saved, differentiable by autograd.
         options: fixed keyword arguments that kernels get besides the schema's (a chunk size).
         check_dtype: name and tensor -> None, or raises ValueError; called where the dtype is not one of `checks.REAL`.
-        time_axes: how many axes of the first argument, from axis 1, the recurrence runs along.
+        time_axes: how many axes of the first argument, from axis 1, the recurrence runs along; 0 on a graph.
         traced: the definition in operators that a tracer should see, where its own loop over time does not become one
             scan; see `sinuous.core.ops.tracing`.
     """
@@ -152,7 +152,7 @@ def define(family: Family) -> None:
         family.check(**args)
         first = values[0]
         name = dispatch.choose(family.name, family.forms, requested, first.device, first.dtype)
-        if name == "torch" and math.prod(first.shape[1 : 1 + family.time_axes]) == 1:
+        if name == "torch" and family.time_axes and math.prod(first.shape[1 : 1 + family.time_axes]) == 1:
             name = "recurrent"  # which is cheaper than a chunk of one step, and keeps the same for the backward pass
         function = family.recurrent if name == "recurrent" else dispatch.kernel(family.name, name).forward
         with _full_precision(first.device):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sinuous.apps.bench.op_cases.cells import SLSTM
 from sinuous.apps.bench.op_cases.channels import CAUSAL_CONV1D, LINEAR_SCAN, LONGHORN, SELECTIVE_SCAN
 from sinuous.apps.bench.op_cases.contract import FASTEST, Case, Inputs, Peer, Prepared, Shape, backends, ours
-from sinuous.apps.bench.op_cases.grids import GRID_SCAN
+from sinuous.apps.bench.op_cases.grids import DAG_SCAN, GRID_SCAN
 from sinuous.apps.bench.op_cases.linear_systems import LTI_CONV
 from sinuous.apps.bench.op_cases.matrix_states import ADDITIVE_DECAY, DELTA_RULE, DPLR, GLA, MLSTM, SSD
 
@@ -25,6 +25,7 @@ CASES = {
         DPLR,
         MLSTM,
         GRID_SCAN,
+        DAG_SCAN,
     )
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sinuous.core.ops.laws import (
     additive_decay,
     causal_conv1d,
+    dag_scan,
     delta_rule,
     dplr,
     gla,
@@ -22,6 +23,7 @@ from sinuous.core.ops.laws.declaration import Laws
 _MODULES = (
     additive_decay,
     causal_conv1d,
+    dag_scan,
     delta_rule,
     dplr,
     gla,
