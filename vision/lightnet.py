@@ -91,7 +91,8 @@ class AxisTPE(nn.Module):
         gain = (self.q * self.k).unflatten(0, self.heads).sum(1, keepdim=True)
         sums = decaying_sums(x, decay, grid, axis).unflatten(2, self.heads)
         normed: Tensor = self.norm(gain * sums).flatten(2).to(self.proj.weight.dtype)
-        return self.proj(normed)
+        y: Tensor = self.proj(normed)
+        return y
 
 
 class MDTPE(nn.Module):
@@ -234,7 +235,8 @@ class LightNet(Isotropic):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         vectors = {f"mdtpe.{name}" for name, parameter in self.mdtpe.named_parameters() if "proj" not in name}
-        return super().no_weight_decay() | vectors
+        inherited: set[str] = super().no_weight_decay()
+        return inherited | vectors
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

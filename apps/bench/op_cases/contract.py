@@ -85,7 +85,7 @@ def leaves(inputs: Inputs) -> Inputs:
 
 
 def ours(case: Case, backend: str, inputs: Inputs) -> Prepared:
-    return Prepared(lambda: case.run(backend, **inputs), list(inputs.values()))
+    return Prepared(lambda: case.run(backend, **inputs), [t for t in inputs.values() if t.requires_grad])
 
 
 def channels_first(inputs: Inputs, names: Sequence[str]) -> Inputs:
