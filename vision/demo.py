@@ -1,7 +1,9 @@
-"""Classify pictures of clothing and show the evidence, label their pixels, or tell where arrows point.
+"""Classify pictures of clothing and show the evidence, label their pixels, read them row by row, or tell where arrows
+point.
 
 sinuous demo vision --image shoe.png --out evidence.png
 sinuous demo vision --task segment --image wardrobe.png --out masks.png
+sinuous demo vision --task rows --image shoe.png --out rows.png
 sinuous demo vision --task arrow --image arrow.png --out answers.png
 """
 
@@ -21,7 +23,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from sinuous.core.checks import check_near
-from sinuous.vision import demo_arrow, demo_segment
+from sinuous.vision import demo_arrow, demo_rows, demo_segment
 from sinuous.vision.attribution import pixel_shares
 from sinuous.vision.datasets import fashion_mnist
 from sinuous.vision.io import light_on_black, read_named
@@ -140,7 +142,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--task",
         default="classify",
         metavar="|".join(TASKS),
-        help="what to do with the pictures: name what they show, the class of each pixel, or where an arrow points",
+        help="what to do with the pictures: name what they show, the class of each pixel, what they show after every "
+        "strip of rows, or where an arrow points",
     )
     parser.add_argument(
         "--image", type=Path, nargs="+", metavar="PATH", help="your pictures (default: bundled samples)"
@@ -188,6 +191,7 @@ def _classify(options: argparse.Namespace) -> None:
 TASKS: dict[str, Callable[[argparse.Namespace], None]] = {
     "classify": _classify,
     "segment": demo_segment.show,
+    "rows": demo_rows.show,
     "arrow": demo_arrow.show,
 }
 """Functions by their `--task`: each prints what it finds and draws `options.out`."""

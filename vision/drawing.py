@@ -22,6 +22,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from sinuous.vision.demo import Result
+    from sinuous.vision.demo_rows import RowByRow
 
 COLUMNS, FIRST_ROWS = 8, 4
 _RIGHT, _WRONG, _INK = "#1b7f4d", "#c2352b", "#222222"
@@ -188,6 +189,58 @@ def mask_grid(rows: Sequence[MaskedPicture], classes: Sequence[str], title: str,
     handles = [Patch(color=colours[c], label=classes[c]) for c in present]
     if handles:
         figure.legend(handles=handles, loc="center right", frameon=False, fontsize=8, handlelength=1, handleheight=1)
+    figure.text(0.015, 1 - 0.3 / height, title, fontsize=11, weight="bold", color=_INK, va="center")
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=130)
+    return Path(path)
+
+
+def strip_grid(read: Sequence[RowByRow], classes: Sequence[str], title: str, path: str | os.PathLike[str]) -> Path:
+    """Draw pictures beside a bar for each of their strips, in which every class has its probability after that strip.
+
+    Args:
+        read: pictures with the answers to their rows so far.
+        classes: names of the classes.
+        title: printed above.
+        path: the PNG to write.
+    """
+    columns = 1 if len(read) < 3 else 2
+    lines = math.ceil(len(read) / columns)
+    figure = Figure(figsize=(4.6 * columns + 1.5, 1.75 * lines + 0.5), facecolor="white")
+    height = figure.get_figheight()
+    grid = figure.add_gridspec(
+        lines, 3 * columns + 1, width_ratios=[1.0, 1.75, 0.1] * columns + [0.85], left=0.015, right=0.995,
+        top=1 - 0.62 / height, bottom=0.1 / height, wspace=0.04, hspace=0.22,
+    )  # fmt: skip
+    colours = colormaps["tab10" if len(classes) <= 10 else "tab20"](np.arange(len(classes)) % 20)
+    for place, one in enumerate(read):
+        line, first = place % lines, 3 * (place // lines)
+        rows, width = one.picture.shape
+        left, right = (figure.add_subplot(grid[line, first + panel]) for panel in range(2))
+        left.imshow(one.picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+        probabilities = one.probabilities.double().numpy()
+        for strip, shares in enumerate(probabilities):
+            top = strip * one.strip - 0.5
+            left.axhline(top, color="#7a7a80", linewidth=0.6)
+            begins = np.concatenate([[0.0], np.cumsum(shares)[:-1]])
+            right.barh(top + one.strip / 2, shares, 0.86 * one.strip, begins, color=colours, linewidth=0)
+            best = int(shares.argmax())
+            inside = shares[best] > 0.35
+            right.text(
+                begins[best] + shares[best] / 2, top + one.strip / 2, classes[best] if inside else "", fontsize=7,
+                color="white", ha="center", va="center",
+            )  # fmt: skip
+        right.set(xlim=(0, 1), ylim=(rows - 0.5, -0.5))
+        left.set(xlim=(-0.5, width - 0.5), ylim=(rows - 0.5, -0.5))
+        for axes in (left, right):
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        answer = classes[int(probabilities[-1].argmax())]
+        colour = _INK if one.truth is None else _RIGHT if one.truth == answer else _WRONG
+        left.set_title(one.name, fontsize=8, color=_INK, pad=2)
+        right.set_title(f"in the end {answer}, {probabilities[-1].max():.0%}", fontsize=8, color=colour, pad=2)
+    handles = [Patch(color=colour, label=name) for colour, name in zip(colours, classes, strict=True)]
+    figure.legend(handles=handles, loc="center right", frameon=False, fontsize=8, handlelength=1, handleheight=1)
     figure.text(0.015, 1 - 0.3 / height, title, fontsize=11, weight="bold", color=_INK, va="center")
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=130)

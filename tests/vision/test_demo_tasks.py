@@ -1,4 +1,4 @@
-"""`sinuous demo vision --task segment | arrow`: from any picture to masks or answers, or to one sentence."""
+"""`sinuous demo vision --task segment | rows | arrow`: from any picture to masks or answers, or to one sentence."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from PIL import Image
 import sinuous as package
 from sinuous.apps import cli
 from sinuous.core.weights import Weights
-from sinuous.vision import demo, demo_arrow, demo_segment, drawing
-from sinuous.vision.datasets import collage
+from sinuous.vision import demo, demo_arrow, demo_rows, demo_segment, drawing
+from sinuous.vision.datasets import collage, fashion_mnist
 
 
 def main(*arguments: str | Path) -> int:
@@ -38,6 +38,17 @@ def pointer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = package.create_model("test_vim", img_size=96, patch_size=16, num_classes=2)
     folder = tmp_path_factory.mktemp("models") / "pointer"
     package.save(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small untrained ViR for clothing."""
+    torch.manual_seed(0)
+    model = package.create_model("vir_nano", embed_dim=16, depth=2)
+    names = {"mean": [0.286], "std": [0.353], "label_names": fashion_mnist("test").classes}
+    folder = tmp_path_factory.mktemp("models") / "reader"
+    package.save(model, folder, card={"pretrained_cfg": names})
     return folder
 
 
@@ -140,7 +151,43 @@ def test_a_model_of_another_kind_is_a_sentence(task: str, tmp_path: Path, capsys
 def test_an_unknown_task_is_told_with_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for task, message in (
         ("segmant", "there is no --task 'segmant'; did you mean 'segment'?"),
-        ("x", "--task must be one of 'classify', 'segment', 'arrow'"),
+        ("x", "--task must be one of 'classify', 'segment', 'rows', 'arrow'"),
     ):
         assert main("--task", task, "--out", tmp_path / "x.png") == 2
         assert message in capsys.readouterr().err
+
+
+def test_answers_after_every_strip_are_drawn(
+    reader: Path, scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "rows.png"
+    assert main("--task", "rows", "--image", scene, "--model", reader, "--out", out) == 0
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert printed[-1] == str(out)
+    assert any("scene.png" in line and "of 28 rows" in line for line in printed)
+    assert Image.open(out).size[0] > 500
+
+
+def test_the_last_answer_to_rows_is_that_to_the_picture(reader: Path) -> None:
+    read, classes = demo_rows.read_rows(model=str(reader))
+    assert [one.truth for one in read] == classes
+    model = package.load(str(reader)).eval()
+    pictures = torch.stack([one.picture for one in read])[:, None]
+    with torch.no_grad():
+        expected = model((pictures - 0.286) / 0.353).softmax(-1)
+    torch.testing.assert_close(torch.stack([one.probabilities[-1] for one in read]), expected)
+    assert {one.probabilities.shape for one in read} == {(7, 10)}
+
+
+def test_an_answer_is_settled_after_the_last_strip_that_changes_it() -> None:
+    answers = torch.eye(3)[[0, 2, 1, 1]]
+    one = demo_rows.RowByRow("", torch.zeros(16, 16), answers, 4, None)
+    assert one.settled == 12
+    assert demo_rows.RowByRow("", torch.zeros(16, 16), answers[2:], 4, None).settled == 4
+
+
+def test_models_that_cannot_read_rows_of_clothing_are_told(
+    pointer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main("--task", "rows", "--model", pointer, "--out", tmp_path / "x.png") == 2
+    assert "--task rows needs a ViR for gray pictures" in capsys.readouterr().err
