@@ -181,3 +181,10 @@ def save_safetensors(
         raise OSError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of a training script's file: what is under `model` or `state_dict`, without DDP's `module.`."""
+    for wrapper in ("model", "state_dict"):
+        state_dict = state_dict.get(wrapper, state_dict)
+    return {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}

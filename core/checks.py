@@ -9,6 +9,7 @@ import difflib
 import functools
 import inspect
 import math
+import operator
 import reprlib
 import types
 import typing
@@ -237,3 +238,22 @@ def _kind(hint: Any) -> str:
     if hint in _SEQUENCES or origin in _SEQUENCES:
         return "a list" + (f", each of it {_kind(parts[0])}" if parts else "")
     return getattr(hint, "__name__", str(hint))
+
+
+def check_indices(blocks: int, indices: int | list[int] | None, name: str = "blocks") -> tuple[list[int], int]:
+    """Blocks that `indices` stands for among so many, as timm reads it, and the last of them.
+
+    Raises:
+        ValueError: if there are no such blocks, calling them `name`.
+    """
+    from timm.models._features import feature_take_indices
+
+    try:
+        taken, last = feature_take_indices(blocks, indices)
+        taken = [operator.index(block) for block in taken]
+    except (AssertionError, TypeError) as error:
+        raise ValueError(
+            f"indices must be {name} from {-blocks} to {blocks - 1}, or how many of the last of {blocks} "
+            f"(got {described(indices)})"
+        ) from error
+    return taken, last

@@ -21,12 +21,12 @@ from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 
 from sinuous.core.blocks import SharingBlock
+from sinuous.core.checkpoints import unwrapped
 from sinuous.core.checks import check_arguments, check_range, check_sizes
 from sinuous.core.patches import Sides
 from sinuous.core.registry import check_weights, register_vision_model
 from sinuous.core.stack import Stack
 from sinuous.core.weights import shipped_cfgs
-from sinuous.vision.isotropic import unwrapped
 from sinuous.vision.mambavision import ConvBlock, conv_stem, plain_downsample
 from sinuous.vision.staged import StackStage, Stage, StagedBackbone, check_stages, stage_rates
 from sinuous.vision.vir import ViRBlock

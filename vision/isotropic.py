@@ -10,7 +10,6 @@ Shapes: B batch, M patches, D width, L tokens: the patches and, where there is o
 # Annotations stay objects: FX copies that of `forward` into its graphs, and TorchScript cannot read a string there.
 import functools
 import math
-import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
@@ -18,12 +17,11 @@ from typing import Any, ClassVar, cast
 import torch
 from timm.layers import get_device_dtype, lecun_normal_, register_notrace_function, trunc_normal_
 from timm.models import build_model_with_cfg
-from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
 from sinuous.core import norms, patches
-from sinuous.core.checks import check_arguments, check_choice, check_range, check_sizes, described
+from sinuous.core.checks import check_arguments, check_choice, check_indices, check_range, check_sizes, described
 from sinuous.core.mixers import mixer_class
 from sinuous.core.patches import (  # some by their bare names: FX looks for its leaves among a module's own
     CLASS_TOKENS,
@@ -36,7 +34,6 @@ from sinuous.core.patches import (  # some by their bare names: FX looks for its
     with_class_token,
     without_class_token,
 )
-from sinuous.core.registry import check_weights
 from sinuous.core.scan_routes import check_route, row_order
 from sinuous.core.stack import Stack
 
@@ -331,7 +328,7 @@ class Isotropic(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC' (got {output_fmt!r})")
-        taken, _ = take_features(len(self.stack), indices)
+        taken, _ = check_indices(len(self.stack), indices)
         x, grid = self._embed(x)
         orders = self._orders(x, grid)
         x, taps = self.stack.forward_intermediates(
@@ -349,7 +346,7 @@ class Isotropic(nn.Module):
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop what intermediates at `indices` do not need; returns the indices kept."""
-        taken, last = take_features(len(self.stack), indices)
+        taken, last = check_indices(len(self.stack), indices)
         del self.stack[last + 1 :]
         if prune_norm:
             setattr(self, self.norm_name, nn.Identity())
@@ -468,84 +465,6 @@ def _routes(route: str | Sequence[str], mixer: str, axes: int) -> tuple[str, ...
             warnings.warn(f"mixer {mixer!r} reads a grid in its own order; route {routes} has no effect", stacklevel=4)
             return ("raster",)
     return routes
-
-
-def take_features(blocks: int, indices: int | list[int] | None, name: str = "blocks") -> tuple[list[int], int]:
-    """Blocks that `indices` stands for among so many, as timm reads it, and the last of them.
-
-    Raises:
-        ValueError: if there are no such blocks, calling them `name`.
-    """
-    try:
-        taken, last = feature_take_indices(blocks, indices)
-        taken = [operator.index(block) for block in taken]
-    except (AssertionError, TypeError) as error:
-        raise ValueError(
-            f"indices must be {name} from {-blocks} to {blocks - 1}, or how many of the last of {blocks} "
-            f"(got {described(indices)})"
-        ) from error
-    return taken, last
-
-
-def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The weights of a training script's file: what is under `model` or `state_dict`, without DDP's `module.`."""
-    for wrapper in ("model", "state_dict"):
-        state_dict = state_dict.get(wrapper, state_dict)
-    return {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
-
-
-def fit_checkpoint(state: dict[str, Tensor], model: Isotropic, pos_grid: Sequence[int] | None = None) -> None:
-    """Make weights those of `model`'s grid and patch, in place, and refuse those of another model.
-
-    Args:
-        state: weights by the names of `model`.
-        model: to load them into.
-        pos_grid: of the position embeddings, where the file says it.
-
-    Raises:
-        ValueError: if the weights are of another model or only one of the two has a class token, or if their grid
-            cannot be told from their number.
-    """
-    embed = model.patch_embed
-    kernel, pos_embed = state.get("patch_embed.proj.weight"), state.get("pos_embed")
-    if kernel is not None and "cls_token" in state and model.cls_token is None:
-        _refuse_class_token("'middle', or where it stood")
-    if kernel is not None and "cls_token" not in state and model.cls_token is not None:
-        _refuse_class_token("'none'")
-    if kernel is not None and kernel.ndim == embed.proj.weight.ndim:
-        if pos_embed is not None and model.pos_embed is not None:
-            tokens = pos_embed.shape[1] - int(model.pos_class_token != "none")
-            grid = pos_grid or _grid_of_checkpoint(model, tokens, tuple(kernel.shape[2:]))
-            if tuple(grid) != embed.grid_size:
-                state["pos_embed"] = patches.resize_pos_embed(
-                    pos_embed, list(grid), list(embed.grid_size), model.pos_class_token
-                )
-        state["patch_embed.proj.weight"] = patches.fit_patch_kernel(kernel, embed.patch_size)
-    check_weights(state, model, adapted=("head.", "patch_embed.proj.weight"))
-
-
-def _refuse_class_token(value: str) -> None:
-    raise ValueError(
-        f"of the checkpoint and the model only one has a class token; build the model with class_token={value}"
-    )
-
-
-def _grid_of_checkpoint(model: Isotropic, tokens: int, patch_size: tuple[int, ...]) -> Sequence[int]:
-    embed = model.patch_embed
-    if made_for := getattr(model, "pretrained_model_args", {}).get("img_size"):  # as files of ours say of themselves
-        stride = embed.stride if patch_size == embed.patch_size else patch_size
-        grid = patches.grid_of(patches.sides("img_size", made_for, embed.axes), patch_size, stride)
-        if tokens == math.prod(grid):
-            return grid
-    square = patches.square_of(tokens)
-    if square is not None and embed.axes == 2:
-        return square
-    if tokens == math.prod(embed.grid_size):
-        return embed.grid_size
-    raise ValueError(
-        f"the checkpoint has {tokens} patches, which is no square, so that their grid is not known; build the model "
-        "with the img_size of the checkpoint, then call set_input_size"
-    )
 
 
 def create(cls: type[Isotropic], variant: str, pretrained: bool, filter_fn: Any, sizes: Mapping[str, Any]) -> Any:

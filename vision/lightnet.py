@@ -23,13 +23,15 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from sinuous.core import checks, norms
+from sinuous.core.checkpoints import unwrapped
 from sinuous.core.checks import check_arguments, check_sizes
 from sinuous.core.mixers.heads import per_head
 from sinuous.core.ops import linear_scan  # noqa: F401  (registers torch.ops.sinuous)
 from sinuous.core.patches import Sides
 from sinuous.core.registry import register_vision_model
 from sinuous.core.weights import shipped_cfgs
-from sinuous.vision.isotropic import Isotropic, create, fit_checkpoint, unwrapped
+from sinuous.vision.checkpoints import fit_checkpoint
+from sinuous.vision.isotropic import Isotropic, create
 
 __all__ = ["MDTPE", "LightNet", "checkpoint_filter_fn"]
 

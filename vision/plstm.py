@@ -24,12 +24,14 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from sinuous.core import norms
+from sinuous.core.checkpoints import unwrapped
 from sinuous.core.checks import check_arguments, check_choice
 from sinuous.core.mixers.plstm import CORNERS, small_
 from sinuous.core.patches import Sides
 from sinuous.core.registry import register_vision_model
 from sinuous.core.weights import shipped_cfgs
-from sinuous.vision.isotropic import Isotropic, create, fit_checkpoint, unwrapped
+from sinuous.vision.checkpoints import fit_checkpoint
+from sinuous.vision.isotropic import Isotropic, create
 
 __all__ = ["PLSTMVis", "checkpoint_filter_fn"]
 

@@ -31,12 +31,11 @@ from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
 from sinuous.core import norms
-from sinuous.core.checks import check_arguments, check_choice, check_range, check_sizes, described
+from sinuous.core.checks import check_arguments, check_choice, check_indices, check_range, check_sizes, described
 from sinuous.core.mixers import list_mixers, mixer_class
 from sinuous.core.mixers.calls import check_output, check_place
 from sinuous.core.patches import Sides, check_images, sides
 from sinuous.core.stack import Stack, drop_path_rates
-from sinuous.vision.isotropic import take_features
 
 __all__ = ["MergeDownsample", "StackStage", "Stage", "StagedBackbone", "Stem", "conv_downsample", "stage_rates"]
 
@@ -397,7 +396,7 @@ class StagedBackbone(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW' (got {output_fmt!r}); permute the maps for another")
-        taken, last = take_features(len(self.stages), indices, "stages")
+        taken, last = check_indices(len(self.stages), indices, "stages")
         x = self.patch_embed(check_images(x, self.patch_embed.patch_size, self.in_chans))
         stages = list(self.stages)
         intermediates = []
@@ -417,7 +416,7 @@ class StagedBackbone(nn.Module):
         """Drop what intermediates at `indices` do not need; returns the indices kept.
 
         The norm goes with the last stage, whose width it has."""
-        taken, last = take_features(len(self.stages), indices, "stages")
+        taken, last = check_indices(len(self.stages), indices, "stages")
         if last < len(self.stages) - 1:
             del self.stages[last + 1 :]
             cast("Any", self.stages[last]).downsample = nn.Identity()

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from sinuous.core import norms, patches
 from sinuous.core.blocks import ResidualBlock, Sharing
+from sinuous.core.checkpoints import unwrapped
 from sinuous.core.checks import check_arguments, check_range, described
 from sinuous.core.mixers import Mixer, mixer_class, register_state
 from sinuous.core.mixers.calls import check_batch_size
@@ -38,7 +39,8 @@ from sinuous.core.mixers.vir import SMALLEST
 from sinuous.core.patches import Sides
 from sinuous.core.registry import register_vision_model
 from sinuous.core.weights import shipped_cfgs
-from sinuous.vision.isotropic import Isotropic, create, fit_checkpoint, unwrapped
+from sinuous.vision.checkpoints import fit_checkpoint
+from sinuous.vision.isotropic import Isotropic, create
 
 __all__ = ["RowsState", "ViR", "ViRBlock", "checkpoint_filter_fn"]
 

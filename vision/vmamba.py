@@ -22,13 +22,13 @@ from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import Tensor, nn
 
 from sinuous.core.blocks import ResidualBlock, SharingBlock
+from sinuous.core.checkpoints import unwrapped
 from sinuous.core.checks import check_arguments, check_choice, check_range, check_sizes
 from sinuous.core.mixers import Mixer
 from sinuous.core.patches import Sides
 from sinuous.core.registry import check_weights, register_vision_model
 from sinuous.core.stack import Stack
 from sinuous.core.weights import shipped_cfgs
-from sinuous.vision.isotropic import unwrapped
 from sinuous.vision.staged import (
     MergeDownsample,
     StackStage,

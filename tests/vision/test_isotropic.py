@@ -138,6 +138,26 @@ def test_without_positions_every_size_runs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("mixer", mixers.list_mixers())
+def test_every_mixer_trains_a_step_on_images_that_are_not_square(name: str, mixer: str) -> None:
+    model = build(name, mixer=mixer, depth=2, dtype=torch.float32).train()
+    x, labels = image().float(), torch.tensor([3, 7])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    before = model.patch_embed.proj.weight.clone()
+    losses = []
+    for _ in range(2):  # layers behind a projection that starts at zero get no gradient in the first step
+        loss = torch.nn.functional.cross_entropy(model(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+    assert {key for key, parameter in model.named_parameters() if parameter.grad is None} == set()
+    assert not torch.equal(before, model.patch_embed.proj.weight)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("route", list_routes())
 def test_every_route_trains_a_step(name: str, route: str) -> None:
     model = build(name, mixer="mamba", route=route, dtype=torch.float32).train()
