@@ -12,12 +12,11 @@ and the retention over a grid are ours, and there are no weights to compare with
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from sinuous.core.blocks import SharingBlock
@@ -26,7 +25,7 @@ from sinuous.core.checks import check_arguments, check_range, check_sizes
 from sinuous.core.patches import Sides
 from sinuous.core.registry import check_weights, register_vision_model
 from sinuous.core.stack import Stack
-from sinuous.core.weights import shipped_cfgs
+from sinuous.vision.default_cfgs import family_cfgs
 from sinuous.vision.mambavision import ConvBlock, conv_stem, plain_downsample
 from sinuous.vision.staged import StackStage, Stage, StagedBackbone, check_stages, stage_rates
 from sinuous.vision.vir import ViRBlock
@@ -141,33 +140,16 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     return state
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_INCEPTION_MEAN,
-        "std": IMAGENET_INCEPTION_STD,
-        "first_conv": "patch_embed.conv_down.0",
-        "classifier": "head",
-        "license": "apache-2.0",
-        "paper_name": "ViR: Towards Efficient Vision Retention Backbones",
-        "paper_ids": "arXiv:2310.19731",
-        "origin_url": "https://github.com/NVlabs/ViR",
-        **kwargs,
-    }
-
-
-_CFGS = {"test_hvir": _cfg(input_size=(3, 64, 64), pool_size=(2, 2))}
-
-default_cfgs = generate_default_cfgs(
-    {
-        name_and_tag: cfg
-        for name in SIZES
-        for name_and_tag, cfg in shipped_cfgs(Path(__file__).parent / "weights", name, _CFGS.get(name, _cfg())).items()
-    }
+default_cfgs = family_cfgs(
+    SIZES,
+    staged=True,
+    crop_pct=0.9,
+    mean=IMAGENET_INCEPTION_MEAN,
+    std=IMAGENET_INCEPTION_STD,
+    first_conv="patch_embed.conv_down.0",
+    paper_name="ViR: Towards Efficient Vision Retention Backbones",
+    paper_ids="arXiv:2310.19731",
+    origin_url="https://github.com/NVlabs/ViR",
 )
 
 

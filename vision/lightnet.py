@@ -14,12 +14,9 @@ here are DeiT's and the names are ours.
 Shapes: B batch, T patches, D width.
 """
 
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from sinuous.core import checks, norms
@@ -29,8 +26,8 @@ from sinuous.core.mixers.heads import per_head
 from sinuous.core.ops import linear_scan  # noqa: F401  (registers torch.ops.sinuous)
 from sinuous.core.patches import Sides
 from sinuous.core.registry import register_vision_model
-from sinuous.core.weights import shipped_cfgs
 from sinuous.vision.checkpoints import fit_checkpoint
+from sinuous.vision.default_cfgs import family_cfgs
 from sinuous.vision.isotropic import Isotropic, create
 
 __all__ = ["MDTPE", "LightNet", "checkpoint_filter_fn"]
@@ -260,37 +257,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: LightNet) -> dict[st
     return state
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        "paper_name": "You Only Scan Once: Efficient Multi-dimension Sequential Modeling with LightNet",
-        "paper_ids": "arXiv:2405.21022",
-        "origin_url": "https://github.com/OpenNLPLab/LightNet",
-        **kwargs,
-    }
-
-
-_CFGS = {
-    "lightnet_nano": _cfg(input_size=(1, 28, 28), num_classes=10, mean=(0.5,), std=(0.5,), crop_pct=1.0),
-    "test_lightnet": _cfg(input_size=(3, 64, 64)),
-}
-
-default_cfgs = generate_default_cfgs(
-    {
-        name_and_tag: cfg
-        for name in SIZES
-        for name_and_tag, cfg in shipped_cfgs(Path(__file__).parent / "weights", name, _CFGS.get(name, _cfg())).items()
-    }
+default_cfgs = family_cfgs(
+    SIZES,
+    first_conv="patch_embed.proj",
+    paper_name="You Only Scan Once: Efficient Multi-dimension Sequential Modeling with LightNet",
+    paper_ids="arXiv:2405.21022",
+    origin_url="https://github.com/OpenNLPLab/LightNet",
 )
 
 

@@ -16,13 +16,11 @@ reads their files:
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerScale2d
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import build_model_with_cfg
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
@@ -32,7 +30,7 @@ from sinuous.core.checks import check_arguments, check_positive, check_sizes
 from sinuous.core.patches import Sides
 from sinuous.core.registry import check_weights, register_vision_model
 from sinuous.core.stack import Stack
-from sinuous.core.weights import shipped_cfgs
+from sinuous.vision.default_cfgs import family_cfgs
 from sinuous.vision.staged import StackStage, Stage, StagedBackbone, Stem, check_stages, stage_rates
 
 __all__ = ["ConvBlock", "MambaVision", "checkpoint_filter_fn", "conv_stem", "plain_downsample"]
@@ -333,43 +331,22 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     return state
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.conv_down.0",
-        "classifier": "head",
-        "license": "cc-by-nc-sa-4.0",
-        "paper_name": "MambaVision: A Hybrid Mamba-Transformer Vision Backbone",
-        "paper_ids": "arXiv:2407.08083",
-        "origin_url": "https://github.com/NVlabs/MambaVision",
-        **kwargs,
-    }
-
-
-_CFGS = {
-    "mambavision_t2": _cfg(crop_pct=0.98),
-    "mambavision_s": _cfg(crop_pct=0.93),
-    "mambavision_l2_512": _cfg(input_size=(3, 512, 512), pool_size=(16, 16), crop_pct=0.93, crop_mode="squash"),
-    "mambavision_l3_256": _cfg(input_size=(3, 256, 256), pool_size=(8, 8)),
-    "mambavision_l3_512": _cfg(input_size=(3, 512, 512), pool_size=(16, 16), crop_pct=0.93, crop_mode="squash"),
-    "mambavision_nano": _cfg(
-        input_size=(1, 28, 28), pool_size=(1, 1), num_classes=10, mean=(0.5,), std=(0.5,), license="apache-2.0"
-    ),
-    "test_mambavision": _cfg(input_size=(3, 64, 64), pool_size=(2, 2), license="apache-2.0"),
-}
-
-default_cfgs = generate_default_cfgs(
+default_cfgs = family_cfgs(
+    SIZES,
     {
-        name_and_tag: cfg
-        for name in SIZES
-        for name_and_tag, cfg in shipped_cfgs(Path(__file__).parent / "weights", name, _CFGS.get(name, _cfg())).items()
-    }
+        "mambavision_t2": {"crop_pct": 0.98},
+        "mambavision_s": {"crop_pct": 0.93},
+        "mambavision_l2_512": {"input_size": (3, 512, 512), "crop_pct": 0.93, "crop_mode": "squash"},
+        "mambavision_l3_256": {"input_size": (3, 256, 256)},
+        "mambavision_l3_512": {"input_size": (3, 512, 512), "crop_pct": 0.93, "crop_mode": "squash"},
+    },
+    staged=True,
+    crop_pct=1.0,
+    first_conv="patch_embed.conv_down.0",
+    license="cc-by-nc-sa-4.0",
+    paper_name="MambaVision: A Hybrid Mamba-Transformer Vision Backbone",
+    paper_ids="arXiv:2407.08083",
+    origin_url="https://github.com/NVlabs/MambaVision",
 )
 
 

@@ -14,13 +14,10 @@ Shapes: B batch, h × w patches, D width.
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from sinuous.core import norms
@@ -29,8 +26,8 @@ from sinuous.core.checks import check_arguments, check_choice
 from sinuous.core.mixers.plstm import CORNERS, small_
 from sinuous.core.patches import Sides
 from sinuous.core.registry import register_vision_model
-from sinuous.core.weights import shipped_cfgs
 from sinuous.vision.checkpoints import fit_checkpoint
+from sinuous.vision.default_cfgs import family_cfgs
 from sinuous.vision.isotropic import Isotropic, create
 
 __all__ = ["PLSTMVis", "checkpoint_filter_fn"]
@@ -252,37 +249,13 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: PLSTMVis) -> dict[st
     return state
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "mit",
-        "paper_name": "pLSTM: parallelizable Linear Source Transition Mark networks",
-        "paper_ids": "arXiv:2506.11997",
-        "origin_url": "https://github.com/ml-jku/plstm",
-        **kwargs,
-    }
-
-
-_CFGS = {
-    "plstm_vis_nano": _cfg(input_size=(1, 28, 28), num_classes=10, mean=(0.5,), std=(0.5,), crop_pct=1.0),
-    "test_plstm_vis": _cfg(input_size=(3, 64, 64)),
-}
-
-default_cfgs = generate_default_cfgs(
-    {
-        name_and_tag: cfg
-        for name in SIZES
-        for name_and_tag, cfg in shipped_cfgs(Path(__file__).parent / "weights", name, _CFGS.get(name, _cfg())).items()
-    }
+default_cfgs = family_cfgs(
+    SIZES,
+    first_conv="patch_embed.proj",
+    license="mit",
+    paper_name="pLSTM: parallelizable Linear Source Transition Mark networks",
+    paper_ids="arXiv:2506.11997",
+    origin_url="https://github.com/ml-jku/plstm",
 )
 
 

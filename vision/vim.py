@@ -10,12 +10,9 @@ Shapes: B batch, M patches, D width, L tokens: the patches and, at M // 2 unless
 that read a grid leave no place for it, and L = M.
 """
 
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import generate_default_cfgs
 from torch import Tensor
 
 from sinuous.core import norms
@@ -23,8 +20,8 @@ from sinuous.core.checkpoints import unwrapped
 from sinuous.core.checks import check_arguments
 from sinuous.core.patches import Sides
 from sinuous.core.registry import register_vision_model
-from sinuous.core.weights import shipped_cfgs
 from sinuous.vision.checkpoints import fit_checkpoint
+from sinuous.vision.default_cfgs import family_cfgs
 from sinuous.vision.isotropic import Isotropic, create
 
 __all__ = ["Vim", "checkpoint_filter_fn"]
@@ -155,37 +152,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Vim) -> dict[str, Te
     return state
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        "paper_name": "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
-        "paper_ids": "arXiv:2401.09417",
-        "origin_url": "https://github.com/hustvl/Vim",
-        **kwargs,
-    }
-
-
-_CFGS = {
-    "vim_nano": _cfg(input_size=(1, 28, 28), num_classes=10, mean=(0.5,), std=(0.5,), crop_pct=1.0),
-    "test_vim": _cfg(input_size=(3, 64, 64)),
-}
-
-default_cfgs = generate_default_cfgs(
-    {
-        name_and_tag: cfg
-        for name in SIZES
-        for name_and_tag, cfg in shipped_cfgs(Path(__file__).parent / "weights", name, _CFGS.get(name, _cfg())).items()
-    }
+default_cfgs = family_cfgs(
+    SIZES,
+    first_conv="patch_embed.proj",
+    paper_name="Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
+    paper_ids="arXiv:2401.09417",
+    origin_url="https://github.com/hustvl/Vim",
 )
 
 

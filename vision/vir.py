@@ -20,13 +20,11 @@ class token.
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import trunc_normal_
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from sinuous.core import norms, patches
@@ -38,8 +36,8 @@ from sinuous.core.mixers.calls import check_batch_size
 from sinuous.core.mixers.vir import SMALLEST
 from sinuous.core.patches import Sides
 from sinuous.core.registry import register_vision_model
-from sinuous.core.weights import shipped_cfgs
 from sinuous.vision.checkpoints import fit_checkpoint
+from sinuous.vision.default_cfgs import family_cfgs
 from sinuous.vision.isotropic import Isotropic, create
 
 __all__ = ["RowsState", "ViR", "ViRBlock", "checkpoint_filter_fn"]
@@ -356,37 +354,15 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: ViR) -> dict[str, Te
     return state
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": True,
-        "mean": IMAGENET_INCEPTION_MEAN,
-        "std": IMAGENET_INCEPTION_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        "paper_name": "ViR: Towards Efficient Vision Retention Backbones",
-        "paper_ids": "arXiv:2310.19731",
-        "origin_url": "https://github.com/NVlabs/ViR",
-        **kwargs,
-    }
-
-
-_CFGS = {
-    "vir_nano": _cfg(input_size=(1, 28, 28), num_classes=10, mean=(0.5,), std=(0.5,), crop_pct=1.0),
-    "test_vir": _cfg(input_size=(3, 64, 64)),
-}
-
-default_cfgs = generate_default_cfgs(
-    {
-        name_and_tag: cfg
-        for name in SIZES
-        for name_and_tag, cfg in shipped_cfgs(Path(__file__).parent / "weights", name, _CFGS.get(name, _cfg())).items()
-    }
+default_cfgs = family_cfgs(
+    SIZES,
+    crop_pct=0.9,
+    mean=IMAGENET_INCEPTION_MEAN,
+    std=IMAGENET_INCEPTION_STD,
+    first_conv="patch_embed.proj",
+    paper_name="ViR: Towards Efficient Vision Retention Backbones",
+    paper_ids="arXiv:2310.19731",
+    origin_url="https://github.com/NVlabs/ViR",
 )
 
 

@@ -13,12 +13,10 @@ In a name, s is the expansion of SS2D and l the depth of the third stage.
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from sinuous.core.blocks import ResidualBlock, SharingBlock
@@ -28,7 +26,7 @@ from sinuous.core.mixers import Mixer
 from sinuous.core.patches import Sides
 from sinuous.core.registry import check_weights, register_vision_model
 from sinuous.core.stack import Stack
-from sinuous.core.weights import shipped_cfgs
+from sinuous.vision.default_cfgs import family_cfgs
 from sinuous.vision.staged import (
     MergeDownsample,
     StackStage,
@@ -249,38 +247,15 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     return state
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "patch_embed.0",
-        "classifier": "classifier.head",
-        "license": "mit",
-        "paper_name": "VMamba: Visual State Space Model",
-        "paper_ids": "arXiv:2401.10166",
-        "origin_url": "https://github.com/MzeroMiko/VMamba",
-        **kwargs,
-    }
-
-
-_CFGS = {
-    "vmamba_nano": _cfg(
-        input_size=(1, 28, 28), pool_size=(1, 1), num_classes=10, mean=(0.5,), std=(0.5,), crop_pct=1.0
-    ),
-    "test_vmamba": _cfg(input_size=(3, 64, 64), pool_size=(2, 2)),
-}
-
-default_cfgs = generate_default_cfgs(
-    {
-        name_and_tag: cfg
-        for name in SIZES
-        for name_and_tag, cfg in shipped_cfgs(Path(__file__).parent / "weights", name, _CFGS.get(name, _cfg())).items()
-    }
+default_cfgs = family_cfgs(
+    SIZES,
+    staged=True,
+    first_conv="patch_embed.0",
+    classifier="classifier.head",
+    license="mit",
+    paper_name="VMamba: Visual State Space Model",
+    paper_ids="arXiv:2401.10166",
+    origin_url="https://github.com/MzeroMiko/VMamba",
 )
 
 
