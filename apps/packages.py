@@ -51,7 +51,6 @@ DISTRIBUTIONS = {
     "Bio": "biopython",
     "cv2": "opencv-python",
     "PIL": "pillow",
-    "skimage": "scikit-image",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }

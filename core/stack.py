@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
@@ -130,6 +131,7 @@ class Stack(nn.ModuleList):
             check_range(0, 1, drop_rate=drop_rate, drop_path_rate=rate)
         check_range(0, 1, norm_eps=norm_eps)
         check_positive(mlp_ratio=mlp_ratio)
+        check_range(0, sys.float_info.max, init_values=init_values)
         for kind in mlps.values():
             check_choice("mlp", kind, ("none", *MLPS))
         check_choice("norm", norm, NORMS)

@@ -299,7 +299,7 @@ def test_an_exported_step_can_be_saved() -> None:
         ({"depth": 0}, r"depth must be at least 1 \(got 0\)"),
         ({"mlp": "relu"}, "mlp must be one of 'none', 'gelu', 'geglu', 'swiglu' .got 'relu'"),
         ({"norm": "batch"}, "norm must be one of 'rms', 'layer'"),
-        ({"weight_init": "zero"}, "weight_init must be 'gpt2' or 'xlstm' .got 'zero'"),
+        ({"weight_init": "zero"}, "weight_init must be one of 'gpt2', 'xlstm', 'small' .got 'zero'"),
         ({"norm_placement": "none"}, "norm_placement must be one of"),
         ({"pattern": []}, "pattern must name at least one mixer"),
         ({"pattern": ["mamba", "mambo"]}, "no mixer 'mambo'; did you mean 'mamba'"),
