@@ -123,8 +123,8 @@ RIGHT = {
         **dict.fromkeys("ABC", ("an axis less",)),
     },
 }
-"""Changes that make another valid call: time is an axis of one argument alone, constants may leave out the channels, V is
-the values' own, and edges are integers."""
+"""Changes that make another valid call: time is an axis of one argument alone, constants may leave out the channels, V
+is the values' own, and edges are integers."""
 
 OPTIONS = {"scale": 0.5, "eps": 1e-4, "orientations": [0, 1, 2, 3]}
 
