@@ -11,22 +11,20 @@ The second version of the ViR paper (Hatamizadeh et al., "ViR: Towards Efficient
 and the retention over a grid are ours, and there are no weights to compare with.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.models import build_model_with_cfg
-from torch import Tensor, nn
+from torch import nn
 
 from sinuous.core.blocks import SharingBlock
-from sinuous.core.checkpoints import unwrapped
 from sinuous.core.checks import check_arguments, check_range, check_sizes
 from sinuous.core.patches import Sides
-from sinuous.core.registry import check_weights, register_vision_model
+from sinuous.core.registry import register_vision_model
 from sinuous.core.stack import Stack
-from sinuous.vision.default_cfgs import family_cfgs
-from sinuous.vision.mambavision import ConvBlock, conv_stem, plain_downsample
+from sinuous.vision.mambavision import ConvBlock, checkpoint_filter_fn, conv_stem, plain_downsample
+from sinuous.vision.registration import create, family_cfgs
 from sinuous.vision.staged import StackStage, Stage, StagedBackbone, check_stages, stage_rates
 from sinuous.vision.vir import ViRBlock
 
@@ -129,17 +127,6 @@ class HViR(StagedBackbone):
         self.init_weights()
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Our own checkpoints, unwrapped.
-
-    Raises:
-        ValueError: if the weights are of another model.
-    """
-    state = unwrapped(state_dict)
-    check_weights(state, model, adapted=("head.", "patch_embed.conv_down.0.weight"))
-    return state
-
-
 default_cfgs = family_cfgs(
     SIZES,
     staged=True,
@@ -154,15 +141,7 @@ default_cfgs = family_cfgs(
 
 
 def _create_hvir(variant: str, pretrained: bool = False, **kwargs: Any) -> HViR:
-    model = build_model_with_cfg(
-        cast("Any", HViR),
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **{**SIZES[variant], **kwargs},
-    )
-    return cast("HViR", model)
+    return create(HViR, variant, pretrained, checkpoint_filter_fn, {**SIZES[variant], **kwargs})
 
 
 @register_vision_model

@@ -8,7 +8,6 @@ Shapes: B batch, M patches, D width, L tokens: the patches and, where there is o
 """
 
 # Annotations stay objects: FX copies that of `forward` into its graphs, and TorchScript cannot read a string there.
-import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,6 @@ from typing import Any, ClassVar, cast
 
 import torch
 from timm.layers import get_device_dtype, lecun_normal_, register_notrace_function, trunc_normal_
-from timm.models import build_model_with_cfg
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor, nn
 
@@ -465,24 +463,3 @@ def _routes(route: str | Sequence[str], mixer: str, axes: int) -> tuple[str, ...
             warnings.warn(f"mixer {mixer!r} reads a grid in its own order; route {routes} has no effect", stacklevel=4)
             return ("raster",)
     return routes
-
-
-def create(cls: type[Isotropic], variant: str, pretrained: bool, filter_fn: Any, sizes: Mapping[str, Any]) -> Any:
-    """Build a registered model as timm does, its maps taken after each quarter of the depth."""
-    depth, img_size = sizes["depth"], sizes.get("img_size")
-    quarters = tuple(sorted({max(0, depth * (k + 1) // 4 - 1) for k in range(4)}))
-    build: Any = cls
-    unknown: tuple[str, ...] = ()
-    clip = any(isinstance(size, Sequence) and len(size) == 3 for size in (img_size, sizes.get("patch_size")))
-    if clip and img_size is not None:  # timm knows the sides of pictures alone
-        build, unknown = functools.partial(cls, img_size=img_size), ("img_size",)
-        sizes = {name: value for name, value in sizes.items() if name != "img_size"}
-    return build_model_with_cfg(
-        build,
-        variant,
-        pretrained,
-        pretrained_filter_fn=filter_fn,
-        feature_cfg={"out_indices": quarters, "feature_cls": "getter"},
-        kwargs_filter=unknown,
-        **sizes,
-    )

@@ -27,8 +27,8 @@ from sinuous.core.ops import linear_scan  # noqa: F401  (registers torch.ops.sin
 from sinuous.core.patches import Sides
 from sinuous.core.registry import register_vision_model
 from sinuous.vision.checkpoints import fit_checkpoint
-from sinuous.vision.default_cfgs import family_cfgs
-from sinuous.vision.isotropic import Isotropic, create
+from sinuous.vision.isotropic import Isotropic
+from sinuous.vision.registration import create, family_cfgs
 
 __all__ = ["MDTPE", "LightNet", "checkpoint_filter_fn"]
 
@@ -271,7 +271,7 @@ def _create_lightnet(variant: str, pretrained: bool = False, **kwargs: Any) -> L
     if kwargs.get("mixer", "lightnet_noncausal") != "lightnet_noncausal":
         del sizes["num_heads"]
     sizes = {"depth": 12, **sizes, **kwargs}
-    return cast("LightNet", create(LightNet, variant, pretrained, checkpoint_filter_fn, sizes))
+    return create(LightNet, variant, pretrained, checkpoint_filter_fn, sizes)
 
 
 @register_vision_model

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from timm.layers import DropPath, LayerScale2d
-from timm.models import build_model_with_cfg
 from timm.models._input import update_model_args
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ from sinuous.core.checks import check_arguments, check_positive, check_sizes
 from sinuous.core.patches import Sides
 from sinuous.core.registry import check_weights, register_vision_model
 from sinuous.core.stack import Stack
-from sinuous.vision.default_cfgs import family_cfgs
+from sinuous.vision.registration import create, family_cfgs
 from sinuous.vision.staged import StackStage, Stage, StagedBackbone, Stem, check_stages, stage_rates
 
 __all__ = ["ConvBlock", "MambaVision", "checkpoint_filter_fn", "conv_stem", "plain_downsample"]
@@ -351,15 +350,7 @@ default_cfgs = family_cfgs(
 
 
 def _create_mambavision(variant: str, pretrained: bool = False, **kwargs: Any) -> MambaVision:
-    model = build_model_with_cfg(
-        MambaVision,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **{**SIZES[variant], **kwargs},
-    )
-    return cast("MambaVision", model)
+    return create(MambaVision, variant, pretrained, checkpoint_filter_fn, {**SIZES[variant], **kwargs})
 
 
 @register_vision_model

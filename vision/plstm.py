@@ -14,7 +14,7 @@ Shapes: B batch, h × w patches, D width.
 
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import trunc_normal_
@@ -27,8 +27,8 @@ from sinuous.core.mixers.plstm import CORNERS, small_
 from sinuous.core.patches import Sides
 from sinuous.core.registry import register_vision_model
 from sinuous.vision.checkpoints import fit_checkpoint
-from sinuous.vision.default_cfgs import family_cfgs
-from sinuous.vision.isotropic import Isotropic, create
+from sinuous.vision.isotropic import Isotropic
+from sinuous.vision.registration import create, family_cfgs
 
 __all__ = ["PLSTMVis", "checkpoint_filter_fn"]
 
@@ -263,9 +263,7 @@ def _create_plstm_vis(variant: str, pretrained: bool = False, **kwargs: Any) -> 
     sizes = dict(SIZES[variant])
     if kwargs.get("mixer", "plstm_grid") != "plstm_grid":
         del sizes["num_heads"]
-    return cast(
-        "PLSTMVis", create(PLSTMVis, variant, pretrained, checkpoint_filter_fn, {"depth": 12, **sizes, **kwargs})
-    )
+    return create(PLSTMVis, variant, pretrained, checkpoint_filter_fn, {"depth": 12, **sizes, **kwargs})
 
 
 @register_vision_model

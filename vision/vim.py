@@ -10,7 +10,7 @@ Shapes: B batch, M patches, D width, L tokens: the patches and, at M // 2 unless
 that read a grid leave no place for it, and L = M.
 """
 
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from sinuous.core.checks import check_arguments
 from sinuous.core.patches import Sides
 from sinuous.core.registry import register_vision_model
 from sinuous.vision.checkpoints import fit_checkpoint
-from sinuous.vision.default_cfgs import family_cfgs
-from sinuous.vision.isotropic import Isotropic, create
+from sinuous.vision.isotropic import Isotropic
+from sinuous.vision.registration import create, family_cfgs
 
 __all__ = ["Vim", "checkpoint_filter_fn"]
 
@@ -166,7 +166,7 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> Vim:
     if kwargs.get("mixer", "vim_pair") != "vim_pair":
         sizes = {name: size for name, size in sizes.items() if name not in MIXER_SIZES}
     sizes.update(kwargs)
-    return cast("Vim", create(Vim, variant, pretrained, checkpoint_filter_fn, sizes))
+    return create(Vim, variant, pretrained, checkpoint_filter_fn, sizes)
 
 
 @register_vision_model

@@ -37,8 +37,8 @@ from sinuous.core.mixers.vir import SMALLEST
 from sinuous.core.patches import Sides
 from sinuous.core.registry import register_vision_model
 from sinuous.vision.checkpoints import fit_checkpoint
-from sinuous.vision.default_cfgs import family_cfgs
-from sinuous.vision.isotropic import Isotropic, create
+from sinuous.vision.isotropic import Isotropic
+from sinuous.vision.registration import create, family_cfgs
 
 __all__ = ["RowsState", "ViR", "ViRBlock", "checkpoint_filter_fn"]
 
@@ -371,7 +371,7 @@ def _create_vir(variant: str, pretrained: bool = False, **kwargs: Any) -> ViR:
     if kwargs.get("mixer", "vir_retention") not in RETENTIONS:
         del sizes["num_heads"]
     sizes.update(kwargs)
-    return cast("ViR", create(ViR, variant, pretrained, checkpoint_filter_fn, sizes))
+    return create(ViR, variant, pretrained, checkpoint_filter_fn, sizes)
 
 
 @register_vision_model

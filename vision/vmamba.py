@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from timm.models import build_model_with_cfg
 from torch import Tensor, nn
 
 from sinuous.core.blocks import ResidualBlock, SharingBlock
@@ -26,7 +25,7 @@ from sinuous.core.mixers import Mixer
 from sinuous.core.patches import Sides
 from sinuous.core.registry import check_weights, register_vision_model
 from sinuous.core.stack import Stack
-from sinuous.vision.default_cfgs import family_cfgs
+from sinuous.vision.registration import create, family_cfgs
 from sinuous.vision.staged import (
     MergeDownsample,
     StackStage,
@@ -260,15 +259,7 @@ default_cfgs = family_cfgs(
 
 
 def _create_vmamba(variant: str, pretrained: bool = False, **kwargs: Any) -> VMamba:
-    vmamba: VMamba = build_model_with_cfg(
-        VMamba,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **{**SIZES[variant], **kwargs},
-    )
-    return vmamba
+    return create(VMamba, variant, pretrained, checkpoint_filter_fn, {**SIZES[variant], **kwargs})
 
 
 @register_vision_model
