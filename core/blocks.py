@@ -39,7 +39,7 @@ class ResidualBlock(nn.Module):
     """
 
     # TorchScript compiles only the branch that a constant takes; the other one reads weights that a block may lack.
-    __constants__: ClassVar[list[str]] = ["mixes_channels", "norms_last", "shares"]
+    __constants__: ClassVar[list[str]] = ["mixes_channels", "norms_last", "shares", "reads_positions"]
     shares = False
     """The block takes tensors from blocks before it, and gives some to those behind; see `SharingBlock`."""
     norm_name: ClassVar[str] = "norm"
@@ -66,6 +66,7 @@ class ResidualBlock(nn.Module):
         self.fp32_stream = fp32_stream
         setattr(self, self.norm_name, norm())
         setattr(self, self.mixer_name, mixer)
+        self.reads_positions = mixer.reads_positions and not self.shares
         self.norm_out = norm() if placement == "both" else nn.Identity()
         self.ls1 = scale()
         self.norm2 = nn.Identity() if mlp is None else norm()
@@ -86,15 +87,27 @@ class ResidualBlock(nn.Module):
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
-        return self._after_mixer(x, self.mixer(self._before_mixer(x), cu_seqlens, grid))
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        grid: list[int] | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        if self.reads_positions:
+            y = self.mixer(self._before_mixer(x), cu_seqlens, grid, position_ids)
+        else:
+            y = self.mixer(self._before_mixer(x), cu_seqlens, grid)
+        return self._after_mixer(x, y)
 
-    def prefill(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        y, state = self.mixer.prefill(self._before_mixer(x), state)
+    def prefill(self, x: Tensor, state: Any = None, position_ids: Tensor | None = None) -> tuple[Tensor, Any]:
+        positions = (position_ids,) if self.reads_positions else ()
+        y, state = self.mixer.prefill(self._before_mixer(x), state, *positions)
         return self._after_mixer(x, y), state
 
-    def step(self, x_t: Tensor, state: Any) -> tuple[Tensor, Any]:
-        y, state = self.mixer.step(self._before_mixer(x_t), state)
+    def step(self, x_t: Tensor, state: Any, position_ids: Tensor | None = None) -> tuple[Tensor, Any]:
+        positions = (position_ids,) if self.reads_positions else ()
+        y, state = self.mixer.step(self._before_mixer(x_t), state, *positions)
         return self._after_mixer(x_t, y), state
 
     def _before_mixer(self, x: Tensor) -> Tensor:

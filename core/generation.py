@@ -85,6 +85,7 @@ def generate(
     *,
     pad_id: int | None = None,
     prefill_chunk: int = 2048,
+    position_ids: Prompt | Sequence[Prompt] | None = None,
 ) -> Generation:
     """Go on from prompts until each row ends.
 
@@ -98,13 +99,15 @@ def generate(
         pad_id: where prompts are a padded tensor `[B, T]`: the token in front of shorter rows or behind them, which is
             not read there; between others it is a token like them.
         prefill_chunk: steps of a prompt that are read at a time, which bounds the memory of long prompts.
+        position_ids: for models that read positions, those of the tokens of each prompt, in the form of the prompts;
+            positions beyond a prompt's length are those of its first new tokens. From there on they count up by one.
 
     Raises:
-        ValueError: if a prompt is empty, too long, or has ids that the model lacks.
+        ValueError: if a prompt is empty, too long, or has ids that the model lacks, or a token has no position.
         NotImplementedError: if the model is not causal.
         FloatingPointError: if the model gives logits that are not numbers.
     """
-    run = _Run(model, prompts, sampling or Sampling(), pad_id, prefill_chunk)
+    run = _Run(model, prompts, sampling or Sampling(), pad_id, prefill_chunk, position_ids)
     for _ in run.decode():
         pass
     return Generation(
@@ -124,13 +127,14 @@ def stream(
     *,
     pad_id: int | None = None,
     prefill_chunk: int = 2048,
+    position_ids: Prompt | Sequence[Prompt] | None = None,
 ) -> Iterator[Token]:
     """Yield the tokens of `generate`, each as soon as it is certain.
 
     Tokens that may begin a stop sequence are held back until they do not. The model is in evaluation mode until the
     iterator ends or is closed. Arguments and errors are those of `generate`.
     """
-    return _Run(model, prompts, sampling or Sampling(), pad_id, prefill_chunk).decode()
+    return _Run(model, prompts, sampling or Sampling(), pad_id, prefill_chunk, position_ids).decode()
 
 
 @dataclass
@@ -139,10 +143,18 @@ class _Row:
     prompt: Tensor
     limit: int
     sampling: Sampling
+    positions: Tensor | None = None
     tokens: list[int] = field(default_factory=list)
     held: list[int] = field(default_factory=list)
     chosen: int = 0
     reason: str = ""
+
+    def position(self) -> int:
+        """Position of the token that was chosen last."""
+        assert self.positions is not None
+        place = len(self.prompt) + self.chosen - 1
+        ahead = max(place - len(self.positions) + 1, 0)
+        return int(self.positions[place - ahead]) + ahead
 
     def take(self, token: int) -> list[Token]:
         """Take a chosen token in and return the tokens that are now certain."""
@@ -181,6 +193,7 @@ class _Run:
         sampling: Sampling,
         pad_id: int | None,
         prefill_chunk: int,
+        position_ids: Prompt | Sequence[Prompt] | None,
     ) -> None:
         _check_model(model)
         if not isinstance(sampling, Sampling):
@@ -191,7 +204,11 @@ class _Run:
         self.device = next(model.parameters()).device
         self.prefill_seconds = self.decode_seconds = 0.0
         rows = [_checked(row, i, model.vocab_size) for i, row in enumerate(_rows(prompts, pad_id))]
-        self.rows = [_Row(i, prompt, _limit(prompt, i, sampling), sampling) for i, prompt in enumerate(rows)]
+        positions = _positions(position_ids, rows, pad_id)
+        self.rows = [
+            _Row(i, prompt, _limit(prompt, i, sampling), sampling, places)
+            for i, (prompt, places) in enumerate(zip(rows, positions, strict=True))
+        ]
         self.generators = [torch.Generator().manual_seed(seed) for seed in _seeds(sampling.seed, len(rows))]
 
     @torch.inference_mode()
@@ -228,8 +245,11 @@ class _Run:
 
     def _prefill(self) -> list[_Batch]:
         lengths = [len(row.prompt) for row in self.rows]
-        ids = nn.utils.rnn.pad_sequence([row.prompt for row in self.rows], batch_first=True).to(self.device)
-        stages, groups = run_ragged(self._read, ids, lengths)
+        ids = nn.utils.rnn.pad_sequence([row.prompt for row in self.rows], batch_first=True)
+        places = [row.positions[: len(row.prompt)] for row in self.rows if row.positions is not None]
+        if places:
+            ids = torch.stack([ids, nn.utils.rnn.pad_sequence(places, batch_first=True)], -1)
+        stages, groups = run_ragged(self._read, ids.to(self.device), lengths)
         logits = {
             row: stage.output[i] for stage in stages for i, row in enumerate(stage.rows)
         }  # the last stage's stays
@@ -247,7 +267,11 @@ class _Run:
 
     def _read(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
         for chunk in ids.split(self.prefill_chunk, 1):
-            logits, state = self.model.prefill(chunk, state, last_only=True)
+            if chunk.ndim == 3:  # positions beside the ids
+                places = chunk[..., 1]
+                logits, state = self.model.prefill(chunk[..., 0], state, last_only=True, position_ids=places)
+            else:
+                logits, state = self.model.prefill(chunk, state, last_only=True)
         return logits.squeeze(1), state
 
 
@@ -273,7 +297,10 @@ class _Batch:
         if self.seen is not None:
             self.seen = select_rows(self.seen, alive).scatter(1, ids[:, None], True)
         if self.rows:
-            logits, self.state = model.step(ids, self.state)
+            places: dict[str, Tensor] = {}
+            if self.rows[0].positions is not None:
+                places["position_ids"] = torch.tensor([row.position() for row in self.rows], device=ids.device)
+            logits, self.state = model.step(ids, self.state, **places)
             self.logits = logits[:, : model.vocab_size]
 
 
@@ -314,6 +341,25 @@ def _rows(prompts: Prompt | Sequence[Prompt], pad_id: int | None) -> list[Tensor
         raise ValueError("there is no prompt (got an empty batch); give at least one")
     rows = [row.cpu() for row in rows]
     return rows if pad_id is None else [_without_padding(row, i, pad_id) for i, row in enumerate(rows)]
+
+
+def _positions(
+    position_ids: Prompt | Sequence[Prompt] | None, prompts: list[Tensor], pad_id: int | None
+) -> list[Tensor] | list[None]:
+    """Split positions as the prompts are, on the CPU."""
+    if position_ids is None:
+        return [None] * len(prompts)
+    if pad_id is not None:
+        raise ValueError("position_ids do not go with pad_id (got both); give the prompts as a list, without padding")
+    rows = _rows(position_ids, None)
+    for i, (row, prompt) in enumerate(itertools.zip_longest(rows, prompts)):
+        if row is None or prompt is None or row.ndim != 1 or len(row) < len(prompt) or row.is_floating_point():
+            got = f"{len(rows)} rows" if row is None or prompt is None else f"{row.dtype} {list(row.shape)} in row {i}"
+            raise ValueError(
+                f"position_ids must have a whole number for each token of the {len(prompts)} prompts (got {got}); "
+                "give as many as there are tokens, or more for new ones"
+            )
+    return [row.long() for row in rows]
 
 
 def _without_padding(row: Tensor, index: int, pad_id: int) -> Tensor:

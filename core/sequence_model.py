@@ -38,7 +38,7 @@ class SequenceModel(nn.Module):
         mlp: `"none"`, `"gelu"`, `"geglu"` or `"swiglu"`, after every mixer; or one of them for each name whose mixers
             have one, others having none.
         mlp_ratio: width of the MLP between its layers, over `dim`.
-        mlp_multiple_of: that width is rounded up to a multiple of this.
+        mlp_multiple_of: that width is rounded to a multiple of this, `mlp_rounding` `"up"` or `"down"`.
         mlp_bias: biases in the MLP.
         norm: `"rms"`, `"layer"` or `"layer_no_bias"`.
         norm_eps: added under its root.
@@ -72,6 +72,7 @@ class SequenceModel(nn.Module):
         mlp: str | Mapping[str, str] = "none",
         mlp_ratio: float = 4.0,
         mlp_multiple_of: int = 1,
+        mlp_rounding: str = "up",
         mlp_bias: bool = False,
         norm: str = "rms",
         norm_eps: float = 1e-5,
@@ -113,6 +114,7 @@ class SequenceModel(nn.Module):
             mlp=mlp,
             mlp_ratio=mlp_ratio,
             mlp_multiple_of=mlp_multiple_of,
+            mlp_rounding=mlp_rounding,
             mlp_bias=mlp_bias,
             norm=norm,
             norm_eps=norm_eps,
@@ -149,26 +151,40 @@ class SequenceModel(nn.Module):
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.layers.set_grad_checkpointing(enable)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Logits `[B, T, padded_vocab_size]` of ids `[B, T]` or embeddings `[B, T, dim]`."""
-        return self.forward_head(self.forward_features(x, cu_seqlens))
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
+        """Logits `[B, T, padded_vocab_size]` of ids `[B, T]` or embeddings `[B, T, dim]`.
 
-    def forward_features(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Features `[B, T, dim]` that the head reads, of ids `[B, T]` or embeddings `[B, T, dim]`."""
-        return self._finish(self.layers(self._embed(x, 2), cu_seqlens))
+        `position_ids`, int64 `[B, T]`, are for mixers that read positions, others ignore them; positions count from 0
+        in each sequence if absent."""
+        return self.forward_head(self.forward_features(x, cu_seqlens, position_ids))
+
+    def forward_features(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Features `[B, T, dim]` that the head reads; arguments as in `forward`."""
+        return self._finish(self.layers(self._embed(x, 2), cu_seqlens, position_ids=position_ids))
 
     def forward_head(self, x: Tensor) -> Tensor:
         """Logits of features `[..., dim]`."""
         logits = F.linear(x, self.embedding.weight if self.head is None else self.head.weight)
         return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
 
-    def prefill(self, x: Tensor, state: State | None = None, *, last_only: bool = False) -> tuple[Tensor, State]:
+    def prefill(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        last_only: bool = False,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
         """Read a part of a sequence and go on from `state`.
 
         Args:
             x: ids `[B, T]` or embeddings `[B, T, dim]`.
             state: what an earlier call returned; `None` at the start of a sequence.
             last_only: compute the logits of the last step alone.
+            position_ids: int64 `[B, T]`, for mixers that read positions, others ignore them; they go on from the last
+                one in `state` if absent.
 
         Returns:
             Logits `[B, T, padded_vocab_size]`, or `[B, 1, padded_vocab_size]`, and the state after the last step.
@@ -176,16 +192,18 @@ class SequenceModel(nn.Module):
         Raises:
             NotImplementedError: if the model is not causal.
         """
-        x, after = self.layers.prefill(self._embed(x, 2), state)
+        x, after = self.layers.prefill(self._embed(x, 2), state, position_ids)
         return self.forward_head(self._finish(x[:, -1:] if last_only else x)), after
 
-    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, x_t: Tensor, state: State, position_ids: Tensor | None = None) -> tuple[Tensor, State]:
         """One step: ids `[B]` or embeddings `[B, dim]` to logits `[B, padded_vocab_size]` and the next state.
+
+        `position_ids`, int64 `[B]`, are for mixers that read positions; the next ones if absent.
 
         Raises:
             NotImplementedError: if the model is not causal.
         """
-        x, after = self.layers.step(self._embed(x_t, 1), state)
+        x, after = self.layers.step(self._embed(x_t, 1), state, position_ids)
         return self.forward_head(self._finish(x)), after
 
     def initial_state(

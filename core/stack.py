@@ -44,6 +44,7 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
     "layer": norms.LayerNorm,
     "layer_no_bias": functools.partial(norms.LayerNorm, bias=False),
 }
+ROUNDINGS: dict[str, Callable[[float], int]] = {"up": math.ceil, "down": lambda width: math.floor(width + 1e-9)}
 PLACE = {"block_index", "num_blocks"}
 """Options of mixers that start differently for their place in a model."""
 
@@ -65,7 +66,7 @@ class Stack(nn.ModuleList):
         mlp: `"none"`, `"gelu"`, `"geglu"` or `"swiglu"`, after every mixer; or one of them for each name whose mixers
             have one, others having none.
         mlp_ratio: width of the MLP between its layers, over `dim`.
-        mlp_multiple_of: that width is rounded up to a multiple of this.
+        mlp_multiple_of: that width is rounded to a multiple of this, `mlp_rounding` `"up"` or `"down"`.
         mlp_bias: biases in the MLP.
         norm: `"rms"`, `"layer"` or `"layer_no_bias"`.
         norm_eps: added under its root.
@@ -97,6 +98,7 @@ class Stack(nn.ModuleList):
         mlp: str | Mapping[str, str] = "none",
         mlp_ratio: float = 4.0,
         mlp_multiple_of: int = 1,
+        mlp_rounding: str = "up",
         mlp_bias: bool = False,
         norm: str = "rms",
         norm_eps: float = 1e-5,
@@ -134,6 +136,7 @@ class Stack(nn.ModuleList):
         check_range(0, sys.float_info.max, init_values=init_values)
         for kind in mlps.values():
             check_choice("mlp", kind, ("none", *MLPS))
+        check_choice("mlp_rounding", mlp_rounding, ROUNDINGS)
         check_choice("norm", norm, NORMS)
         check_choice("norm_placement", norm_placement, PLACEMENTS)
         check_choice("weight_init", weight_init, ("gpt2", "xlstm", "small"))
@@ -143,7 +146,12 @@ class Stack(nn.ModuleList):
         scale: Callable[[], nn.Module] = nn.Identity
         if init_values is not None:
             scale = functools.partial(LayerScale, dim, init_values, **dd)
-        hidden = math.ceil(dim * mlp_ratio / mlp_multiple_of) * mlp_multiple_of
+        hidden = ROUNDINGS[mlp_rounding](dim * mlp_ratio / mlp_multiple_of) * mlp_multiple_of
+        if hidden == 0 and any(kind != "none" for kind in mlps.values()):
+            raise ValueError(
+                f"mlp_ratio {mlp_ratio} of dim {dim} rounded down to a multiple of {mlp_multiple_of} leaves the MLP no "
+                "width; give a smaller mlp_multiple_of"
+            )
         mlp_options = {"bias": mlp_bias, "drop": drop_rate, **dd}
         names = [self.pattern[i % len(self.pattern)] for i in range(depth)]
         for i, (name, rate) in enumerate(zip(names, rates, strict=True)):
@@ -203,6 +211,7 @@ class Stack(nn.ModuleList):
             return super().__call__(*args, **kwargs)
         x = args[0] if args else kwargs.get("x")
         calls.check_stream(self, x)
+        calls.check_positions(args[4] if len(args) > 4 else kwargs.get("position_ids"), x)
         try:
             return super().__call__(*args, **kwargs)
         except Exception:
@@ -215,6 +224,7 @@ class Stack(nn.ModuleList):
         cu_seqlens: Tensor | None = None,
         grid: list[int] | None = None,
         orders: list[Tensor] | None = None,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Residual stream after the last block.
 
@@ -224,9 +234,10 @@ class Stack(nn.ModuleList):
             grid: its sides where the tokens are the cells of a grid, the last axis fastest.
             orders: in what order the blocks visit the tokens, taken in turn: int64 `[2, T]` each, the token at every
                 step, and the step of every token. What comes out is in the order of `x`.
+            position_ids: int64 `[B, T]`, for mixers that read positions; they count from 0 in each sequence if absent.
         """
         taps: list[int] = []
-        return self.run(x, cu_seqlens, grid, orders, taps, None)[0]
+        return self.run(x, cu_seqlens, grid, orders, taps, None, position_ids)[0]
 
     def forward_intermediates(
         self,
@@ -270,6 +281,7 @@ class Stack(nn.ModuleList):
         orders: list[Tensor] | None,
         taps: list[int],
         depth: int | None,
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run the first `depth` blocks, or all, one after another, and keep the stream behind those of `taps`.
 
@@ -284,13 +296,17 @@ class Stack(nn.ModuleList):
                     order = orders[i % len(orders)]
                     move = order[0] if steps is None else steps.index_select(0, order[0])
                     x, steps = x.index_select(1, move), order[1]
+                    if position_ids is not None:
+                        position_ids = position_ids.index_select(1, move)
                     for name in list(shared.keys()):
                         shared[name] = [tensor.index_select(1, move) for tensor in shared[name]]
                 if block.shares:
                     name = self.pattern[i % len(self.pattern)]
                     x, shared[name] = self._run_sharing(block, x, cu_seqlens, grid, shared.get(name, []))
                 elif self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
-                    x = checkpoint(block, x, cu_seqlens, grid)
+                    x = checkpoint(block, x, cu_seqlens, grid, position_ids)
+                elif block.reads_positions:
+                    x = block(x, cu_seqlens, grid, position_ids)
                 else:
                     x = block(x, cu_seqlens, grid)
                 if i in taps:
@@ -309,8 +325,12 @@ class Stack(nn.ModuleList):
         x, *passed_on = call(x, cu_seqlens, grid, *shared)
         return x, passed_on
 
-    def prefill(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def prefill(
+        self, x: Tensor, state: State | None = None, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """Read a part of a sequence `[B, T, dim]` and go on from `state`; `None` at the start of a sequence.
+
+        `position_ids`, int64 `[B, T]`, are for mixers that read positions. They go on from the last one if absent.
 
         Returns:
             The residual stream `[B, T, dim]`, and the states after the last step.
@@ -318,17 +338,18 @@ class Stack(nn.ModuleList):
         Raises:
             NotImplementedError: if the stack is not causal.
         """
-        return self._carry("prefill", x, (None,) * len(self) if state is None else state)
+        return self._carry("prefill", x, (None,) * len(self) if state is None else state, position_ids)
 
-    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """One step: `[B, dim]` and states to `[B, dim]` and the next states.
+    def step(self, x_t: Tensor, state: State, position_ids: Tensor | None = None) -> tuple[Tensor, State]:
+        """One step: `[B, dim]`, states, and positions `[B]` if they are not the next ones, to `[B, dim]` and the next
+        states.
 
         Raises:
             NotImplementedError: if the stack is not causal.
         """
-        return self._carry("step", x_t, state)
+        return self._carry("step", x_t, state, position_ids)
 
-    def _carry(self, call: str, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def _carry(self, call: str, x: Tensor, state: State, position_ids: Tensor | None) -> tuple[Tensor, State]:
         if not self.causal:
             _no_state()
         if not isinstance(state, tuple | list) or len(state) != len(self):
@@ -340,9 +361,11 @@ class Stack(nn.ModuleList):
         shared: dict[str, list[Tensor]] = {}
         after, stream = [], x
         calls.check_stream(self, x)
+        calls.check_positions(position_ids, x)
         try:
             for name, block, before in zip(self._names(), self, state, strict=True):
-                stream, new, *shared[name] = getattr(block, call)(stream, before, *shared.get(name, ()))
+                more = shared.get(name, ()) if block.shares else (position_ids,)
+                stream, new, *shared[name] = getattr(block, call)(stream, before, *more)
                 after.append(new)
         except Exception:
             if not torch.compiler.is_compiling():

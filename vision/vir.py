@@ -93,7 +93,13 @@ class ViRBlock(ResidualBlock):
     def mixer(self) -> Mixer:  # type: ignore[override]
         return cast("Mixer", self.retention)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        grid: list[int] | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         return self._after_mixer(x, self.retention(self._before_mixer(x), cu_seqlens, grid))  # type: ignore[operator]
 
     def _before_mixer(self, x: Tensor) -> Tensor:

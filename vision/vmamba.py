@@ -104,7 +104,13 @@ class VSSBlock(ResidualBlock):
     def mixer(self) -> Mixer:  # type: ignore[override]
         return cast("Mixer", self.op)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        grid: list[int] | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         return self._after_mixer(x, self.op(self._before_mixer(x), cu_seqlens, grid))  # type: ignore[operator]
 
 

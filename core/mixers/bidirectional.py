@@ -24,11 +24,13 @@ class Bidirectional(Mixer):
 
     causal: ClassVar[bool] = False
     constant_state: ClassVar[bool] = False
+    __constants__: ClassVar[list[str]] = ["reads_positions"]
 
     def __init__(self, name: str, dim: int, **kwargs: Any) -> None:
         super().__init__()
         self.past = build_mixer(name, dim, **kwargs)
         self.future = build_mixer(name, dim, **kwargs)
+        self.reads_positions = self.past.reads_positions
         if not self.past.causal:
             raise ValueError(f"mixer {name!r} already looks both ways; use it without Bidirectional")
 
@@ -42,10 +44,21 @@ class Bidirectional(Mixer):
     def no_weight_decay(self) -> set[str]:
         return {f"{side}.{name}" for side in ("past", "future") for name in self.past.no_weight_decay()}
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        grid: list[int] | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         bounds = mirror(cu_seqlens, x.shape[1])
-        past: Tensor = self.past(x, cu_seqlens, grid)
-        future: Tensor = self.future(x.flip(1), bounds, grid)
+        if self.reads_positions:
+            mirrored = None if position_ids is None else position_ids.flip(1)
+            past: Tensor = self.past(x, cu_seqlens, grid, position_ids)
+            future: Tensor = self.future(x.flip(1), bounds, grid, mirrored)
+        else:
+            past = self.past(x, cu_seqlens, grid)
+            future = self.future(x.flip(1), bounds, grid)
         return (past + future.flip(1)) / 2
 
     def mix_sharing(

@@ -227,6 +227,29 @@ def check_stream(stack: Stack, x: Any) -> None:
         check_place(stack, x)
 
 
+def check_positions(position_ids: Any, x: Any) -> None:
+    """Refuse positions that are not int64 numbers, one for each token of `[B, T, dim]` or `[B, dim]`.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if position_ids is None or not isinstance(x, Tensor):
+        return
+    wanted = f"position_ids must be int64 {'[B, T]' if x.ndim == 3 else '[B]'}, one for each token"
+    if not isinstance(position_ids, Tensor):
+        raise ValueError(f"{wanted} (got {described(position_ids)}); convert them with torch.tensor")
+    if position_ids.dtype != torch.int64:
+        raise ValueError(f"{wanted} (got {position_ids.dtype}); convert them with .long()")
+    if position_ids.shape != x.shape[:-1]:
+        raise ValueError(
+            f"{wanted} (got {list(position_ids.shape)} for {list(x.shape[:-1])} tokens); give every row its positions"
+        )
+    if position_ids.device != x.device:
+        raise ValueError(
+            f"{wanted} on the device of the tokens (got {position_ids.device}); move them with .to({str(x.device)!r})"
+        )
+
+
 def check_output(module: nn.Module, x: Any, y: Any) -> None:
     """Refuse an input that only shows in the output to have had the wrong dtype, or no data.
 

@@ -40,6 +40,8 @@ class Mixer(nn.Module):
         causal: output t depends on inputs up to t only.
         constant_state: the state's size does not grow with the length of the past.
         reads_grid: the output depends on the grid, of mixers that look around and not only along the row.
+        reads_positions: positions may be told: `forward` and `prefill` take `position_ids`, int64 `[B, T]`, as their
+            last argument, `step` those of one step, `[B]`. Where they are absent a mixer counts.
         may_be_zero: whole-number options that are no sizes, besides those whose default is 0.
         model_dim: width of its input and output; 0 where its constructor has no argument `dim`.
         shared_option: for mixers that share tensors with those of their name in later blocks of a model, the option of
@@ -49,6 +51,7 @@ class Mixer(nn.Module):
     causal: ClassVar[bool]
     constant_state: ClassVar[bool]
     reads_grid: ClassVar[bool] = False
+    reads_positions: bool = False
     shared_option: ClassVar[str | None] = None
     may_be_zero: ClassVar[frozenset[str]] = frozenset()
     model_dim: int = 0
@@ -103,9 +106,10 @@ class Mixer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} looks at the future and has no state to carry; call forward")
 
     @calls.checked("x_t")
-    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, x_t: Tensor, state: State, position_ids: Tensor | None = None) -> tuple[Tensor, State]:
         """One step: `[B, dim]` and a state to `[B, dim]` and the next state."""
-        y, state = self._go_on(x_t.unsqueeze(1), state)
+        positions = () if position_ids is None else (position_ids.unsqueeze(1),)
+        y, state = self._go_on(x_t.unsqueeze(1), state, *positions)
         return y.squeeze(1), state
 
     _go_on = prefill

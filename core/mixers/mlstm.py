@@ -4,23 +4,27 @@
                    q, k = q_proj(x'), k_proj(x');   v = v_proj(x)                 block-diagonal, 4 × 4
                    i, f = igate([q, k, v]), fgate([q, k, v])                      before their activations, per head
                    out = proj_down((norm(mlstm(q, k, v, i, f)) + skip ⊙ x') ⊙ silu(z))
+                   Bio-xLSTM rotates q and k by their positions, each head after the gates, which see them as they are
+                   (DNA), or the whole width ahead of the gates (proteins)
     mlstm_large    q, k, v, i, f of u, the gates held in (-c, c) by c tanh(· / c)
                    out = out_proj(σ(ogate_preact(u)) ⊙ norm(mlstm(q, k, v, i, f)))
 
 Sources: Beck et al., "xLSTM" (arXiv 2405.04517), section 2.4 and figure 11; Beck et al., "xLSTM 7B" (arXiv 2503.13427),
-section 3. Names of parameters as in NX-AI/xlstm's `mLSTMLayer` and in the `mLSTMLayer` of its `xlstm_large`.
+section 3; Schmidinger et al., "Bio-xLSTM" (arXiv 2411.04165). Names of parameters as in NX-AI/xlstm's `mLSTMLayer` and
+in the `mLSTMLayer` of its `xlstm_large`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sinuous.core.checks import check_choice, check_sizes
+from sinuous.core.checks import check_choice, check_positive, check_sizes
+from sinuous.core.mixers import positions
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
 from sinuous.core.mixers.convolutions import PaddedConvolution
 from sinuous.core.mixers.heads import per_head
@@ -31,6 +35,7 @@ from sinuous.core.ops import causal_conv1d, mlstm  # noqa: F401  (registers torc
 
 CELL_EPS = 1e-6
 INPUT_ACTIVATIONS = ("exp", "sigmoid")
+ROTARY = ("head", "inner")
 
 
 @register_state
@@ -42,6 +47,17 @@ class MLSTMState(NamedTuple):
     C: Tensor
     n: Tensor
     m: Tensor
+
+
+@register_state
+class RotaryMLSTMState(NamedTuple):
+    """`MLSTMState` and the position of the next step, int64 `[B]`."""
+
+    conv: Tensor
+    C: Tensor
+    n: Tensor
+    m: Tensor
+    position: Tensor
 
 
 class MLSTMCell(nn.Module):
@@ -66,7 +82,7 @@ class MemoryMixer(Mixer):
         self.memory_shape = memory_shape
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
-        return self._mix(x, None, None, None, None, cu_seqlens)[0]
+        return self._mix(x, None, None, None, None, cu_seqlens, None)[0]
 
     def _mix(
         self,
@@ -76,12 +92,13 @@ class MemoryMixer(Mixer):
         n: Tensor | None,
         m: Tensor | None,
         cu_seqlens: Tensor | None,
+        position_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         raise NotImplementedError
 
     def prefill(self, x: Tensor, state: MLSTMState | None = None) -> tuple[Tensor, MLSTMState]:
         conv, C, n, m = (None, None, None, None) if state is None else state
-        y, conv, C, n, m = self._mix(x, conv, C, n, m, None)
+        y, conv, C, n, m = self._mix(x, conv, C, n, m, None, None)
         return y, MLSTMState(conv, C, n, m)
 
     def initial_state(
@@ -106,10 +123,19 @@ class MLSTM(MemoryMixer):
         input_activation: activation of the input gate, `exp` or `sigmoid`.
         bias: in the projections.
         num_blocks: blocks of the model; the last projection starts with a deviation of 2 / (num_blocks · √dim).
+        rotary: rotate pairs of neighbouring channels of q and k by their positions: `"head"`, in each head and after
+            the gates, or `"inner"`, over the whole width E and ahead of the gates; `None` for neither.
+        rotary_theta: base θ of the rotary positions.
+
+    Positions count from 0 in each sequence, packed ones too, unless `position_ids` are given; a state goes on from the
+    last position.
 
     Raises:
-        ValueError: if a width is no multiple of what it must be, or the activation is unknown.
+        ValueError: if a width is no multiple of what it must be, a choice is unknown, or what is to be rotated in pairs
+            has an odd width.
     """
+
+    __constants__: ClassVar[list[str]] = ["rotates_heads", "rotates_inner", "reads_positions"]
 
     def __init__(
         self,
@@ -122,18 +148,31 @@ class MLSTM(MemoryMixer):
         input_activation: str = "exp",
         bias: bool = False,
         num_blocks: int = 1,
+        rotary: str | None = None,
+        rotary_theta: float = 5e5,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         check_choice("input_activation", input_activation, INPUT_ACTIVATIONS)
         check_sizes(conv_size=conv_size)
+        check_positive(rotary_theta=rotary_theta)
+        if rotary is not None:
+            check_choice("rotary", rotary, ROTARY)
         inner = math.ceil(proj_factor * dim / round_up_to) * round_up_to
         size = per_head(inner, num_heads, "the inner width")
+        if rotary is not None and (size if rotary == "head" else inner) % 2:
+            raise ValueError(
+                f"rotary={rotary!r} rotates pairs and needs an even width (got {size} channels in a head); "
+                "give other num_heads or rotary=None"
+            )
         blocks = inner // qkv_block_size
         super().__init__((conv_size - 1, inner), (num_heads, size, size))
         self.dim, self.num_blocks = dim, num_blocks
         self.inner = inner
+        self.rotates_heads, self.rotates_inner = rotary == "head", rotary == "inner"
+        self.reads_positions = rotary is not None
+        self.rotary_theta = rotary_theta
         self.input_activation = input_activation
         self.eps = CELL_EPS
         self.proj_up = nn.Linear(dim, 2 * inner, bias=bias, **dd)
@@ -159,6 +198,40 @@ class MLSTM(MemoryMixer):
         nn.init.normal_(self.mlstm_cell.igate.bias, std=0.1)
         init_forget_gate(self.mlstm_cell.fgate)
 
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        grid: list[int] | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        return self._mix(x, None, None, None, None, cu_seqlens, position_ids)[0]
+
+    def prefill(  # type: ignore[override]
+        self,
+        x: Tensor,
+        state: MLSTMState | RotaryMLSTMState | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, MLSTMState | RotaryMLSTMState]:
+        if not self.reads_positions:
+            return super()._go_on(x, state)
+        conv, C, n, m, position = (None,) * 5 if state is None else cast("RotaryMLSTMState", state)
+        if position_ids is None:
+            position_ids = positions.steps(x, position, None).expand(x.shape[0], -1)
+        if position is None:
+            position = position_ids.new_zeros(x.shape[0])
+        y, conv, C, n, m = self._mix(x, conv, C, n, m, None, position_ids)
+        last = torch.cat([position.unsqueeze(1) - 1, position_ids], 1)[:, -1]
+        return y, RotaryMLSTMState(conv, C, n, m, last + 1)
+
+    def initial_state(  # type: ignore[override]
+        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> MLSTMState | RotaryMLSTMState:
+        state = super().initial_state(batch_size, device, dtype)
+        if not self.reads_positions:
+            return state
+        return RotaryMLSTMState(*state, torch.zeros(batch_size, device=state.C.device, dtype=torch.long))
+
     def output_weights(self) -> set[str]:
         return {"proj_down.weight"}
 
@@ -173,6 +246,7 @@ class MLSTM(MemoryMixer):
         n: Tensor | None,
         m: Tensor | None,
         cu_seqlens: Tensor | None,
+        position_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         igate, fgate, weights = self.mlstm_cell.igate, self.mlstm_cell.fgate, self.conv1d.conv
         u, z = self.proj_up(x).split([self.inner, self.inner], -1)
@@ -180,10 +254,19 @@ class MLSTM(MemoryMixer):
             u, weights.weight.squeeze(1), weights.bias, conv, cu_seqlens, True, False, ""
         )
         q, k, v = self.q_proj(convolved), self.k_proj(convolved), self.v_proj(u)
-        qkv, heads = torch.cat([q, k, v], -1), [self.memory_shape[0], self.memory_shape[1]]
+        heads = [self.memory_shape[0], self.memory_shape[1]]
+        if self.reads_positions and position_ids is None:
+            position_ids = positions.steps(x, None, cu_seqlens)
+        if self.rotates_inner and position_ids is not None:
+            q = positions.rotate(q.unsqueeze(2), position_ids, self.rotary_theta, True).squeeze(2)
+            k = positions.rotate(k.unsqueeze(2), position_ids, self.rotary_theta, True).squeeze(2)
+        qkv = torch.cat([q, k, v], -1)
+        q, k, v = q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
+        if self.rotates_heads and position_ids is not None:
+            q = positions.rotate(q, position_ids, self.rotary_theta, True)
+            k = positions.rotate(k, position_ids, self.rotary_theta, True)
         h, C, n, m, _, _, _ = torch.ops.sinuous.mlstm(
-            q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads), 
-            gate_of(qkv, igate.weight, igate.bias), gate_of(qkv, fgate.weight, fgate.bias),
+            q, k, v, gate_of(qkv, igate.weight, igate.bias), gate_of(qkv, fgate.weight, fgate.bias),
             C, n, m, cu_seqlens, None, self.eps, self.input_activation, True, False, "",
         )  # fmt: skip
         y = (self.mlstm_cell.outnorm(h) + self.learnable_skip * convolved) * F.silu(z)
@@ -264,6 +347,7 @@ class MLSTMLarge(MemoryMixer):
         n: Tensor | None,
         m: Tensor | None,
         cu_seqlens: Tensor | None,
+        position_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         keys, values = [-1, self.memory_shape[1]], [-1, self.memory_shape[2]]
         h, C, n, m, _, _, _ = torch.ops.sinuous.mlstm(

@@ -6,6 +6,8 @@ this module's own namespace, so callers write `positions.steps(x)`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,23 +42,32 @@ def segments(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 @torch.fx.wrap
-def rotate(x: Tensor, steps: Tensor, theta: float) -> Tensor:
+def rotate(x: Tensor, steps: Tensor, theta: float, interleaved: bool = False) -> Tensor:
     r"""Rotate pairs of channels by an angle proportional to the step: rotary positions.
 
-        (x_j, x_{j+K/2})  ←  (x_j cos φ - x_{j+K/2} sin φ,  x_{j+K/2} cos φ + x_j sin φ),    φ = step · θ^{-2j/K}
+        (x_a, x_b)  ←  (x_a cos φ - x_b sin φ,  x_b cos φ + x_a sin φ),    φ = step · θ^{-2j/K}
 
-    Channel j is paired with channel j + K/2, as in GPT-NeoX and Llama; in the paper neighbours are, which is another
-    order of channels. Angles are fp32, or fp64 where x is.
+    Pair j is made of channels j and j + K/2, as in GPT-NeoX and Llama, or, `interleaved`, of neighbours, 2j and 2j + 1,
+    as in the paper. Angles are fp32, or fp64 where x is; those of neighbours are counted in fp64 and taken modulo 2π,
+    so that they are exact along a chromosome.
 
     Args:
         x: `[B, T, H, K]`, K even.
         steps: int64 `[B, T]` or `[1, T]`.
         theta: θ, 10,000 in the paper.
+        interleaved: pair neighbours.
 
     Source: Su et al. (arXiv 2104.09864), section 3.2.2.
     """
     dtype = real_dtype(x.dtype)
     half = x.shape[3] // 2
+    if interleaved:
+        exponents = -torch.arange(half, device=x.device, dtype=torch.float64) / half
+        angle = torch.remainder(steps.double().unsqueeze(-1) * torch.pow(theta, exponents), 2 * math.pi)
+        angle = angle.to(dtype).unsqueeze(2)
+        a, b = x.to(dtype).unflatten(-1, [half, 2]).unbind(-1)
+        cos, sin = angle.cos(), angle.sin()
+        return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
     frequency = torch.pow(theta, -torch.arange(half, device=x.device, dtype=dtype) / half)
     angle = (steps.to(dtype).unsqueeze(-1) * frequency).unsqueeze(2)
     cos, sin = angle.cos(), angle.sin()

@@ -181,6 +181,8 @@ def test_counts_are_those_of_the_published_models() -> None:
     tokens, width, mlp = 50_304 * 4096, 4096, 3 * 4096 * 10_944
     assert 2 * tokens + width + 32 * (count("mlstm_large", width, num_heads=8) + mlp + 2 * width) == 6_865_424_896
     assert 4 * (count("mlstm", 256, num_heads=1) + 256) + 256 + 2 * 37 * 256 == 1_644_296  # Chem-xLSTM
+    for depth, total in ((5, 2_097_960), (9, 3_771_208)):  # DNA-xLSTM of mLSTM
+        assert depth * (count("mlstm", 256, bias=True) + 256) + 256 + 2 * 12 * 256 == total
     mamba2_130m = 24 * (count("mamba2", 768) + 768) + 768 + 50_288 * 768
     assert mamba2_130m == 128_989_632
     small = 4 * (1536 * 2 + 3072) + 6 * 2048 * 2 + 12 + 512  # convolutions, α and β, A and dt, the norm

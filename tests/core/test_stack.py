@@ -87,6 +87,31 @@ def test_taps_reach_blocks_that_share() -> None:
     assert tapped[0].shape == x.shape
 
 
+@pytest.mark.parametrize(
+    ("rounding", "ratio", "multiple", "hidden"),
+    [
+        ("up", 1.1, 8, 32),
+        ("down", 1.1, 8, 24),
+        ("up", 2, 8, 48),
+        ("down", 2, 8, 48),
+        ("down", 23 / 24 + 1 / 24, 24, 24),
+    ],
+)
+@pytest.mark.parametrize("mlp", MLPS)
+def test_the_width_of_mlps_is_rounded_as_told(
+    mlp: str, rounding: str, ratio: float, multiple: int, hidden: int
+) -> None:
+    stack = Stack(DIM, 1, mlp=mlp, mlp_ratio=ratio, mlp_multiple_of=multiple, mlp_rounding=rounding)
+    assert stack[0].mlp.fc2.weight.shape == (DIM, hidden)
+
+
+def test_an_mlp_that_is_rounded_away_is_refused() -> None:
+    with pytest.raises(ValueError, match="leaves the MLP no width; give a smaller mlp_multiple_of"):
+        Stack(DIM, 1, mlp="gelu", mlp_ratio=1.0, mlp_multiple_of=32, mlp_rounding="down")
+    with pytest.raises(ValueError, match="mlp_rounding must be 'up' or 'down'"):
+        Stack(DIM, 1, mlp="gelu", mlp_rounding="nearest")
+
+
 def test_mixers_are_told_their_place_and_so_are_twins() -> None:
     for causal in (True, False):
         stack = build(("rwkv4", "gla"), 4, causal=causal)
