@@ -96,6 +96,8 @@ class Batches(L.LightningDataModule):
             order = RepeatAugSampler(examples, world, rank, shuffle=True, num_repeats=self.repeats, selected_round=0)
         else:
             order = DistributedSampler(examples, world, rank, shuffle=True, seed=self.seed)
+            if (lengths := lengths_of(examples)) is not None:
+                order = LikeLengths(order, lengths, self.batch_size, self.seed)
         sampler = SeededSampler(order, self.seed, rank if self.repeats > 1 else None)
         # Worker processes take their indices before Lightning tells the sampler at which epoch a run goes on.
         sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
@@ -135,6 +137,43 @@ class ScoredData:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.data, name)
+
+
+class LikeLengths(Sampler[int]):
+    """The places of `order`, arranged so that the examples of a batch are of like length, and the batches in any order.
+
+    Fifty batches at a time are sorted by length: examples of one batch still differ from epoch to epoch.
+
+    Args:
+        order: a sampler with `set_epoch`.
+        lengths: of all examples.
+        batch_size: examples in a batch.
+        seed: of the order of the batches, together with the epoch.
+    """
+
+    SORTED = 50
+
+    def __init__(self, order: Any, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.order, self.lengths, self.batch_size, self.seed, self.epoch = order, lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[int]:
+        places, size = list(self.order), self.batch_size
+        whole = len(places) - len(places) % size
+        batches = []
+        for start in range(0, whole, self.SORTED * size):
+            part = sorted(places[start : min(start + self.SORTED * size, whole)], key=self.lengths.__getitem__)
+            batches += [part[i : i + size] for i in range(0, len(part), size)]
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        for batch in torch.randperm(len(batches), generator=generator).tolist():
+            yield from batches[batch]
+        yield from places[whole:]
 
 
 class SeededSampler(Sampler[Draw]):
@@ -204,6 +243,14 @@ def evenly(examples: Any, limit: int | None) -> Any:
     if limit is None or limit >= count:
         return examples
     return Subset(examples, [(2 * i + 1) * count // (2 * limit) for i in range(limit)])
+
+
+def lengths_of(examples: Any) -> Sequence[int] | None:
+    """The lengths that a dataset offers, of those examples that are left of it; None where it offers none."""
+    if isinstance(examples, Subset):
+        lengths = lengths_of(examples.dataset)
+        return None if lengths is None else [lengths[index] for index in examples.indices]
+    return getattr(examples, "lengths", None)
 
 
 def _world() -> tuple[int, int]:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -20,6 +21,8 @@ class Data(Protocol):
     Optional, and found by name:
 
     - `collate(examples)` makes a batch; torch's default does if it is absent.
+    - `lengths` of a dataset that `split` gives, a number for each example: batches of training may then be made of
+      examples of like length, see `sinuous.apps.batches`.
     - `augment`, a bool: whether training examples are changed at random; a run that wants them as they are sets it.
     - `facts()` gives what weights trained on this data remember of it, in numbers, words and lists: `classes`, sizes,
       `mean`; `sinuous eval` and loading use them, and refuse data that contradicts them.
@@ -57,6 +60,9 @@ class LabelledData(Data, Protocol):
 
 class TokenData(Data, Protocol):
     """Sequences of tokens: batches `(ids [B, T], targets [B, T])`, targets of -100 being ignored.
+
+    A third entry is `cu_seqlens` of sequences packed into one row, or a dictionary of tensors that the model is given
+    by name, such as `position_ids`.
 
     Attributes:
         unit: what one token is, in the singular, such as `byte` or `base`; scores are bits per unit.
@@ -104,3 +110,21 @@ def check_split(name: str) -> str:
     """
     check_choice("split", name, SPLITS)
     return name
+
+
+def packed(examples: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Put sequences of different lengths into one row, so that no recurrence reads padding.
+
+    Args:
+        examples: `(inputs [T, ...], label)` or `(inputs [T, ...], targets [T, ...])`, each of its own T.
+
+    Returns:
+        `(inputs [1, ΣT, ...], labels [N] or targets [1, ΣT, ...], cu_seqlens [N + 1])`.
+    """
+    inputs = [sequence for sequence, _ in examples]
+    ends = torch.tensor([0, *(len(sequence) for sequence in inputs)]).cumsum(0)
+    if isinstance(examples[0][1], Tensor) and examples[0][1].ndim:
+        targets = torch.cat([target for _, target in examples])[None]
+    else:
+        targets = torch.tensor([int(label) for _, label in examples])
+    return torch.cat(inputs)[None], targets, ends

@@ -88,10 +88,13 @@ class Labelling(Task):
 
     def score(self, model: nn.Module, batch: Sequence[Tensor]) -> int:
         """Update the scores; returns the number of positions that counted."""
-        logits = self._logits(model, batch)
-        for name in self.scores:
-            self.count(name, logits.argmax(1), batch[1])
+        self.judge(self._logits(model, batch), batch[1])
         return int((batch[1] != IGNORED).sum())
+
+    def judge(self, logits: Tensor, labels: Tensor) -> None:
+        """Update the scores by logits with their classes on axis 1."""
+        for name in ("accuracy", "mean_iou"):
+            self.count(name, logits.argmax(1), labels)
 
     def _logits(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
         logits, labels = _classes_second(apply(model, batch), batch[1]), batch[1]

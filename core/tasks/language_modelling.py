@@ -77,17 +77,22 @@ class LanguageModelling(Task):
     def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
         if self.masking is not None:
             batch = (*self.masking(batch[0], batch[1]), *batch[2:])
-        return _nats(model, batch) / (batch[1] != IGNORED).sum().clamp(min=1)
+        return nats(model, batch) / (batch[1] != IGNORED).sum().clamp(min=1)
 
     def score(self, model: nn.Module, batch: Sequence[Tensor]) -> int:
         """Update the score; returns the number of targets that counted."""
-        if self.masking is not None:
-            generator = torch.Generator().manual_seed(int(batch[0].sum()) % 2**63)
-            batch = (*self.masking(batch[0], batch[1], generator), *batch[2:])
+        batch = self.hidden(batch)
         count = int((batch[1] != IGNORED).sum())
         if count:
-            self.count(self.bits, _nats(model, batch) / (count * math.log(2)), count)
+            self.count(self.bits, nats(model, batch) / (count * math.log(2)), count)
         return count
+
+    def hidden(self, batch: Sequence[Any]) -> Sequence[Any]:
+        """The batch as it is scored: with `masking`, the same tokens of it hidden each time."""
+        if self.masking is None:
+            return batch
+        generator = torch.Generator().manual_seed(int(batch[0].sum()) % 2**63)
+        return (*self.masking(batch[0], batch[1], generator), *batch[2:])
 
     def report(
         self, model: nn.Module, data: Any, seen: Sequence[Any], scores: Mapping[str, float], folder: Path, split: str
@@ -96,7 +101,7 @@ class LanguageModelling(Task):
         return [f"{split} bits per {self.unit} {scores[self.bits]:.4f} on {sum(seen):,} {named}"]
 
 
-def _nats(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-    """Summed cross entropy of a batch."""
+def nats(model: nn.Module, batch: Sequence[Any], reduction: str = "sum") -> Tensor:
+    """Cross entropy of a batch, summed or, with the reduction `none`, of each position in one row: 0 where ignored."""
     logits = apply(model, batch).float()
-    return F.cross_entropy(logits.flatten(0, -2), batch[1].flatten(), ignore_index=IGNORED, reduction="sum")
+    return F.cross_entropy(logits.flatten(0, -2), batch[1].flatten(), ignore_index=IGNORED, reduction=reduction)

@@ -15,7 +15,7 @@ class Task(nn.Module):
     """Trains and judges a model on batches of data; knows nothing of optimizers, loops or files of runs.
 
     Batches are tuples `(inputs, targets)`, or `(inputs, targets, cu_seqlens)` where sequences of different lengths are
-    packed into one row.
+    packed into one row, or `(inputs, targets, {name: tensor})` where the model is given more, see `apply`.
 
     Attributes:
         takes: the class of `sinuous.core.data` that says what data must offer.
@@ -69,7 +69,11 @@ class Task(nn.Module):
         return [f"{split} " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())]
 
 
-def apply(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-    """Output of a model for a batch `(inputs, targets)` or `(inputs, targets, cu_seqlens)`."""
-    output: Tensor = model(batch[0], cu_seqlens=batch[2]) if len(batch) > 2 else model(batch[0])
+def apply(model: nn.Module, batch: Sequence[Any]) -> Tensor:
+    """Output of a model for a batch `(inputs, targets)`, or one whose third entry says more.
+
+    That entry is `cu_seqlens`, or a dictionary of what the model is given by name, such as `position_ids`.
+    """
+    more = batch[2] if len(batch) > 2 else {}
+    output: Tensor = model(batch[0], **(more if isinstance(more, Mapping) else {"cu_seqlens": more}))
     return output

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sinuous.apps.batches import Batches, SeededExamples, SeededSampler, evenly
+from sinuous.apps.batches import Batches, LikeLengths, SeededExamples, SeededSampler, evenly, lengths_of
 
 
 class Noisy(Dataset[Any]):
@@ -116,3 +116,47 @@ def test_the_order_of_an_epoch_is_torchs() -> None:
     sampler = SeededSampler(order, 5)
     sampler.set_epoch(2)
     assert [place for place, _ in sampler] == list(order)
+
+
+class Lengths(Noisy):
+    """Examples that say how long they are: the lengths of neighbours differ most."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [1 + 7 * i % self.count for i in range(self.count)]
+
+
+def test_batches_of_examples_with_lengths_are_of_like_length_and_miss_none() -> None:
+    class LongAndShort(Data):
+        def split(self, name: str) -> Lengths:
+            return Lengths(600)
+
+    batches = Batches(LongAndShort(), batch_size=5, eval_batch_size=5, seed=3, limit=500)
+    loader, lengths = batches.train_dataloader(), lengths_of(batches.split("train"))
+    assert lengths is not None
+    assert len(lengths) == 500
+    whole = batches.split("train").dataset.lengths
+    epochs = []
+    for number in (0, 1):
+        loader.sampler.set_epoch(number)
+        epochs.append(torch.stack([batch[:, 0].long() for batch in loader]))
+    spread = [max(whole[i] for i in row) - min(whole[i] for i in row) for row in epochs[0].tolist()]
+    assert max(spread) < 60  # of 600; those of a random five lie 400 apart
+    assert epochs[0].unique().numel() == 500
+    firsts = [whole[int(row[0])] for row in epochs[0]]
+    assert firsts != sorted(firsts)
+    assert not torch.equal(epochs[0].sort(0).values, epochs[1].sort(0).values)
+
+
+def test_a_last_batch_that_is_not_full_comes_last() -> None:
+    order = LikeLengths(_Places(13), list(range(13)), batch_size=5, seed=0)
+    assert sorted(order) == list(range(13))
+    assert list(order)[10:] == [10, 11, 12]
+
+
+class _Places(list):
+    def __init__(self, count: int) -> None:
+        super().__init__(range(count))
+
+    def set_epoch(self, epoch: int) -> None:
+        pass

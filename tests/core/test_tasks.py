@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sinuous.core.data import packed
 from sinuous.core.tasks.classification import Classification
 from sinuous.core.tasks.labelling import Labelling
 from sinuous.core.tasks.language_modelling import IGNORED, LanguageModelling, Masking
@@ -62,6 +63,33 @@ def test_packed_rows_reach_the_model_as_such(task: nn.Module) -> None:
     model.cu_seqlens = None
     task.score(model, (torch.zeros(1, 5, dtype=torch.long), targets, bounds))
     assert model.cu_seqlens is bounds
+
+
+def test_what_a_batch_says_by_name_reaches_the_model() -> None:
+    class Positioned(Fixed):
+        def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
+            self.position_ids = position_ids
+            return super().forward(x, cu_seqlens)
+
+    model, positions = Positioned(torch.randn(2, 3, 5)), torch.arange(6).view(2, 3)
+    targets = torch.randint(5, (2, 3))
+    task = LanguageModelling("residue")
+    plain = task.loss(model, (targets, targets))
+    assert model.position_ids is None
+    assert torch.equal(task.loss(model, (targets, targets, {"position_ids": positions})), plain)
+    assert model.position_ids is positions
+    task.score(model, (targets, targets, {"position_ids": positions}))
+    assert model.cu_seqlens is None
+
+
+@pytest.mark.parametrize("of_positions", [False, True])
+def test_packing_joins_sequences_with_their_labels(of_positions: bool) -> None:
+    rows = [torch.arange(length) for length in (3, 1, 4)]
+    labels = [row + 10 for row in rows] if of_positions else [2, 0, 1]
+    inputs, targets, cu_seqlens = packed(list(zip(rows, labels, strict=True)))
+    assert cu_seqlens.tolist() == [0, 3, 4, 8]
+    assert inputs.tolist() == [[0, 1, 2, 0, 0, 1, 2, 3]]
+    assert torch.equal(targets, inputs + 10 if of_positions else torch.tensor([2, 0, 1]))
 
 
 def test_ignored_targets_change_neither_loss_nor_bits() -> None:
