@@ -1,1 +1,35 @@
-"""The genomics domain is not built yet."""
+"""Biological sequences: DNA, proteins and molecules. Importing this registers the models.
+
+    from sinuous.genomics import DNATokenizer, read_sequences, score
+
+Names of `__all__` are loaded on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from sinuous.genomics import chem_xlstm
+
+_LAZY = {
+    "DNATokenizer": "letters",
+    "ProteinTokenizer": "letters",
+    "SelfiesTokenizer": "letters",
+    "SmilesTokenizer": "letters",
+}
+"""Public names, and the modules that they are in."""
+
+__all__ = ["chem_xlstm", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

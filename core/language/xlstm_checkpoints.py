@@ -15,8 +15,9 @@ from torch import Tensor
 _NORMS = ("xlstm_norm.weight", "ffn_norm.weight", "post_blocks_norm.weight")
 
 _RENAMED = (
-    (r"^(model\.)?xlstm_block_stack\.", ""),
-    (r"^(model\.)?token_embedding\.", "embedding."),
+    (r"^((model|backbone)\.)*xlstm_block_stack\.", ""),
+    (r"^((model|backbone)\.)*token_embedding\.", "embedding."),
+    (r"^((model|backbone)\.)*lm_head\.", "head."),
     (r"^blocks\.(\d+)\.xlstm_norm\.", r"layers.\1.norm."),
     (r"^blocks\.(\d+)\.xlstm\.", r"layers.\1.mixer."),
     (r"^blocks\.(\d+)\.ffn_norm\.", r"layers.\1.norm2."),
