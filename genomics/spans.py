@@ -37,22 +37,21 @@ class Marks(NamedTuple):
 
     start: int
     end: int
-    masks: range
+    masks: tuple[int, ...]
 
 
 def marks_of(tokenizer: Any) -> Marks:
-    """Ids of `<cls>`, `<eos>` and `<mask-1>` to `<mask-5>`, which end the vocabulary behind `<mask>`.
+    """Ids of `<cls>`, `<eos>` and `<mask-1>` to `<mask-5>`.
 
     Raises:
         ValueError: if the tokenizer lacks them.
     """
-    start, end, mask = (getattr(tokenizer, name, None) for name in ("start", "end", "mask"))
-    if start is None or end is None or mask is None or mask + MOST != tokenizer.vocab_size - 1:
+    if not hasattr(tokenizer, "span_masks"):
         raise ValueError(
             f"spans are cut where the vocabulary has <cls>, <eos> and <mask-1> to <mask-{MOST}> "
-            f"(got a {type(tokenizer).__name__}); use a ProteinTokenizer"
+            f"(got {described(tokenizer)}); use a ProteinTokenizer"
         )
-    return Marks(start, end, range(mask + 1, mask + 1 + MOST))
+    return Marks(tokenizer.start, tokenizer.end, tuple(tokenizer.span_masks.tolist()))
 
 
 def cut(ids: Tensor, spans: Spans, tokenizer: Any) -> tuple[Tensor, Tensor]:

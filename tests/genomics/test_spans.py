@@ -1,14 +1,14 @@
 """Spans cut out of proteins: the inverse, the positions, the draws."""
 
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sinuous.genomics import spans
+from sinuous.genomics.letters import DNATokenizer, ProteinTokenizer
 
-PROTEINS = SimpleNamespace(start=0, end=2, mask=32, vocab_size=38)
+PROTEINS = ProteinTokenizer()
 MASKS = range(33, 38)
 
 
@@ -95,4 +95,4 @@ def test_what_is_no_protein_is_refused() -> None:
     with pytest.raises(ValueError, match="behind <eos>"):
         spans.join(torch.tensor([0, 4, 33, 2, 5, 33, 4]), PROTEINS)
     with pytest.raises(ValueError, match="use a ProteinTokenizer"):
-        spans.cut(torch.tensor([7, 8]), [(0, 1)], SimpleNamespace(start=2, end=1, mask=3, vocab_size=12))
+        spans.cut(torch.tensor([7, 8]), [(0, 1)], DNATokenizer())
