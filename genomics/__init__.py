@@ -17,6 +17,10 @@ _LAZY = {
     "ProteinTokenizer": "letters",
     "SelfiesTokenizer": "letters",
     "SmilesTokenizer": "letters",
+    "read_features": "io",
+    "read_molecules": "io",
+    "read_sequences": "io",
+    "read_variants": "io",
 }
 """Public names, and the modules that they are in."""
 
