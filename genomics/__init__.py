@@ -17,6 +17,7 @@ _LAZY = {
     "ProteinTokenizer": "letters",
     "SelfiesTokenizer": "letters",
     "SmilesTokenizer": "letters",
+    "molecule_report": "molecule_sets",
     "read_features": "io",
     "read_molecules": "io",
     "read_sequences": "io",
