@@ -48,7 +48,8 @@ def molecule_report(smiles: Iterable[str], reference: Iterable[str] = ()) -> dic
     texts = _texts("smiles", smiles)
     if not texts:
         raise ValueError("smiles must be one molecule at least (got none)")
-    valid, different = 0, {}
+    valid = 0
+    different: dict[str, Any] = {}
     for molecule in _molecules(texts, "reading molecules"):
         valid += 1
         different.setdefault(canonical(molecule), molecule)
