@@ -82,7 +82,7 @@ class MemoryMixer(Mixer):
         self.memory_shape = memory_shape
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
-        return self._mix(x, None, None, None, None, cu_seqlens, None)[0]
+        return self._mix(x, None, None, None, None, cu_seqlens, None, False)[0]
 
     def _mix(
         self,
@@ -93,12 +93,13 @@ class MemoryMixer(Mixer):
         m: Tensor | None,
         cu_seqlens: Tensor | None,
         position_ids: Tensor | None,
+        return_state: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         raise NotImplementedError
 
     def prefill(self, x: Tensor, state: MLSTMState | None = None) -> tuple[Tensor, MLSTMState]:
         conv, C, n, m = (None, None, None, None) if state is None else state
-        y, conv, C, n, m = self._mix(x, conv, C, n, m, None, None)
+        y, conv, C, n, m = self._mix(x, conv, C, n, m, None, None, True)
         return y, MLSTMState(conv, C, n, m)
 
     def initial_state(
@@ -205,7 +206,7 @@ class MLSTM(MemoryMixer):
         grid: list[int] | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        return self._mix(x, None, None, None, None, cu_seqlens, position_ids)[0]
+        return self._mix(x, None, None, None, None, cu_seqlens, position_ids, False)[0]
 
     def prefill(  # type: ignore[override]
         self,
@@ -220,7 +221,7 @@ class MLSTM(MemoryMixer):
             position_ids = positions.steps(x, position, None).expand(x.shape[0], -1)
         if position is None:
             position = position_ids.new_zeros(x.shape[0])
-        y, conv, C, n, m = self._mix(x, conv, C, n, m, None, position_ids)
+        y, conv, C, n, m = self._mix(x, conv, C, n, m, None, position_ids, True)
         last = torch.cat([position.unsqueeze(1) - 1, position_ids], 1)[:, -1]
         return y, RotaryMLSTMState(conv, C, n, m, last + 1)
 
@@ -247,6 +248,7 @@ class MLSTM(MemoryMixer):
         m: Tensor | None,
         cu_seqlens: Tensor | None,
         position_ids: Tensor | None,
+        return_state: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         igate, fgate, weights = self.mlstm_cell.igate, self.mlstm_cell.fgate, self.conv1d.conv
         u, z = self.proj_up(x).split([self.inner, self.inner], -1)
@@ -267,7 +269,7 @@ class MLSTM(MemoryMixer):
             k = positions.rotate(k, position_ids, self.rotary_theta, True)
         h, C, n, m, _, _, _ = torch.ops.sinuous.mlstm(
             q, k, v, gate_of(qkv, igate.weight, igate.bias), gate_of(qkv, fgate.weight, fgate.bias),
-            C, n, m, cu_seqlens, None, self.eps, self.input_activation, True, False, "",
+            C, n, m, cu_seqlens, None, self.eps, self.input_activation, True, False, return_state, "",
         )  # fmt: skip
         y = (self.mlstm_cell.outnorm(h) + self.learnable_skip * convolved) * F.silu(z)
         return self.proj_down(y), conv, C, n, m
@@ -348,13 +350,14 @@ class MLSTMLarge(MemoryMixer):
         m: Tensor | None,
         cu_seqlens: Tensor | None,
         position_ids: Tensor | None,
+        return_state: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         keys, values = [-1, self.memory_shape[1]], [-1, self.memory_shape[2]]
         h, C, n, m, _, _, _ = torch.ops.sinuous.mlstm(
             self.q(x).unflatten(-1, keys), self.k(x).unflatten(-1, keys), self.v(x).unflatten(-1, values),
             soft_cap(gate_of(x, self.igate_preact.weight, self.igate_preact.bias), self.gate_soft_cap),
             soft_cap(gate_of(x, self.fgate_preact.weight, self.fgate_preact.bias), self.gate_soft_cap),
-            C, n, m, cu_seqlens, None, self.eps, self.input_activation, True, False, "",
+            C, n, m, cu_seqlens, None, self.eps, self.input_activation, True, False, return_state, "",
         )  # fmt: skip
         y = self.multihead_norm(h) * torch.sigmoid(self.ogate_preact(x))
         return self.out_proj(y), x.new_zeros([x.shape[0], 0, 0]), C, n, m

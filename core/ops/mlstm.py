@@ -72,6 +72,7 @@ def recurrent(
     input_activation: str,
     normalize: bool,
     reverse: bool,
+    return_state: bool,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, ...]:
     """Run the definition step by step; autograd differentiates it."""
@@ -112,7 +113,8 @@ def recurrent(
     y, (C, n, m), chunk_states = run_steps(step, inputs, (C, n, m), inputs[2][:, :0], cu_seqlens, reverse, chunk_size)
     if differentiated:
         C, n = _scaled_by(m.detach() - m, C, n)
-    return y.to(v.dtype), C, n, m.to(dtype), *chunk_states[:2], chunk_states[2].to(dtype)
+    final = (C, n, m.to(dtype)) if return_state else tuple(q.new_empty(0) for _ in range(3))
+    return y.to(v.dtype), *final, *chunk_states[:2], chunk_states[2].to(dtype)
 
 
 def _scaled_by(log_factor: Tensor, C: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,6 +138,7 @@ def _check(
     input_activation: str,
     normalize: bool,
     reverse: bool,
+    return_state: bool,
 ) -> None:
     check_attention(q, k, v)
     batch, length, heads, values = v.shape
@@ -156,8 +159,9 @@ def _check(
         raise ValueError(f"eps must be ≥ 0 (got {eps}); pass 1e-6")
 
 
-def _fake(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, ...]:
-    return (torch.empty_like(v), *(torch.empty_like(t) for t in _zeros(q, v, cu_seqlens)))
+def _fake(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, return_state: bool, **_: object) -> tuple[Tensor, ...]:
+    state = _zeros(q, v, cu_seqlens) if return_state else (q.new_empty(0),) * 3
+    return (torch.empty_like(v), *(torch.empty_like(t) for t in state))
 
 
 def _chunk_C(q: Tensor, v: Tensor, chunk_size: int, **_: object) -> tuple[int, ...]:
@@ -177,7 +181,7 @@ FAMILY = Family(
     schema=(
         "Tensor q, Tensor k, Tensor v, Tensor input_gate, Tensor forget_gate, Tensor? initial_C, Tensor? initial_n, "
         "Tensor? initial_m, Tensor? cu_seqlens, float? scale, float eps, str input_activation, bool normalize, "
-        "bool reverse, str backend"
+        "bool reverse, bool return_state, str backend"
     ),
     outputs=("y", "C", "n", "m"),
     saved={"chunk_C": _chunk_C, "chunk_n": _chunk_n, "chunk_m": _chunk_m},
@@ -240,6 +244,6 @@ def mlstm(
     """
     y, C, n, m, _, _, _ = torch.ops.sinuous.mlstm(
         q, k, v, input_gate, forget_gate, *(initial_state or (None, None, None)), cu_seqlens, scale, eps,
-        input_activation, normalize, reverse, backend or "",
+        input_activation, normalize, reverse, return_state, backend or "",
     )  # fmt: skip
     return (y, (C, n, m)) if return_state else y

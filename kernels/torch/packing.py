@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 Maybe = TypeVar("Maybe", Tensor, Tensor | None)
@@ -50,3 +51,32 @@ def flip_time(t: Maybe) -> Maybe:
 def flip_sequences(states: Maybe, cu_seqlens: Tensor | None) -> Maybe:
     """Flipping packed time reverses the order of the sequences, and so that of their states."""
     return states if states is None or cu_seqlens is None else states.flip(0)
+
+
+class SequenceRows(NamedTuple):
+    """Packed sequences as the rows of a batch, each in processing order from its first place on.
+
+    steps: the step of the packed axis at each place, int64 `[sequences, longest]`, 0 where there is none;
+    there: whether there is one.
+    """
+
+    steps: Tensor
+    there: Tensor
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, reverse: bool, device: torch.device) -> SequenceRows:
+        bounds = cu_seqlens.to(device).long()
+        lengths = bounds.diff()[:, None]
+        place = torch.arange(int(lengths.max()), device=device)
+        there = place < lengths
+        steps = bounds[1:, None] - 1 - place if reverse else bounds[:-1, None] + place
+        return cls(steps.masked_fill_(~there, 0), there)
+
+    def read(self, t: Tensor) -> Tensor:
+        """`[1, T, …]` as `[sequences, longest, …]`, with zeros where there is no step."""
+        rows: Tensor = t[0].index_select(0, self.steps.flatten()).unflatten(0, self.steps.shape)
+        return rows.masked_fill_(~self.there.view(*self.there.shape, *(1,) * (t.ndim - 2)), 0)
+
+    def write(self, t: Tensor, rows: Tensor) -> None:
+        """Fill `t`, `[1, T, …]`, from rows."""
+        t[0].index_copy_(0, self.steps[self.there], rows[self.there].to(t.dtype))

@@ -208,21 +208,25 @@ def forward(
     input_activation: str,
     normalize: bool,
     reverse: bool,
+    return_state: bool,
     chunk_size: int,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """`(y, C, n, m, chunk_C, chunk_n, chunk_m)` as `sinuous.core.ops.mlstm` defines them."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     call = MatrixStatesCall.of(q, v, cu_seqlens, scale, reverse, chunk_size)
     C, n, m = initial_states(q, v, (initial_C, initial_n, initial_m), cu_seqlens)
     if v.numel() == 0:
-        return torch.empty_like(v), C.clone(), n.clone(), m.clone(), *(call.empty_states(t) for t in (C, n, m))
+        final = [t.clone() if return_state else None for t in (C, n, m)]
+        return torch.empty_like(v), *final, *(call.empty_states(t) for t in (C, n, m))
     made = MLSTMGates(call, input_gate, forget_gate, m, eps, input_activation)
     (final_C, final_n), chunk_states = carry(call, k, v, made.weights, (C, n))
     y = read(call, q, k, v, made.weights, (C, n), chunk_states, made.normaliser if normalize else None)
     assert final_n is not None
     assert chunk_states[1] is not None
-    final_C, final_n = final_C * made.unit[..., None, None], final_n * made.unit[..., None]
-    return y, final_C, final_n, made.m, chunk_states[0], chunk_states[1], made.chunk_m
+    final = [None, None, None]
+    if return_state:
+        final = [final_C * made.unit[..., None, None], final_n * made.unit[..., None], made.m]
+    return y, *final, chunk_states[0], chunk_states[1], made.chunk_m
 
 
 def backward(
@@ -241,6 +245,7 @@ def backward(
     input_activation: str,
     normalize: bool,
     reverse: bool,
+    return_state: bool,
     chunk_C: Tensor,
     chunk_n: Tensor,
     chunk_m: Tensor,
@@ -252,7 +257,7 @@ def backward(
     states = (initial_C, initial_n, initial_m)
     C, n, m = initial_states(q, v, states, cu_seqlens)
     dy = torch.zeros_like(v) if grads[0] is None else grads[0].contiguous()
-    dC, dn, dm = initial_states(q, v, grads[1:], cu_seqlens)
+    dC, dn, dm = initial_states(q, v, grads[1:] if return_state else (None, None, None), cu_seqlens)
     if v.numel() == 0:
         zeros = [torch.zeros_like(t) for t in (q, k, v, input_gate, forget_gate)]
         return [*zeros, *(None if t is None else gradient for t, gradient in zip(states, (dC, dn, dm), strict=True))]

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from parity import assert_close, cast, cotangents, draw, error, gradients, named, run, run_with_gradients, with_leaves
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sinuous.core.ops import mlstm, ssd
+from sinuous.core.ops import dispatch, mlstm, ssd
 from sinuous.core.ops.laws import LAWS
 
 MLSTM = LAWS["mlstm"]
@@ -252,3 +253,83 @@ def test_single_precision_over_a_long_sequence() -> None:
     arguments["forget_gate"] -= 4
     actual = run_with_gradients(MLSTM, "torch", cast(arguments, torch.float32))
     assert_close(actual, run_with_gradients(MLSTM, "torch", arguments), 1e-4)
+
+
+# A single chunk without a state before it.
+
+PACKED = [0, 5, 5, 45, 46, 70, 70]
+
+
+def outputs_alone(arguments: dict[str, Any], form: str, **options: Any) -> dict[str, Tensor]:
+    """The outputs and all gradients, where no state is asked for."""
+    arguments, leaves = with_leaves(arguments)
+    y = mlstm(**arguments, **options, backend=form)
+    return {"y": y, **gradients({"y": y}, leaves, cotangents({"y": y}, seed=5))}
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 69, 70, 150])
+@pytest.mark.parametrize("variant", ["plain", "sigmoid", "unnormalised", "one_channel"])
+def test_without_a_state_to_return_nothing_else_changes(variant: str, length: int, reverse: bool) -> None:
+    arguments = sample(length, variant=variant) | {"reverse": reverse}
+    arguments.pop("initial_state", None)
+    arguments["input_gate"][0, length // 2] += 8
+    if length > 2:
+        arguments["forget_gate"][1, length // 3] = -torch.inf
+    expected = outputs_alone(arguments, "recurrent")
+    assert_close(outputs_alone(arguments, "torch"), expected, 1e-10)
+    assert_close({"y": run(MLSTM, "torch", arguments)[0]}, {"y": expected["y"]}, 1e-10)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("bounds", [PACKED, [0, 1, 2, 3, 4, 5, 45, 46, 47, 70], [0, 0]])
+@pytest.mark.parametrize("variant", ["plain", "sigmoid", "unnormalised"])
+def test_short_packed_sequences_are_rows_of_a_batch(variant: str, bounds: list[int], reverse: bool) -> None:
+    arguments = draw(MLSTM, variant, 1, bounds[-1]) | {"cu_seqlens": torch.tensor(bounds), "reverse": reverse}
+    arguments.pop("initial_state", None)
+    expected = outputs_alone(arguments, "recurrent")
+    assert_close(outputs_alone(arguments, "torch"), expected, 1e-10)
+    if bounds != PACKED:
+        return
+    arguments["v"][0, 7] = torch.nan
+    y = mlstm(**arguments, backend="torch")
+    assert y[0, [*range(5), *range(45, 70)]].isfinite().all()
+    assert y[0, 7].isnan().all()
+
+
+def test_one_chunk_without_a_state_forms_no_memory() -> None:
+    """Neither forward nor backward makes a tensor of K × V that anything is written to."""
+    made: list[str] = []
+
+    class Large(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            for t in result if isinstance(result, tuple) else (result,):
+                if isinstance(t, Tensor) and t.shape[-2:] == (160, 120):
+                    made.append(str(func))
+            return result
+
+    module = dispatch.kernel("mlstm", "torch")
+    q, k, v = torch.randn(2, 50, 1, 160), torch.randn(2, 50, 1, 160), torch.randn(2, 50, 1, 120)
+    gates = torch.randn(2, 50, 1), torch.randn(2, 50, 1)
+    options = (None, None, None, None, None, 1e-6, "exp", True, False)
+    with Large():
+        y, C, n, m, *unread = module.forward(q, k, v, *gates, *options, False, 64)
+        assert C is None
+        assert n is None
+        assert m is None
+        module.backward((torch.ones_like(y), None, None, None), q, k, v, *gates, *options, False, *unread, 64)
+    assert set(made) == {"aten.new_empty.default"}
+    with Large():
+        module.forward(q, k, v, *gates, *options, True, 64)
+    assert set(made) != {"aten.new_empty.default"}
+
+
+@pytest.mark.parametrize("form", ["torch", "recurrent"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck_of_one_chunk_without_a_state(form: str, packed: bool) -> None:
+    arguments = sample(9) if not packed else draw(MLSTM, "plain", 1, 9)
+    tensors = [arguments[name].requires_grad_() for name in MLSTM.time]
+    bounds = torch.tensor([0, 4, 9]) if packed else None
+    values = (*tensors, None, None, None, bounds, None, 1e-6, "exp", True, False, False, form)
+    torch.library.opcheck(torch.ops.sinuous.mlstm.default, values)
