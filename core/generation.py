@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, NamedTuple, cast
@@ -28,9 +28,11 @@ from sinuous.core.ragged import run_ragged, select_rows
 from sinuous.core.sampling import Sampling, check_setting
 from sinuous.core.sequence_model import SequenceModel
 
-__all__ = ["Generation", "Prompt", "Sampling", "Token", "generate", "stream"]
+__all__ = ["Allowed", "Generation", "Prompt", "Sampling", "Token", "generate", "stream"]
 
 Prompt = Sequence[int] | Tensor
+Allowed = Callable[[int, Sequence[int], int], Tensor]
+"""`(row, its new tokens, how many may still come) -> bool [V]`: the tokens that may come next."""
 
 DRAWN_AT_ONCE = 256
 """Random numbers that are drawn at a time for each row."""
@@ -86,6 +88,7 @@ def generate(
     pad_id: int | None = None,
     prefill_chunk: int = 2048,
     position_ids: Prompt | Sequence[Prompt] | None = None,
+    allowed: Allowed | None = None,
 ) -> Generation:
     """Go on from prompts until each row ends.
 
@@ -101,13 +104,16 @@ def generate(
         prefill_chunk: steps of a prompt that are read at a time, which bounds the memory of long prompts.
         position_ids: for models that read positions, those of the tokens of each prompt, in the form of the prompts;
             positions beyond a prompt's length are those of its first new tokens. From there on they count up by one.
+        allowed: tells before each choice which tokens may come next, for output that keeps to a grammar; all may, if
+            absent. Stop tokens too must be allowed where a row may end.
 
     Raises:
-        ValueError: if a prompt is empty, too long, or has ids that the model lacks, or a token has no position.
+        ValueError: if a prompt is empty, too long, or has ids that the model lacks, a token has no position, or none is
+            allowed.
         NotImplementedError: if the model is not causal.
         FloatingPointError: if the model gives logits that are not numbers.
     """
-    run = _Run(model, prompts, sampling or Sampling(), pad_id, prefill_chunk, position_ids)
+    run = _Run(model, prompts, sampling or Sampling(), pad_id, prefill_chunk, position_ids, allowed)
     for _ in run.decode():
         pass
     return Generation(
@@ -128,13 +134,14 @@ def stream(
     pad_id: int | None = None,
     prefill_chunk: int = 2048,
     position_ids: Prompt | Sequence[Prompt] | None = None,
+    allowed: Allowed | None = None,
 ) -> Iterator[Token]:
     """Yield the tokens of `generate`, each as soon as it is certain.
 
     Tokens that may begin a stop sequence are held back until they do not. The model is in evaluation mode until the
     iterator ends or is closed. Arguments and errors are those of `generate`.
     """
-    return _Run(model, prompts, sampling or Sampling(), pad_id, prefill_chunk, position_ids).decode()
+    return _Run(model, prompts, sampling or Sampling(), pad_id, prefill_chunk, position_ids, allowed).decode()
 
 
 @dataclass
@@ -194,13 +201,14 @@ class _Run:
         pad_id: int | None,
         prefill_chunk: int,
         position_ids: Prompt | Sequence[Prompt] | None,
+        allowed: Allowed | None,
     ) -> None:
         _check_model(model)
         if not isinstance(sampling, Sampling):
             raise ValueError(f"sampling must be a Sampling (got {described(sampling)}); give Sampling(temperature=0.8)")
         check_setting("pad_id", pad_id)
         check_setting("prefill_chunk", prefill_chunk)
-        self.model, self.sampling, self.prefill_chunk = model, sampling, prefill_chunk
+        self.model, self.sampling, self.prefill_chunk, self.allowed = model, sampling, prefill_chunk, allowed
         self.device = next(model.parameters()).device
         self.prefill_seconds = self.decode_seconds = 0.0
         rows = [_checked(row, i, model.vocab_size) for i, row in enumerate(_rows(prompts, pad_id))]
@@ -224,7 +232,7 @@ class _Run:
                     uniform = self._draw()
                 for group in groups:
                     begin = time.perf_counter()
-                    ids, rows = group.choose(self.sampling, uniform[:, step % DRAWN_AT_ONCE]), group.rows
+                    ids, rows = self._choose(group, uniform[:, step % DRAWN_AT_ONCE]), group.rows
                     chosen = ids.tolist()
                     certain = [
                         t for row, token in zip(rows, chosen, strict=True) for t in row.take(_number(row, token))
@@ -238,31 +246,51 @@ class _Run:
                 if not groups:
                     return
 
+    def _choose(self, group: _Batch, uniform: Tensor) -> Tensor:
+        if self.allowed is not None:
+            marks = [self.allowed(row.index, row.tokens + row.held, row.limit - row.chosen) for row in group.rows]
+            allowed = torch.stack(marks).to(self.device)
+            if not allowed.any(-1).all():
+                row = group.rows[int(allowed.any(-1).int().argmin())]
+                raise ValueError(f"allowed gives no token for row {row.index} after {row.chosen} new tokens; give one")
+            group.logits = group.logits.masked_fill(~allowed & ~group.logits.isnan(), -torch.inf)
+        return group.choose(self.sampling, uniform)
+
     def _draw(self) -> Tensor:
         """Draw the random numbers of the next steps, `[rows, steps]`: the same ones in blocks of any size."""
         draws = [torch.rand(DRAWN_AT_ONCE, generator=g, dtype=torch.float64) for g in self.generators]
         return torch.stack(draws).to(self.device)
 
     def _prefill(self) -> list[_Batch]:
-        lengths = [len(row.prompt) for row in self.rows]
-        ids = nn.utils.rnn.pad_sequence([row.prompt for row in self.rows], batch_first=True)
-        places = [row.positions[: len(row.prompt)] for row in self.rows if row.positions is not None]
+        """Read the prompts, those that are alike once."""
+        alike: dict[tuple[bytes, bytes], list[_Row]] = {}
+        for row in self.rows:
+            position_bytes = b"" if row.positions is None else row.positions.numpy().tobytes()
+            alike.setdefault((row.prompt.numpy().tobytes(), position_bytes), []).append(row)
+        copies = list(alike.values())
+        firsts = [rows[0] for rows in copies]
+        ids = nn.utils.rnn.pad_sequence([row.prompt for row in firsts], batch_first=True)
+        places = [row.positions[: len(row.prompt)] for row in firsts if row.positions is not None]
         if places:
             ids = torch.stack([ids, nn.utils.rnn.pad_sequence(places, batch_first=True)], -1)
-        stages, groups = run_ragged(self._read, ids.to(self.device), lengths)
+        stages, groups = run_ragged(self._read, ids.to(self.device), [len(row.prompt) for row in firsts])
         logits = {
             row: stage.output[i] for stage in stages for i, row in enumerate(stage.rows)
         }  # the last stage's stays
         batches = []
         for group in groups:
-            rows = [self.rows[i] for i in group.rows]
+            pairs = sorted(
+                ((i, row) for i, first in enumerate(group.rows) for row in copies[first]),
+                key=lambda pair: pair[1].index,
+            )
+            rows, sources = [row for _, row in pairs], [i for i, _ in pairs]
             seen = None
             if self.sampling.repetition_penalty != 1:
                 seen = torch.zeros(len(rows), self.model.vocab_size, dtype=torch.bool, device=self.device)
                 for i, row in enumerate(rows):
                     seen[i, row.prompt.to(self.device)] = True
-            last = torch.stack([logits[i] for i in group.rows])[:, : self.model.vocab_size]
-            batches.append(_Batch(rows, group.state, last, seen))
+            last = torch.stack([logits[group.rows[i]] for i in sources])[:, : self.model.vocab_size]
+            batches.append(_Batch(rows, select_rows(group.state, sources), last, seen))
         return batches
 
     def _read(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:

@@ -197,6 +197,45 @@ def test_stream_gives_what_generate_gives_and_leaves_no_mode_behind() -> None:
     assert model(torch.tensor([[1, 2]])).requires_grad
 
 
+def test_prompts_that_are_alike_are_read_once() -> None:
+    model = build(["mamba2", "softmax_attention"])
+    prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[0], PROMPTS[0], PROMPTS[2]]
+    sampling = with_(SAMPLED, seed=[1, 2, 3, 1, 4])
+    apart = [
+        generate(model, p, with_(SAMPLED, seed=s)).tokens[0] for p, s in zip(prompts, [1, 2, 3, 1, 4], strict=True)
+    ]
+    read: list[int] = []
+    prefill = model.prefill
+    model.prefill = lambda x, *args, **options: (read.append(x.numel()), prefill(x, *args, **options))[1]  # type: ignore
+    together = generate(model, prompts, sampling)
+    assert all(torch.equal(a, b) for a, b in zip(together.tokens, apart, strict=True))
+    assert sum(read) == len(PROMPTS[0]) + len(PROMPTS[2])
+    assert together.prompt_tokens == sum(map(len, prompts))
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_only_allowed_tokens_are_chosen(temperature: float) -> None:
+    """Here such as rise; each row is asked with its new tokens and how many may follow."""
+    model = build()
+    asked: list[tuple[int, int, int]] = []
+
+    def rising(row: int, tokens: Any, left: int) -> Tensor:
+        asked.append((row, len(tokens), left))
+        return torch.arange(VOCAB) > (tokens[-1] if len(tokens) else 0)
+
+    sampling = Sampling(temperature=temperature, max_new_tokens=9, stop_tokens=[VOCAB - 1], seed=1)
+    result = generate(model, PROMPTS, sampling, allowed=rising)
+    for row, tokens in enumerate(result.tokens):
+        assert tokens.tolist() == sorted(set(tokens.tolist()))
+        calls = [call[1:] for call in asked if call[0] == row]
+        assert calls == [(n, 9 - n) for n in range(len(calls))]
+    assert "stop_token" in result.stop_reasons
+    streamed = list(stream(model, PROMPTS, sampling, allowed=rising))
+    assert [t.id for t in streamed if t.row == 2] == result.tokens[2].tolist()
+    with pytest.raises(ValueError, match="no token for row 1 after 0 new tokens"):
+        generate(model, PROMPTS, sampling, allowed=lambda row, tokens, left: torch.full((VOCAB,), row != 1))
+
+
 def test_lengths() -> None:
     model = build()
     result = generate(model, PROMPTS, Sampling(max_length=12, max_new_tokens=8))
