@@ -17,11 +17,18 @@ _LAZY = {
     "ProteinTokenizer": "letters",
     "SelfiesTokenizer": "letters",
     "SmilesTokenizer": "letters",
+    "annotate": "annotation",
+    "embed": "reading",
+    "fill_spans": "filling",
     "molecule_report": "molecule_sets",
+    "mutation_effects": "effects",
+    "position_probabilities": "reading",
     "read_features": "io",
     "read_molecules": "io",
     "read_sequences": "io",
     "read_variants": "io",
+    "score": "reading",
+    "variant_effects": "effects",
 }
 """Public names, and the modules that they are in."""
 
