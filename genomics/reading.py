@@ -156,7 +156,8 @@ def read_packed(
     device = next(model.parameters()).device
     done = 0
     while done < len(rows):
-        total, group = 0, []
+        total = 0
+        group: list[Tensor] = []
         for row in rows[done:]:
             if group and total + len(row) > PACKED:
                 break
