@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from sinuous.core.checks import described
-from sinuous.core.sampling import Sampling
+from sinuous.core.checks import described, is_whole
+from sinuous.core.generation import Sampling, generate
+from sinuous.core.sequence_model import SequenceModel
 from sinuous.genomics import spans as fim
-from sinuous.genomics.contexts import read_context, read_on
-from sinuous.genomics.reading import check_continues, evaluating
+from sinuous.genomics.contexts import started
+from sinuous.genomics.reading import check_continues, encode_all
 
 
-@torch.no_grad()
 def fill_spans(
     model: nn.Module,
     sequence: str,
@@ -43,22 +44,46 @@ def fill_spans(
         ValueError: if the model is another one, a span is empty, outside or overlaps another, or a letter is unknown.
     """
     tokenizer = check_continues(model)
-    masks = fim.marks_of(tokenizer).masks
+    fim.marks_of(tokenizer)
     ids = _without_gaps(tokenizer, sequence)
     ordered = fim.check_spans(spans, len(ids))
-    draw = _Draw(sampling or Sampling(), tokenizer)
+    chosen = _sampling(sampling)
+    before = [started(row, tokenizer) for row in encode_all(tokenizer, context, "context")]
     for first, stop in ordered:
         ids[first:stop] = tokenizer.encode("X")
-    with evaluating(model):
-        behind_context = read_context(model, context)
-        for number in range(0, len(ordered), fim.MOST):
-            spans_now = ordered[number : number + fim.MOST]
-            cut, places = fim.cut(ids, spans_now, tokenizer)
-            chosen = _continue(model, torch.stack([cut, places]), behind_context, masks, draw)
-            for first, stop in spans_now:
-                ids[first:stop] = torch.tensor([next(chosen) for _ in range(first, stop)])
+    for number in range(0, len(ordered), fim.MOST):
+        now = ordered[number : number + fim.MOST]
+        # Another round draws other numbers.
+        seed = None if chosen.seed is None else cast("int", chosen.seed) + number
+        _fill(model, ids, now, before, dataclasses.replace(chosen, seed=seed))
     filled: str = tokenizer.decode(ids)
     return filled
+
+
+def _fill(
+    model: Any, ids: Tensor, spans: list[tuple[int, int]], before: list[tuple[Tensor, Tensor]], sampling: Sampling
+) -> None:
+    """Fill at most five spans of a protein, in place: the model goes on from `<eos>`, each mask being a must."""
+    tokenizer = model.tokenizer
+    cut, positions = fim.cut(ids, spans, tokenizer)
+    end = len(cut) - sum(1 + stop - first for first, stop in spans)
+    prompt = torch.cat([*(row for row, _ in before), cut[:end]])
+    places = torch.cat([*(row for _, row in before), positions])
+    behind = cut[end:]
+    natural = torch.zeros(model.vocab_size, dtype=torch.bool)
+    natural[tokenizer.natural] = True
+    is_mask = torch.isin(behind, tokenizer.span_masks)
+
+    def allowed(row: int, tokens: Sequence[int], left: int) -> Tensor:
+        if not is_mask[len(tokens)]:
+            return natural
+        return torch.arange(model.vocab_size) == behind[len(tokens)]
+
+    sampling = dataclasses.replace(sampling, max_new_tokens=len(behind))
+    (new,) = generate(cast("SequenceModel", model), [prompt], sampling, position_ids=[places], allowed=allowed).tokens
+    residues = new[~is_mask].split([stop - first for first, stop in spans])
+    for (first, stop), span in zip(spans, residues, strict=True):
+        ids[first:stop] = span
 
 
 def _without_gaps(tokenizer: Any, sequence: str) -> Tensor:
@@ -74,36 +99,11 @@ def _without_gaps(tokenizer: Any, sequence: str) -> Tensor:
     return ids
 
 
-class _Draw:
-    """Residues drawn one after another."""
-
-    def __init__(self, sampling: Sampling, tokenizer: Any) -> None:
-        if not isinstance(sampling, Sampling):
-            raise ValueError(f"sampling must be a Sampling (got {described(sampling)}); give Sampling(temperature=0.8)")
-        seeds = [sampling.seed] if sampling.seed is None or isinstance(sampling.seed, int) else list(sampling.seed)
-        if len(seeds) != 1:
-            raise ValueError(f"sampling.seed must be one number for one protein (got {len(seeds)})")
-        self.sampling, self.natural = sampling, tokenizer.natural
-        seed = int(torch.randint(2**62, ())) if seeds[0] is None else seeds[0]
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, logits: Tensor, seen: Tensor) -> int:
-        """One of the twenty residues, by logits `[V]`, where `seen` have been read."""
-        natural = self.natural.to(logits.device)
-        uniform = torch.rand(1, generator=self.generator, dtype=torch.float64).to(logits.device)
-        read = torch.isin(natural, seen.to(logits.device))[None] if self.sampling.repetition_penalty != 1 else None
-        return int(natural[self.sampling.choose(logits[None, natural], uniform, read)])
-
-
-def _continue(model: Any, placed: Tensor, state: Any, masks: Sequence[int], draw: _Draw) -> Any:
-    """Yield residues for the places behind the last `<eos>` of a cut protein, which are not read."""
-    tokens, places = placed.clone()
-    end = len(tokens) - 1 - tokens.tolist()[::-1].index(model.tokenizer.end)
-    logits, state = read_on(model, placed[:, : end + 1], state)
-    device = logits.device
-    for i in range(end + 1, len(tokens)):
-        if int(tokens[i]) not in masks:
-            tokens[i] = draw(logits, tokens[:i])
-            yield int(tokens[i])
-        logits, state = model.step(tokens[i : i + 1].to(device), state, position_ids=places[i : i + 1].to(device))
-        logits = logits[0, : model.vocab_size]
+def _sampling(sampling: Sampling | None) -> Sampling:
+    """Rules of choice for one protein, without those of lengths and stops."""
+    sampling = Sampling() if sampling is None else sampling
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling must be a Sampling (got {described(sampling)}); give Sampling(temperature=0.8)")
+    if not (sampling.seed is None or is_whole(sampling.seed)):
+        raise ValueError(f"sampling.seed must be one number for one protein (got {described(sampling.seed)})")
+    return dataclasses.replace(sampling, max_length=None, stop_tokens=(), stop_sequences=())
