@@ -44,6 +44,7 @@ class HeadedModel(SequenceModel):
         tokenizer: of `sinuous.genomics.letters`, kept as `model.tokenizer`. Without one, whose `letters` are known,
             every token counts as a letter.
         mixer_options: by name of a mixer, further arguments of its constructor.
+        head_features: width of what a head for classes reads; D if absent.
         **stack: further arguments of `SequenceModel`.
 
     Raises:
@@ -64,6 +65,7 @@ class HeadedModel(SequenceModel):
         num_classes: int = 0,
         tokenizer: Any = None,
         mixer_options: Mapping[str, Mapping[str, Any]] | None = None,
+        head_features: int | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
         **stack: Any,
@@ -81,7 +83,7 @@ class HeadedModel(SequenceModel):
         letters = torch.zeros(self.padded_vocab_size, dtype=torch.bool, device=device)
         self.register_buffer("is_letter", letters, persistent=False)
         if head != "lm":
-            setattr(self, f"{head}_head", nn.Linear(dim, num_classes, device=device, dtype=dtype))
+            setattr(self, f"{head}_head", nn.Linear(head_features or dim, num_classes, device=device, dtype=dtype))
         self._init_head()
 
     def init_weights(self) -> None:
@@ -163,7 +165,9 @@ class HeadedModel(SequenceModel):
     prefill.__doc__, step.__doc__ = SequenceModel.prefill.__doc__, SequenceModel.step.__doc__
 
     def _check_steps(self) -> None:
-        if self.causal and self.head_kind == "sequence":
+        if not self.causal:
+            raise NotImplementedError("this model looks at the future and has no state to carry; call the model")
+        if self.head_kind == "sequence":
             raise NotImplementedError("head='sequence' reads the whole sequence and has no steps; call the model")
 
 

@@ -109,8 +109,9 @@ def both_strands(state: State, sizes: Sizes, ids: Tensor, complement: Tensor, di
 
 
 def sinusoids(length: int, dim: int) -> Tensor:
-    angle = torch.arange(length).outer(1e5 ** (-torch.arange(dim // 2) / (dim // 2)))
-    return torch.cat([angle.sin(), angle.cos()], -1).double()
+    rates = 1e5 ** -(torch.arange(dim // 2, dtype=torch.float32) / (dim // 2))
+    angle = torch.arange(length, dtype=torch.float64).outer(rates.double())
+    return torch.cat([angle.sin(), angle.cos()], -1)
 
 
 def norm(x: Tensor, weight: Tensor, heads: int = 1) -> Tensor:
