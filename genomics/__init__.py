@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from sinuous.genomics import chem_xlstm, dna_xlstm
+from sinuous.genomics import caduceus, chem_xlstm, dna_xlstm, prot_xlstm
 
 _LAZY = {
     "DNATokenizer": "letters",
@@ -32,7 +32,7 @@ _LAZY = {
 }
 """Public names, and the modules that they are in."""
 
-__all__ = ["chem_xlstm", "dna_xlstm", *_LAZY]
+__all__ = ["caduceus", "chem_xlstm", "dna_xlstm", "prot_xlstm", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

@@ -249,3 +249,17 @@ def fit_head(state: Mapping[str, Tensor], model: HeadedModel) -> dict[str, Tenso
         fitted.update({name: wanted[name] for name in own})
     strangers = [name for kind, names in kinds.items() if kind != model.head_kind for name in names] + of_tokens
     return {name: tensor for name, tensor in fitted.items() if name not in strangers}
+
+
+def check_vocabulary(state: Mapping[str, Tensor], model: HeadedModel) -> None:
+    """Refuse weights of a model with another number of tokens.
+
+    Raises:
+        ValueError: naming both.
+    """
+    rows = state.get("embedding.weight")
+    if rows is not None and len(rows) != model.padded_vocab_size:
+        raise ValueError(
+            f"the checkpoint has {len(rows)} tokens and the model {model.padded_vocab_size}; "
+            f"build the model with vocab_size={len(rows)}, and use the tokenizer that the file was made with"
+        )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sinuous.core.language.xlstm_checkpoints import from_block_stack, is_block_stack
 from sinuous.core.weights import shipped_cfgs
-from sinuous.genomics.heads import HeadedModel, fit_head
+from sinuous.genomics.heads import HeadedModel, check_vocabulary, fit_head
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -44,20 +44,6 @@ def fit_xlstm(state_dict: Mapping[str, Tensor], model: HeadedModel) -> dict[str,
     if not model.tie_head and "head.weight" not in state and "embedding.weight" in state:
         state["head.weight"] = state["embedding.weight"].clone()
     return state
-
-
-def check_vocabulary(state: Mapping[str, Tensor], model: HeadedModel) -> None:
-    """Refuse weights of a model with another number of tokens.
-
-    Raises:
-        ValueError: naming both.
-    """
-    rows = state.get("embedding.weight")
-    if rows is not None and len(rows) != model.padded_vocab_size:
-        raise ValueError(
-            f"the checkpoint has {len(rows)} tokens and the model {model.padded_vocab_size}; "
-            f"build the model with vocab_size={len(rows)}, and use the tokenizer that the file was made with"
-        )
 
 
 _HEADS_OF = (".mlstm_cell.igate.weight", ".slstm_cell._recurrent_kernel_")

@@ -21,6 +21,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def _compiled_anew() -> None:
+    """Models of one class share a limit on the number of graphs."""
+    torch.compiler.reset()
+
+
 def create(head: str, **options: Any) -> nn.Module:
     if head != "lm":
         options.setdefault("num_classes", CLASSES)
@@ -128,6 +134,8 @@ def test_heads_start_anew_and_on_meta(head: str) -> None:
     assert model.is_letter.sum() == len(model.tokenizer.letters)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("_compiled_anew")
 @pytest.mark.parametrize("head", ["lm", "position", "sequence"])
 def test_heads_are_exported_and_compiled_whole(head: str) -> None:
     model, (ids,) = create(head), molecules("CCOCC")
