@@ -192,5 +192,7 @@ def shipped_cfgs(folder: Path, architecture: str, base_cfg: Mapping[str, Any]) -
                 k: tuple(v) if isinstance(v, list) else v for k, v in weights.card.get("pretrained_cfg", {}).items()
             }
             facts = {key: weights.card[key] for key in ("license", "description")}
+            if "num_classes" in (args := weights.card.get("model_args", {})):  # timm puts a new head on other numbers
+                facts["num_classes"] = args["num_classes"]
             cfgs[name] = {**base_cfg, **facts, "file": str(weights.file), **entries}
     return cfgs or {f"{architecture}.untrained": dict(base_cfg)}
