@@ -27,6 +27,7 @@ _LAZY = {
     "read_molecules": "io",
     "read_sequences": "io",
     "read_variants": "io",
+    "sample_molecules": "design",
     "score": "reading",
     "variant_effects": "effects",
 }
