@@ -134,10 +134,16 @@ def domains() -> dict[str, Domain]:
 
 @functools.cache
 def load_domains() -> None:
-    """Import every domain, which registers its models; those that cannot be imported are left out with a warning."""
+    """Import every domain, which registers its models; those that cannot be imported are left out with a warning.
+
+    The first model that is asked for may be built on another device (`with torch.device("meta")`): what a domain makes
+    when it is imported stays on the CPU."""
+    import torch  # which domains import anyway
+
     for domain in domains().values():
         try:
-            importlib.import_module(domain.package)
+            with torch.device("cpu"):
+                importlib.import_module(domain.package)
         except Exception as error:  # whatever a stranger's module raises, the other domains stay usable
             _leave_out(domain, error)
 

@@ -196,6 +196,24 @@ def test_a_broken_domain_is_left_out_with_a_warning(monkeypatch: pytest.MonkeyPa
         cache.cache_clear()
 
 
+def test_what_a_domain_makes_when_it_is_imported_is_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "domain_with_a_table").mkdir()
+    module = tmp_path / "domain_with_a_table" / "__init__.py"
+    module.write_text("import torch\n\ntable = torch.tensor([3, 4]).tolist()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = importlib.metadata.EntryPoint("mine", "domain_with_a_table", domains.GROUP)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [mine])
+    caches = (domains.domains, domains.load_domains)
+    for cache in caches:
+        cache.cache_clear()
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("error")
+        domains.load_domains()
+    assert sys.modules["domain_with_a_table"].table == [3, 4]
+    for cache in caches:
+        cache.cache_clear()
+
+
 def test_importing_the_package_imports_neither_torch_nor_timm() -> None:
     early = "[m for m in ('torch', 'timm') if m in sys.modules]"
     code = f"import sys, sinuous; print({early}, sinuous.list_models('test_vim'))"
