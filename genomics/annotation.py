@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sinuous.core.checks import check_sizes, described
+from sinuous.core.checks import check_sizes
 from sinuous.core.ragged import select_rows
 
 CHUNK = 32_768
-STEPS = 2048
+STEPS = 4096
 """Bases that the trunk reads at a time, within a chunk: what it holds meanwhile stays in the processor's cache."""
 STATES_BYTES = 128 << 20
 GAP = "gap"
@@ -291,10 +291,11 @@ def check_annotator(model: Any) -> Any:
         ValueError: if the model is another one.
     """
     tokenizer = getattr(model, "tokenizer", None)
-    if not (hasattr(model, "trunk") and hasattr(model, "join") and hasattr(tokenizer, "complement")):
+    joins = getattr(model, "strands", "shared") != "single" and getattr(model, "head_kind", "position") == "position"
+    if not (joins and hasattr(model, "join") and hasattr(tokenizer, "complement") and hasattr(model, "trunk")):
         raise ValueError(
             "annotation reads both strands with one causal trunk: the model must have strands='shared', "
-            f"direction='causal' and head='position' (got {described(model)})"
+            f"direction='causal' and head='position' (got a {type(model).__name__})"
         )
     return tokenizer
 

@@ -7,12 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from strand_models import Annotator
 
 from sinuous.genomics import annotation
+from sinuous.genomics.caduceus import Caduceus
+from sinuous.genomics.dna_xlstm import DNAXLSTM
 from sinuous.genomics.letters import DNATokenizer
 
 TOKENIZER = DNATokenizer()
+
+
+def annotator(pattern: str = "slstm", **options: Any) -> DNAXLSTM:
+    """A model with large weights, so that what it has read long ago still matters."""
+    model = DNAXLSTM(16, 2, 2, pattern=pattern, head="position", num_classes=5, strands="shared", **options).eval()
+    generator = torch.Generator().manual_seed(0)
+    for weights in model.parameters():
+        weights.data += 0.2 * torch.randn(weights.shape, generator=generator)
+    return model
 
 
 def record(name: str, sequence: str) -> SimpleNamespace:
@@ -24,7 +34,7 @@ def random_sequence(length: int, seed: int = 0) -> str:
     return "".join("ACGT"[i] for i in drawn.tolist())
 
 
-def whole(model: Annotator, sequence: str) -> torch.Tensor:
+def whole(model: DNAXLSTM, sequence: str) -> torch.Tensor:
     with torch.no_grad():
         return model(TOKENIZER.encode(sequence)[None])[0]
 
@@ -33,7 +43,7 @@ def whole(model: Annotator, sequence: str) -> torch.Tensor:
 @pytest.mark.parametrize(("length", "chunk"), [(1, 1), (1, 50), (19, 1), (97, 10), (97, 96), (97, 97), (97, 1000)])
 def test_chunks_do_not_change_logits(pattern: str, length: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(annotation, "STEPS", 37)  # so that the trunk reads a chunk in parts, too
-    model = Annotator(pattern).double()
+    model = annotator(pattern).double()
     sequence = random_sequence(length)
     parts = list(annotation.strand_logits(model, TOKENIZER.encode(sequence).to(torch.uint8), chunk=chunk))
     assert [first for first, _ in parts] == list(range(0, length, chunk))
@@ -42,8 +52,24 @@ def test_chunks_do_not_change_logits(pattern: str, length: int, chunk: int, monk
     torch.testing.assert_close(logits, whole(model, sequence), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"join_dim": 12, "class_complement": (0, 2, 1, 4, 3)},
+        {"sinusoidal": True},
+        {"pattern": "mlstm", "rotary": True},
+        {"pattern": ("slstm", "mlstm")},
+    ],
+)
+def test_options_of_models_do_not_meet_chunks(options: dict[str, Any]) -> None:
+    model = annotator(**options).double()
+    sequence = random_sequence(120)
+    logits = [part for _, part in annotation.strand_logits(model, TOKENIZER.encode(sequence), chunk=33)]
+    torch.testing.assert_close(torch.cat(logits), whole(model, sequence), rtol=0, atol=1e-10)
+
+
 def test_few_states_give_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Annotator("slstm").double()
+    model = annotator().double()
     ids = TOKENIZER.encode(random_sequence(203))
     size = annotation._Strands(model, ids).state_bytes
     alive: list[weakref.ref[torch.Tensor]] = []
@@ -78,7 +104,7 @@ def test_states_of_a_long_sequence_fit_the_memory() -> None:
 
 
 def test_a_region_is_labelled_as_in_the_whole() -> None:
-    model = Annotator("mlstm").double()
+    model = annotator("mlstm").double()
     ids = TOKENIZER.encode(random_sequence(150))
     logits = model(ids[None])[0].detach()
     for region in ((0, 150), (0, 1), (149, 150), (40, 101)):
@@ -92,7 +118,7 @@ def test_a_region_is_labelled_as_in_the_whole() -> None:
 
 
 def test_every_base_has_one_label() -> None:
-    model = Annotator("slstm")
+    model = annotator()
     model.pretrained_cfg = {"label_names": ("intergenic", "gene +", "gene -", "CDS +", "CDS -")}
     sequences = {"one": "g", "chr1": "NNN" + random_sequence(300) + 40 * "N" + random_sequence(77, 1), "empty": ""}
     sequences["chr2"] = 30 * "R" + random_sequence(64, 2).lower()
@@ -117,11 +143,7 @@ def test_every_base_has_one_label() -> None:
 
 def test_progress_reaches_the_end_of_both_passes() -> None:
     told: list[tuple[str, str, int, int]] = []
-    list(
-        annotation.annotate(
-            Annotator("slstm"), [record("chr1", 100 * "ACT")], chunk=64, progress=lambda *a: told.append(a)
-        )
-    )
+    list(annotation.annotate(annotator(), [record("chr1", 100 * "ACT")], chunk=64, progress=lambda *a: told.append(a)))
     for direction in ("right to left", "left to right"):
         done = [(bases, of) for name, which, bases, of in told if which == direction]
         assert done == sorted(done)
@@ -129,9 +151,14 @@ def test_progress_reaches_the_end_of_both_passes() -> None:
 
 
 def test_what_cannot_be_annotated_is_refused() -> None:
-    model = Annotator("slstm")
-    with pytest.raises(ValueError, match="strands='shared'"):
-        list(annotation.annotate(model.trunk.model, []))
+    model = annotator()
+    others = DNAXLSTM(16, 2, 2), DNAXLSTM(16, 2, 2, strands="shared"), Caduceus(16, 1, head="position", num_classes=2)
+    for other in others:
+        with pytest.raises(ValueError, match=r"strands='shared'.*direction='causal' and head='position'"):
+            annotation.annotate(other, [])
+    tied = DNAXLSTM(16, 2, 2, head="position", num_classes=2, strands="shared", direction="tied")
+    with pytest.raises(ValueError, match="direction='causal'"):
+        annotation.annotate(tied, [])
     with pytest.raises(ValueError, match="chunk must be at least 1"):
         list(annotation.annotate(model, [], chunk=0))
     late = 1_100_000 * "A" + "E"
