@@ -25,11 +25,12 @@ from torch import Tensor, nn
 
 from sinuous.core import norms
 from sinuous.core.blocks import ResidualBlock
-from sinuous.core.checks import check_arguments, check_choice
+from sinuous.core.checks import check_arguments, check_choice, described
 from sinuous.core.mixers import SLSTM, mixer_class
 from sinuous.core.norms import MultiHeadLayerNorm
 from sinuous.core.registry import register_model
 from sinuous.core.stack import State
+from sinuous.genomics.heads import check_bounds
 from sinuous.genomics.strands import StrandedModel, fit_strands, reversal, reversed_each
 from sinuous.genomics.xlstm import XLSTM_STACK, bio_xlstm_cfgs, fit_xlstm
 
@@ -140,6 +141,7 @@ class DNAXLSTM(StrandedModel):
 
     def _strand(self, x: Tensor, cu_seqlens: Tensor | None, position_ids: Tensor | None) -> Tensor:
         stream = self._embed(x, 2)
+        check_bounds(stream, cu_seqlens)
         steps = torch.arange(stream.shape[1], device=stream.device)
         if self.absolute_pos_embeds is not None:
             starts = 0 if cu_seqlens is None else _starts(cu_seqlens, len(steps))
@@ -166,6 +168,11 @@ class DNAXLSTM(StrandedModel):
     ) -> tuple[Tensor, State]:
         if self.absolute_pos_embeds is None:
             return super()._read(x, state, position_ids, ndim)
+        if state is not None and not (isinstance(state, tuple | list) and state and isinstance(state[0], Tensor)):
+            raise ValueError(
+                f"state must be the position and a part for each block (got {described(state)}); "
+                "give what initial_state or prefill returned"
+            )
         stream = self._embed(x, ndim)
         place, *rest = (stream.new_zeros(len(stream), dtype=torch.long), None) if state is None else state
         steps = stream.shape[1] if ndim == 2 else 1

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from sinuous.core import norms
 from sinuous.core.checks import check_arguments, check_choice, check_range, described
 from sinuous.core.mixers import mixer_options as options_of
+from sinuous.core.mixers.calls import check_boundaries
 from sinuous.core.sequence_model import SequenceModel
 from sinuous.core.stack import State
 
@@ -145,6 +146,7 @@ class HeadedModel(SequenceModel):
             raise ValueError(
                 f"a head for whole sequences needs the features of their steps, [B, T, D] (got {described(x)})"
             )
+        check_bounds(x, cu_seqlens)
         if ids is None or ids.is_floating_point():
             return mean_of_letters(x, None, cu_seqlens)
         if ids.shape != x.shape[:2]:
@@ -186,6 +188,16 @@ def check_head(head: str, num_classes: int) -> None:
         )
     if head != "lm" and not num_classes:
         raise ValueError(f"num_classes must be at least 1 with head={head!r} (got 0); say how many classes there are")
+
+
+def check_bounds(x: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Refuse boundaries that do not cut one row of tokens `[1, ΣT]` or features `[1, ΣT, D]` into sequences.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if cu_seqlens is not None and not torch.compiler.is_compiling():
+        check_boundaries(x, cu_seqlens, None)
 
 
 def tokenizer_for(vocab_size: int, *kinds: Callable[[], Any]) -> Any:

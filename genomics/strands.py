@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from sinuous.core.checks import check_arguments, check_choice, check_range
 from sinuous.core.stack import State
-from sinuous.genomics.heads import HeadedModel, tokenizer_for
+from sinuous.genomics.heads import HeadedModel, check_bounds, tokenizer_for
 from sinuous.genomics.letters import DNA, DNATokenizer
 
 STRANDS = ("single", "conjoined", "shared")
@@ -137,6 +137,7 @@ class StrandedModel(HeadedModel):
 
     def reverse_complement(self, ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """The other strands of ids `[B, T]`, last letter first; packed sequences stay in their places."""
+        check_bounds(ids, cu_seqlens)
         known = ids.clamp(0, self.padded_vocab_size - 1)  # the embedding refuses others
         return reversed_each(self.complement[known], cu_seqlens)
 

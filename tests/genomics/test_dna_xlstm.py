@@ -163,6 +163,13 @@ def test_prefill_and_steps_give_what_the_whole_gives(options: dict[str, Any]) ->
     torch.testing.assert_close(steps, model(ids)[:, 0], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("options", [{}, {"sinusoidal": True}], ids=str)
+@pytest.mark.parametrize("state", [(), "state", (None, None, None)], ids=str)
+def test_states_of_nothing_are_refused(state: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="state must be"):
+        create(**options).step(draw_ids()[:, 0], state)
+
+
 @pytest.mark.parametrize("direction", ["tied", "alternating"])
 def test_models_of_both_directions_have_no_state(direction: str) -> None:
     model, ids = create(direction=direction), draw_ids()

@@ -45,14 +45,15 @@ def draw_ids(batch: int = 2, steps: int = 11) -> Tensor:
 
 
 @pytest.mark.parametrize("direction", ["causal", "tied", "alternating"])
-@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("heads", [1, 2, 3, 4])
 @pytest.mark.parametrize("cell", ["slstm", "mlstm"])
 @pytest.mark.parametrize("strands", BOTH)
 def test_the_other_strand_has_the_same_logits_in_its_own_order(
     strands: str, cell: str, heads: int, direction: str
 ) -> None:
-    options = {"rotary": True, "bias": True} if cell == "mlstm" else {"sinusoidal": True}
-    model, ids = create(strands, pattern=cell, num_heads=heads, direction=direction, **options), draw_ids()
+    options: dict[str, Any] = {"rotary": True, "bias": True} if cell == "mlstm" else {"sinusoidal": True}
+    options |= {"dim": 96 if heads == 3 else 32, "num_heads": heads}
+    model, ids = create(strands, pattern=cell, direction=direction, **options), draw_ids()
     turned = model(model.reverse_complement(ids))
     assert (turned - model(ids).flip(1)[..., DNA.complement]).abs().max() < 1e-11
     assert not model.causal
@@ -158,6 +159,25 @@ def test_models_of_both_strands_have_no_state_of_their_own() -> None:
 def test_what_has_no_other_strand_is_refused(x: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         create("shared")(x)
+
+
+@pytest.mark.parametrize("strands", ["single", "shared"])
+@pytest.mark.parametrize(
+    ("batch", "bounds", "sentence"),
+    [
+        (1, torch.tensor([0, 1, 5]), "cu_seqlens must rise from 0 to the packed length 4"),
+        (1, torch.tensor([0, 3, 2, 4]), "cu_seqlens must rise"),
+        (2, torch.tensor([0, 4, 8]), "packed input has batch size 1"),
+        (1, [0, 4], "cu_seqlens must be an int32 or int64 tensor"),
+    ],
+    ids=["beyond the end", "falling", "batch of two", "list"],
+)
+def test_boundaries_that_cut_no_row_are_refused(strands: str, batch: int, bounds: Any, sentence: str) -> None:
+    model, ids = create(strands, "sequence", direction="alternating"), draw_ids(batch, 4)
+    with pytest.raises(ValueError, match=sentence):
+        model(ids, bounds)
+    with pytest.raises(ValueError, match=sentence):
+        model.forward_head(model.forward_features(ids), ids, bounds)
 
 
 def test_positions_of_choice_and_features_of_one_strand_are_refused() -> None:
