@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from sinuous.core.tasks.labelling import Labelling
 from sinuous.core.tasks.language_modelling import IGNORED, LanguageModelling, Masking, nats
-from sinuous.genomics.datasets import LADDER, MERGED_CLASSES, MERGED_INTO
+from sinuous.genomics.datasets import MERGED_CLASSES, MERGED_INTO
 from sinuous.genomics.letters import DNATokenizer, ProteinTokenizer
 
 
@@ -32,7 +32,6 @@ class GenomeModelling(LanguageModelling):
 
     def __init__(self, unit: str, masking: Masking | None = None, both_strands: bool = True) -> None:
         super().__init__(unit, masking)
-        self.tokenizer = DNATokenizer()
         self.of_both = f"{self.bits}_of_both_strands" if both_strands else None
         if self.of_both:
             self.scores[self.of_both] = MeanMetric()
@@ -54,11 +53,11 @@ class GenomeModelling(LanguageModelling):
 
     def other_strand(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and targets of the reverse complement of windows, `[B, T]` both, with `[BOS]` first or masked."""
-        complement = self.tokenizer.complement.to(ids.device)
+        complement = DNATokenizer().complement.to(ids.device)
         paired = torch.where(targets == IGNORED, IGNORED, complement[targets.clamp(min=0)]).flip(1)
         if self.masking is not None:
             return complement[ids].flip(1), paired
-        last = torch.where(targets[:, -1:] == IGNORED, self.tokenizer.ignored, targets[:, -1:])
+        last = torch.where(targets[:, -1:] == IGNORED, DNATokenizer.ignored, targets[:, -1:])
         bases = complement[torch.cat([ids[:, 1:], last], 1)].flip(1)
         return torch.cat([ids[:, :1], bases[:, :-1]], 1), paired
 
@@ -110,21 +109,24 @@ class Annotation(Labelling):
 class ProteinModelling(LanguageModelling):
     """`LanguageModelling` of residues, scored by how many relatives stand before the protein as well.
 
-    The scores `bits_per_residue_after_<n>`, n being 0, 1 and 4, are of rows with n relatives; where a split has none
-    of a kind, that score is not a number.
+    The scores `bits_per_residue_after_<n>` are of rows with n relatives.
+
+    Args:
+        unit: as of `LanguageModelling`.
+        ladder: numbers of relatives that the data's scored rows have.
     """
 
-    def __init__(self, unit: str) -> None:
+    def __init__(self, unit: str, ladder: Sequence[int]) -> None:
         super().__init__(unit)
-        self.start = ProteinTokenizer().start
-        for before in LADDER:
+        self.start, self.ladder = ProteinTokenizer.start, tuple(ladder)
+        for before in self.ladder:
             self.scores[f"{self.bits}_after_{before}"] = MeanMetric()
 
     def score(self, model: nn.Module, batch: Sequence[Any]) -> int:
         counted, total = batch[1] != IGNORED, 0
         before = (batch[0] == self.start).sum(1) - 1
         each = nats(model, batch, reduction="none").view(batch[1].shape)
-        for number in LADDER:
+        for number in self.ladder:
             rows = before == number
             count = int(counted[rows].sum())
             if count:
@@ -139,5 +141,5 @@ class ProteinModelling(LanguageModelling):
         self, model: nn.Module, data: Any, seen: Sequence[Any], scores: Mapping[str, float], folder: Path, split: str
     ) -> list[str]:
         lines = super().report(model, data, seen, scores, folder, split)
-        after = {number: scores[f"{self.bits}_after_{number}"] for number in LADDER}
-        return [*lines, *(f"{split} after {n} relatives: {v:.4f}" for n, v in after.items() if not math.isnan(v))]
+        after = {number: scores[f"{self.bits}_after_{number}"] for number in self.ladder}
+        return [*lines, *(f"{split} after {n} relatives: {v:.4f}" for n, v in after.items())]

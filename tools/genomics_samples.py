@@ -13,11 +13,8 @@ import argparse
 import gzip
 import itertools
 import re
-import struct
 from collections.abc import Iterable
 from pathlib import Path
-
-import numpy as np
 
 from sinuous.genomics.datasets.files import find_file
 from sinuous.genomics.datasets.genome import FEATURES, SEQUENCES
@@ -28,26 +25,6 @@ TARGET = Path(__file__).parents[1] / "genomics" / "samples"
 START, STOP = 8_800_000, 10_000_000
 NAME = f"chr1_{START + 1}_{STOP}"
 PAIRS, LONGEST = 150, 600
-TWO_BIT = 0x1A412743
-
-
-def write_2bit(path: Path, name: str, bases: str) -> None:
-    """Write one sequence in the format of UCSC's 2bit files, with its soft-masked and unknown stretches."""
-
-    def stretches(pattern: str) -> bytes:
-        found = [match.span() for match in re.finditer(pattern, bases)]
-        begins, sizes = [begin for begin, _ in found], [end - begin for begin, end in found]
-        return struct.pack(f"<I{2 * len(found)}I", len(found), *begins, *sizes)
-
-    codes = np.zeros(256, np.uint8)
-    for code, letter in enumerate("TCAG"):
-        codes[ord(letter)] = codes[ord(letter.lower())] = code
-    four = np.resize(codes[np.frombuffer(bases.encode(), np.uint8)], -(-len(bases) // 4) * 4).reshape(-1, 4)
-    data = (four[:, 0] << 6 | four[:, 1] << 4 | four[:, 2] << 2 | four[:, 3]).astype(np.uint8)
-    header = struct.pack("<4IB", TWO_BIT, 0, 1, 0, len(name)) + name.encode()
-    offset = struct.pack("<I", len(header) + 4)
-    masks = struct.pack("<I", len(bases)) + stretches("[nN]+") + stretches("[a-z]+") + struct.pack("<I", 0)
-    path.write_bytes(header + offset + masks + data.tobytes())
 
 
 def write_packed(path: Path, lines: Iterable[str]) -> None:
@@ -104,7 +81,8 @@ def main() -> None:
     source = parser.parse_args().folder
     TARGET.mkdir(parents=True, exist_ok=True)
     (chromosome,) = read_sequences(find_file(source, SEQUENCES[:1], "genome"))
-    write_2bit(TARGET / "athaliana_chr1.2bit", NAME, chromosome.sequence[START:STOP])
+    bases = chromosome.sequence[START:STOP]
+    write_packed(TARGET / "athaliana_chr1.fa.gz", [f">{NAME}", *(bases[i : i + 80] for i in range(0, len(bases), 80))])
     write_packed(TARGET / "athaliana_chr1.gtf.gz", slim(read_features(find_file(source, FEATURES[:1], "annotation"))))
     chosen = pairs(HomologContexts(root=source))
     for name, column in (("athaliana.faa.gz", 0), ("aarenosa.faa.gz", 1)):

@@ -27,8 +27,8 @@ from sinuous.genomics.letters import DNATokenizer
 BLOCK, BUNDLED_BLOCK = 1_000_000, 40_000
 SEQUENCES = (
     "AthaTAIR10_chr1_*_genomic.fna.gz",
-    "*.2bit",
     "*.fna.gz",
+    "*.2bit",
     "*.fa.gz",
     "*.fasta.gz",
     "*.fna",

@@ -27,7 +27,7 @@ PROTEINS = ("AthaTAIR10_chr1_protein.faa.gz", "athaliana.faa.gz")
 RELATIVES = ("AareAARE701a_chr1_chr2_protein.faa.gz", "aarenosa.faa.gz")
 GENES = ("AthaTAIR10_chr1.gtf.gz",)
 LADDER = (0, 1, 4)
-"""Numbers of relatives before a protein that is scored."""
+"""Numbers of relatives before a protein that is scored; of the bundled ones, without the last."""
 
 Row = tuple[Tensor, Tensor, Tensor]
 """`(ids [T], targets [T], position ids [T])`."""
@@ -94,6 +94,7 @@ class HomologContexts:
     ) -> None:
         check_sizes(**{"data.length": length, "data.most": most})
         self.length, self.most, self.root, self.augment = length, most, root, augment
+        self.ladder = LADDER[:2] if root is None else LADDER
         self.tokenizer = ProteinTokenizer()
         self.vocab_size = self.tokenizer.vocab_size
 
@@ -131,12 +132,9 @@ class HomologContexts:
         if name == "train":
             return TrainingRows(self, genes)
         counts = {gene: len(self.kinship.relatives(gene)) for gene in genes}
-        ladder = (
-            LADDER if any(count >= LADDER[-1] for count in counts.values()) and self.root is not None else LADDER[:2]
-        )
-        rows = [(gene, before) for gene in genes if counts[gene] >= ladder[-1] for before in ladder]
+        rows = [(gene, before) for gene in genes if counts[gene] >= self.ladder[-1] for before in self.ladder]
         if not rows:
-            raise ValueError(f"no gene of {name} has a relative; give a folder with more proteins")
+            raise ValueError(f"no gene of {name} has {self.ladder[-1]} relatives; give a folder with more proteins")
         return ScoredRows(self, rows)
 
     def encode(self, protein: int) -> Tensor:
