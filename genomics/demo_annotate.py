@@ -150,7 +150,7 @@ def show(counts: Counter[str], seconds: float) -> None:
 
 def sample() -> Iterator[Record]:
     """A part of the bundled sequence."""
-    for record in read_sequences(SAMPLES / "athaliana_chr1.2bit"):
+    for record in read_sequences(SAMPLES / "athaliana_chr1.fa.gz"):
         start, end = SAMPLE
         name = f"{record.name}:{start + 1}-{end}"
         yield Record(name, "a part of A. thaliana's chromosome 1", record.sequence[start:end])
