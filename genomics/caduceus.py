@@ -172,7 +172,7 @@ def _not_fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             f"the checkpoint is of the fused path of both strands and has {depth} blocks; with an odd number the "
             "authors' code leaves the strands exchanged, which this model cannot do; run it with their code"
         )
-    found = {}
+    turned = {}
     for name, tensor in state.items():
         block = re.match(r"layers\.(\d+)\.", name)
         if block is not None and int(block[1]) % 2 == 0:
@@ -181,8 +181,8 @@ def _not_fused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 tensor = tensor.flip(0)
             elif name.endswith(".in_proj.weight"):
                 tensor = tensor.flip(1)
-        found[name] = tensor
-    return found
+        turned[name] = tensor
+    return turned
 
 
 def _exchanged(name: str) -> str:

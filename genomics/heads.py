@@ -249,16 +249,16 @@ def fit_head(state: Mapping[str, Tensor], model: HeadedModel) -> dict[str, Tenso
                     f"build the model with head={kind!r}, num_classes={len(state[names[0]])}"
                 )
         return fitted
-    wanted = model.state_dict()
-    own = [name for name in wanted if name.startswith(f"{model.head_kind}_head.")]
-    if [name for name in own if name not in state or state[name].shape != wanted[name].shape]:
+    ours = model.state_dict()
+    parts = [name for name in ours if name.startswith(f"{model.head_kind}_head.")]
+    if [name for name in parts if name not in state or state[name].shape != ours[name].shape]:
         warnings.warn(
             f"the checkpoint has no head={model.head_kind!r} for {model.num_classes} classes: "
             "the new head has random weights and must be trained",
             UserWarning,
             stacklevel=3,
         )
-        fitted.update({name: wanted[name] for name in own})
+        fitted.update({name: ours[name] for name in parts})
     strangers = [name for kind, names in kinds.items() if kind != model.head_kind for name in names] + of_tokens
     return {name: tensor for name, tensor in fitted.items() if name not in strangers}
 

@@ -224,7 +224,7 @@ class StrandedModel(HeadedModel):
 
     @property
     def trunk(self) -> Trunk:
-        """What reads one strand in parts and gives features, of a model whose direction is causal.
+        """The part of a model of direction causal that reads single strands, in parts, and gives features.
 
         So both strands of a long sequence are read in bounded memory: the second, `reverse_complement(ids)`, from its
         start with states kept, then the first; and `join` makes logits of both.

@@ -80,5 +80,5 @@ def bio_xlstm_cfgs(names: Mapping[str, Mapping[str, Any]], repository: str) -> d
     cfgs: dict[str, Any] = {}
     for name, own in names.items():
         cfgs |= shipped_cfgs(WEIGHTS, name, {**common, **own})
-    found: dict[str, DefaultCfg] = generate_default_cfgs(cfgs)
-    return found
+    made: dict[str, DefaultCfg] = generate_default_cfgs(cfgs)
+    return made

@@ -77,13 +77,13 @@ def file_of(sizes: Sizes) -> State:
 
 def with_shared_strands(state: State, complement: Tensor) -> State:
     """The names of the authors' model of both strands."""
-    found = {}
+    named = {}
     for name, tensor in state.items():
         for part in (".xlstm_norm", ".xlstm", ".ffn_norm", ".ffn", ".post_blocks_norm"):
             name = name.replace(part + ".", part + ".submodule.")
         name = name.replace("token_embedding.", "token_embedding.embedding.").replace("lm_head.", "lm_head.lm_head.")
-        found[name] = tensor
-    return {**found, "token_embedding.complement_map": complement, "lm_head.complement_map": complement}
+        named[name] = tensor
+    return {**named, "token_embedding.complement_map": complement, "lm_head.complement_map": complement}
 
 
 def features(state: State, sizes: Sizes, ids: Tensor, direction: str = "causal", second: bool = False) -> Tensor:

@@ -64,8 +64,8 @@ def test_the_nano_model_is_small_enough_to_ship() -> None:
 
 def load(state: dict[str, Tensor], folder: Path, sizes: Sizes, prefix: str = "model.backbone.", **options: Any) -> Any:
     torch.save({"state_dict": {prefix + name: tensor for name, tensor in state.items()}}, folder / "loss.ckpt")
-    given = {"bias": sizes.bias, "rotary": sizes.rotary, "sinusoidal": sizes.sinusoidal}
-    return create(sizes.kinds, sizes.heads, checkpoint_path=folder / "loss.ckpt", **{**given, **options})
+    of_file = {"bias": sizes.bias, "rotary": sizes.rotary, "sinusoidal": sizes.sinusoidal}
+    return create(sizes.kinds, sizes.heads, checkpoint_path=folder / "loss.ckpt", **{**of_file, **options})
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -84,8 +84,8 @@ def test_both_strands_are_two_calls_of_one_model() -> None:
     other = models["shared"].reverse_complement(ids)
     u, w = single.forward_features(ids), single.forward_features(other)
     for strands in BOTH:
-        found = models[strands].forward_features(ids)
-        torch.testing.assert_close(found, torch.cat([u, w.flip(1, 2)], -1), rtol=0, atol=1e-12)
+        features = models[strands].forward_features(ids)
+        torch.testing.assert_close(features, torch.cat([u, w.flip(1, 2)], -1), rtol=0, atol=1e-12)
     total = single(ids) + single(other).flip(1)[..., DNA.complement]
     torch.testing.assert_close(models["shared"](ids), total, rtol=0, atol=1e-12)
     torch.testing.assert_close(models["conjoined"](ids), total / 2, rtol=0, atol=1e-12)
