@@ -12,7 +12,6 @@ draws from a generator of its own. A row gives the same tokens as alone, up to t
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from sinuous.core.checks import described
+from sinuous.core.modes import evaluating
 from sinuous.core.ragged import run_ragged, select_rows
 from sinuous.core.sampling import Sampling, check_setting
 from sinuous.core.sequence_model import SequenceModel
@@ -221,7 +221,7 @@ class _Run:
 
     @torch.inference_mode()
     def decode(self) -> Iterator[Token]:
-        with _evaluating(self.model):
+        with evaluating(self.model):
             begin = time.perf_counter()
             groups = self._prefill()
             if self.device.type == "cuda":
@@ -335,17 +335,6 @@ class _Batch:
 def _check_model(model: object) -> None:
     if not (isinstance(model, nn.Module) and all(hasattr(model, name) for name in ("prefill", "step", "vocab_size"))):
         raise ValueError(f"model must be a SequenceModel (got {described(model)})")
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _rows(prompts: Prompt | Sequence[Prompt], pad_id: int | None) -> list[Tensor]:

@@ -13,10 +13,9 @@ compared with the model's before the call returns.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sinuous.core.mixers import Mixer
+from sinuous.core.modes import evaluating
 from sinuous.core.ops.tracing import definitions
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -122,7 +122,7 @@ def _export(
             raise ValueError(f"{name} of {kind} is {parameter.dtype}; export model.float()")
     input_names = [name for key, value in zip(names, inputs, strict=True) for name in _names(key, value)]
     sizes = pytree.tree_map(lambda t: {0: torch.export.Dim("batch")}, inputs)
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         outputs = model(*inputs)
         parts = outputs if isinstance(model, _Step) else (outputs,)
         keys = ("y", "next_state")[: len(parts)]
@@ -168,18 +168,6 @@ def _import(package: str) -> Any:
     except ModuleNotFoundError as error:
         message = f"writing ONNX needs {error.name}, which is not installed: pip install 'sinuous[export]'"
         raise ModuleNotFoundError(message, name=error.name) from error
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _rows(t: Tensor, rows: int) -> Tensor:

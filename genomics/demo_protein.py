@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sinuous.core.generation import Sampling
+from sinuous.core.modes import evaluating
 from sinuous.genomics.annotation_files import written_whole
 from sinuous.genomics.contexts import read_context
 from sinuous.genomics.demo_annotate import SAMPLES
@@ -18,7 +19,7 @@ from sinuous.genomics.demo_parts import PICTURES, check_output, model_with_weigh
 from sinuous.genomics.effects import residue_log_probabilities
 from sinuous.genomics.filling import fill_spans
 from sinuous.genomics.io import Record, read_sequences
-from sinuous.genomics.reading import check_continues, evaluating
+from sinuous.genomics.reading import check_continues
 from sinuous.genomics.spans import check_spans
 
 MODEL = "prot_xlstm_nano.cress"

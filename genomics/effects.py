@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from sinuous.core.checks import check_choice, described, is_whole
+from sinuous.core.modes import evaluating
 from sinuous.genomics import spans as fim
 from sinuous.genomics.contexts import Placed, continue_from, read_context, started
-from sinuous.genomics.reading import Progress, check_continues, evaluating, letter_log_softmax, score_rows
+from sinuous.genomics.reading import Progress, check_continues, letter_log_softmax, score_rows
 
 METHODS = ("sequence", "fim")
 TOGETHER = 64

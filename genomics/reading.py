@@ -9,7 +9,6 @@ Texts of any lengths are packed, so that nothing is padded and no text meets ano
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from sinuous.core import norms
 from sinuous.core.checks import check_choice, described
+from sinuous.core.modes import evaluating
 
 PACKED = 16_384
 """Letters that are read together."""
@@ -176,18 +176,6 @@ def read_packed(
         done += len(group)
         if progress is not None:
             progress(done, len(rows))
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode for the time."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def encode_all(tokenizer: Any, texts: Sequence[str], noun: str = "text") -> list[Tensor]:
