@@ -27,6 +27,8 @@ OUT = Path("sinuous_protein.png")
 SHORTEST, LONGEST = 90, 150
 """Residues of the bundled protein that is taken, if no file is given."""
 SPANS = ((20, 26), (60, 70))
+DRAWN = 1200
+"""Residues whose mutations are computed and drawn, at most: each takes a reading of the whole protein."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,21 +78,22 @@ def run(options: argparse.Namespace) -> list[Path]:
     log_p = mutations(model, filled, context)
     others = "1 homolog" if len(context) == 1 else f"{len(context)} homologs"
     title = f"{records[0].name} behind {others}, by {options.model or MODEL}"
+    title += f"; its first {DRAWN:,} residues" if len(filled) > DRAWN else ""
     title += "; what it wrote is framed" if spans else ""
     with written_whole(options.out) as out:
         residues = {letter: int(tokenizer.encode(letter)) for letter in set(filled) | set(drawing.RESIDUES)}
-        drawing.draw_mutations(filled, log_p, residues, spans, title, out)
+        drawing.draw_mutations(filled[:DRAWN], log_p, residues, spans, title, out)
     show(records[0].name, protein, filled, spans)
     return [options.out]
 
 
 def mutations(model: Any, protein: str, context: Sequence[str]) -> Tensor:
-    """Log-probabilities of the tokens at each residue, which is hidden while all others are read, `[T, V]`."""
+    """Log-probabilities of the tokens at each of the first residues, hidden while all others are read, `[T, V]`."""
     ids = model.tokenizer.encode(protein)
     with evaluating(model), torch.no_grad(), progress_bar() as tell:
         state = read_context(model, context)
         rows = residue_log_probabilities(
-            model, ids, range(len(ids)), state, lambda done, of: tell("residues", done, of)
+            model, ids, range(min(len(ids), DRAWN)), state, lambda done, of: tell("residues", done, of)
         )
         return torch.stack(list(rows))
 

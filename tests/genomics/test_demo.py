@@ -188,6 +188,15 @@ def test_proteins_are_filled_and_drawn(models: dict[str, Path], here: Path, caps
     assert Image.open("a.png").size[0] > 500
 
 
+def test_of_a_long_protein_the_beginning_is_drawn(
+    models: dict[str, Path], here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sinuous.genomics.demo_protein.DRAWN", 7)
+    Path("long.fa").write_text(">first\nMKTAYIAKQRXW\n")
+    out = told(f"demo genomics protein --model {models['protein']} --fasta long.fa --spans 6-9 --out a.png", capsys)
+    assert out.splitlines()[-1] == "a.png"
+
+
 def test_molecules_are_drawn(models: dict[str, Path], here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("rdkit")
     command = "demo genomics molecules --count 3 --out a.png --smiles a.smi --like CCO c1ccccc1"
