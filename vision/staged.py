@@ -126,8 +126,11 @@ class MergeDownsample(PatchMerging):
 
     A map of an odd side gets a row or column of zeros."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        merged: Tensor = super().forward(x.permute(0, 2, 3, 1))
+    def forward(self, x: Tensor) -> Tensor:  # written anew, since TorchScript knows no super()
+        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+        batch, dim, height, width = x.shape
+        squares = x.reshape(batch, dim, height // 2, 2, width // 2, 2).permute(0, 2, 4, 5, 3, 1).flatten(3)
+        merged: Tensor = self.reduction(self.norm(squares))
         return merged.permute(0, 3, 1, 2)
 
 

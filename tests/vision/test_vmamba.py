@@ -180,6 +180,12 @@ def test_odd_sides_are_rounded_up(options: dict[str, Any]) -> None:
     assert model(images(4, 5)).shape == (2, 10)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script.:FutureWarning")
+def test_the_first_versions_compile_to_torchscript() -> None:
+    model, x = build(**VANILLA), images(61, 37)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
 def test_a_patch_stem_leaves_out_what_is_no_patch() -> None:
     model, x = build(stem="patch"), images(61, 38)
     taps = model.forward_intermediates(x, intermediates_only=True)
