@@ -18,6 +18,7 @@ k · n^(1/k) states and k + 2 readings of the trunk in all.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -259,16 +260,29 @@ def _entering(
         yield (borders[0], borders[1]), state
         return
     size = -(-chunks // parts) if levels > 1 else 1
-    kept = [(len(borders) - 1, state)]
-    for i in range(chunks - 1, size - 1, -1):
-        state = read_back(borders[i], borders[i + 1], state)
-        if i % size == 0:
-            kept.append((i, pytree.tree_map(torch.clone, state)))  # a part of what was read must not keep all of it
-    start = 0
-    while kept:
-        stop, state = kept.pop()
-        yield from _entering(borders[start : stop + 1], state, levels - 1, parts, read_back)
-        start = stop
+    stops = [*range(size, chunks, size), chunks]
+    shelf = _shelf(state, len(stops))
+    place = len(stops) - 1
+    for i in range(chunks, size - 1, -1):
+        if i < chunks:
+            state = read_back(borders[i], borders[i + 1], state)
+        if i == stops[place]:
+            _put(shelf, place, state)
+            place -= 1
+    for place, (start, stop) in enumerate(itertools.pairwise([0, *stops])):
+        entering = pytree.tree_map(operator.itemgetter(place), shelf)
+        yield from _entering(borders[start : stop + 1], entering, levels - 1, parts, read_back)
+
+
+def _shelf(state: Any, places: int) -> Any:
+    """Room for so many states, in one piece: small tensors between large ones that come and go would split the
+    memory, so that it grows with every state."""
+    return pytree.tree_map(lambda t: t.new_empty(places, *t.shape), state)
+
+
+def _put(shelf: Any, place: int, state: Any) -> None:
+    for room, tensor in zip(pytree.tree_leaves(shelf), pytree.tree_leaves(state), strict=True):
+        room[place] = tensor
 
 
 def encoded(tokenizer: Any, sequence: str, name: str) -> Tensor:
@@ -296,6 +310,11 @@ def check_annotator(model: Any) -> Any:
         raise ValueError(
             "annotation reads both strands with one causal trunk: the model must have strands='shared', "
             f"direction='causal' and head='position' (got a {type(model).__name__})"
+        )
+    if not all(getattr(module, "constant_state", True) for module in model.modules()):
+        raise ValueError(
+            "annotation keeps states along a sequence, and this model's grow with it; build it with mixers of constant "
+            "state, such as pattern='slstm'"
         )
     return tokenizer
 

@@ -72,22 +72,21 @@ def test_few_states_give_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> Non
     model = annotator().double()
     ids = TOKENIZER.encode(random_sequence(203))
     size = annotation._Strands(model, ids).state_bytes
-    alive: list[weakref.ref[torch.Tensor]] = []
+    shelves: list[tuple[weakref.ref[torch.Tensor], int]] = []
     most = 0
+    make = annotation._shelf
 
-    def counted_map(function: Any, *states: Any) -> Any:
+    def counted(state: Any, places: int) -> Any:
         nonlocal most
-        result = pytree.tree_map(function, *states)
-        if function is torch.clone:
-            alive.append(weakref.ref(result[0].c))
-            most = max(most, sum(state() is not None for state in alive))
-        return result
+        shelf = make(state, places)
+        shelves.append((weakref.ref(shelf[0].c), places))
+        most = max(most, sum(places for first, places in shelves if first() is not None))
+        return shelf
 
-    pytree = annotation.pytree
-    monkeypatch.setattr(annotation, "pytree", SimpleNamespace(tree_map=counted_map, tree_leaves=pytree.tree_leaves))
+    monkeypatch.setattr(annotation, "_shelf", counted)
     for kept in (68, 20, 12):
         monkeypatch.setattr(annotation, "STATES_BYTES", kept * size)
-        alive.clear()
+        shelves.clear()
         most = 0
         logits = torch.cat([part for _, part in annotation.strand_logits(model, ids, chunk=3)])
         assert kept / 4 < most <= kept
@@ -156,6 +155,11 @@ def test_what_cannot_be_annotated_is_refused() -> None:
     for other in others:
         with pytest.raises(ValueError, match=r"strands='shared'.*direction='causal' and head='position'"):
             annotation.annotate(other, [])
+    growing = DNAXLSTM(
+        16, 2, 2, pattern=("slstm", "softmax_attention"), head="position", num_classes=2, strands="shared"
+    )
+    with pytest.raises(ValueError, match="constant state"):
+        annotation.annotate(growing, [])
     tied = DNAXLSTM(16, 2, 2, head="position", num_classes=2, strands="shared", direction="tied")
     with pytest.raises(ValueError, match="direction='causal'"):
         annotation.annotate(tied, [])
