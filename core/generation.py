@@ -31,8 +31,8 @@ from sinuous.core.sequence_model import SequenceModel
 __all__ = ["Allowed", "Generation", "Prompt", "Sampling", "Token", "generate", "stream"]
 
 Prompt = Sequence[int] | Tensor
-Allowed = Callable[[int, Sequence[int], int], Tensor]
-"""`(row, its new tokens, how many may still come) -> bool [V]`: the tokens that may come next."""
+Allowed = Callable[[int, Sequence[int], int, Tensor], Tensor]
+"""`(row, its new tokens, how many may still come, logits [V]) -> bool [V]`: the tokens that may come next."""
 
 DRAWN_AT_ONCE = 256
 """Random numbers that are drawn at a time for each row."""
@@ -248,7 +248,10 @@ class _Run:
 
     def _choose(self, group: _Batch, uniform: Tensor) -> Tensor:
         if self.allowed is not None:
-            marks = [self.allowed(row.index, row.tokens + row.held, row.limit - row.chosen) for row in group.rows]
+            marks = [
+                self.allowed(row.index, row.tokens + row.held, row.limit - row.chosen, logits)
+                for row, logits in zip(group.rows, group.logits.cpu(), strict=True)
+            ]
             allowed = torch.stack(marks).to(self.device)
             if not allowed.any(-1).all():
                 row = group.rows[int(allowed.any(-1).int().argmin())]

@@ -46,8 +46,8 @@ def sample_molecules(
         count: how many are drawn.
         like: molecules that the model reads first, joined by `.`, for it to go on in their way; each drawn molecule
             then ends at a `.`, too, as what follows would be the next one.
-        syntax: admit only tokens after which every bracket, branch and ring can be closed within the limit, and is
-            (`sinuous.genomics.syntax`); of SELFIES, whole symbols.
+        syntax: admit only tokens after which every bracket, branch and ring can be closed within the limit, and is, and
+            keep to valences where the grammar leaves a choice (`sinuous.genomics.syntax`); of SELFIES, whole symbols.
         sampling: how tokens are chosen and when a molecule ends at the latest; temperature 1, 128 tokens, if absent. Of
             one `seed`, each molecule's is counted up, so that the same numbers give the same molecules.
 
@@ -125,7 +125,7 @@ def _allowed(tokenizer: SmilesTokenizer | SelfiesTokenizer, ends: list[int], syn
     later[ends] = True
     first[ends] = False
 
-    def allowed(row: int, tokens: Sequence[int], left: int) -> Tensor:
+    def allowed(row: int, tokens: Sequence[int], left: int, logits: Tensor) -> Tensor:
         return later if len(tokens) else first
 
     return allowed

@@ -74,7 +74,7 @@ def _fill(
     natural[tokenizer.natural] = True
     is_mask = torch.isin(behind, tokenizer.span_masks)
 
-    def allowed(row: int, tokens: Sequence[int], left: int) -> Tensor:
+    def allowed(row: int, tokens: Sequence[int], left: int, logits: Tensor) -> Tensor:
         if not is_mask[len(tokens)]:
             return natural
         return torch.arange(model.vocab_size) == behind[len(tokens)]

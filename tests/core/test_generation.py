@@ -219,7 +219,8 @@ def test_only_allowed_tokens_are_chosen(temperature: float) -> None:
     model = build()
     asked: list[tuple[int, int, int]] = []
 
-    def rising(row: int, tokens: Any, left: int) -> Tensor:
+    def rising(row: int, tokens: Any, left: int, logits: Tensor) -> Tensor:
+        assert logits.shape == (VOCAB,)
         asked.append((row, len(tokens), left))
         return torch.arange(VOCAB) > (tokens[-1] if len(tokens) else 0)
 
@@ -233,7 +234,7 @@ def test_only_allowed_tokens_are_chosen(temperature: float) -> None:
     streamed = list(stream(model, PROMPTS, sampling, allowed=rising))
     assert [t.id for t in streamed if t.row == 2] == result.tokens[2].tolist()
     with pytest.raises(ValueError, match="no token for row 1 after 0 new tokens"):
-        generate(model, PROMPTS, sampling, allowed=lambda row, tokens, left: torch.full((VOCAB,), row != 1))
+        generate(model, PROMPTS, sampling, allowed=lambda row, *_: torch.full((VOCAB,), row != 1))
 
 
 def test_lengths() -> None:

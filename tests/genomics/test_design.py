@@ -71,7 +71,7 @@ def test_molecules_in_context_are_read_first_and_the_drawn_one_ends_at_a_dot() -
         model,
         [prompt] * 5,
         drawing(max_new_tokens=60, stop_tokens=stops),
-        allowed=lambda row, tokens, left: torch.tensor(
+        allowed=lambda row, tokens, left, logits: torch.tensor(
             [
                 (i in tokenizer.letters and (len(tokens) > 0 or i not in stops)) or (i in stops and len(tokens) > 0)
                 for i in range(tokenizer.vocab_size)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sinuous.genomics.letters import SmilesTokenizer
-from sinuous.genomics.syntax import SmilesSyntax, SmilesText
+from sinuous.genomics.smiles_text import SmilesText
+from sinuous.genomics.syntax import SmilesSyntax
 
 MOLECULES = (
     "CC(=O)Oc1ccccc1C(=O)O",
@@ -148,6 +149,44 @@ def test_the_cost_of_an_end_is_paid_token_by_token() -> None:
             assert following
             text.take(generator.choice(following))
         assert text.complete()
+
+
+@pytest.mark.parametrize(
+    ("text", "admitted", "refused"),
+    [
+        ("c1cccc", "c n (", "C"),
+        ("c1cccc1", "=", "C c [END] ."),  # five carbons do not share double bonds by twos
+        ("c1ccc[nH]", "1", "C"),
+        ("c1cccn1", "C c", "[END] ."),
+        ("c1ccco", "1 c", "C"),
+        ("c1ccccc", "1 c (", "C [END]"),
+        ("c1ccccc1C", "C = [END]", ")"),
+        ("c1ccccc1", "C c [END] =", ")"),
+        ("Cc1c", "c n (", "C F"),
+        ("C12CCO", "C", "1 2 ="),  # oxygen has no bond left to go on by
+        ("C1CC(=O", ")", "C ="),
+    ],
+)
+def test_what_is_no_molecule_is_masked_where_something_else_is_left(text: str, admitted: str, refused: str) -> None:
+    tokenizer = SmilesTokenizer()
+    mask = SmilesSyntax(tokenizer.tokens, ["[END]"])(0, tokenizer.encode(text).tolist(), 100)
+    asked = f"{admitted} {refused}".split()
+    assert {token for token in asked if mask[tokenizer.ids[token]]} == set(admitted.split())
+
+
+def test_a_text_that_should_end_comes_to_its_end() -> None:
+    """Where an end is the most probable token, tokens bring it nearer until it is admitted."""
+    tokenizer, generator = SmilesTokenizer(), torch.Generator().manual_seed(0)
+    logits = torch.zeros(tokenizer.vocab_size)
+    logits[tokenizer.end] = 9
+    for start in ("C1CC(C(=O)N", "c1cc(CC2CC", "CC(C)(C)C(", "[13C", "C1=CC=C2C(=C1"):
+        syntax, ids = SmilesSyntax(tokenizer.tokens, ["[END]"]), tokenizer.encode(start).tolist()
+        for _ in range(25):
+            mask = syntax(0, ids, 200 - len(ids), logits)
+            if mask[tokenizer.end]:
+                break
+            ids.append(int(torch.multinomial(mask.double(), 1, generator=generator)))
+        assert mask[tokenizer.end], tokenizer.decode(ids)
 
 
 def test_a_vocabulary_without_carbon_or_end_is_refused() -> None:
