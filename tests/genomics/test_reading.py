@@ -4,6 +4,7 @@ import pytest
 import torch
 from letter_models import TOKENIZERS, letter_model, letters
 
+import sinuous
 from sinuous import genomics
 from sinuous.genomics import embed, position_probabilities, reading, score
 
@@ -110,3 +111,25 @@ def test_what_cannot_be_read_is_refused() -> None:
     with pytest.raises(ValueError, match="must be a list of texts"):
         embed(letter_model("dna"), [3, 4].__iter__())
     assert genomics.score is score
+
+
+@pytest.mark.parametrize("strands", ["shared", "conjoined"])
+@pytest.mark.parametrize("name", ["dna_xlstm_nano", "caduceus_ps_1k"])
+def test_both_strands_are_embedded_as_published(name: str, strands: str) -> None:
+    own = {"num_heads": 2} if name == "dna_xlstm_nano" else {}
+    model = sinuous.create_model(name, dim=16, depth=2, strands=strands, **own).double().eval()
+    with torch.no_grad():
+        for features, text in zip(embed(model, TEXTS), TEXTS, strict=True):
+            close(features, model.forward_features(TOKENIZERS["dna"].encode(text)[None])[0])
+            assert features.shape == (len(text), 32)
+    for call in (position_probabilities, score):
+        with pytest.raises(ValueError, match="must be causal"):
+            call(model, TEXTS)
+
+
+def test_scores_of_proteins_count_positions_from_each_start() -> None:
+    model = sinuous.create_model("prot_xlstm_nano", dim=16, depth=2, num_heads=2).double().eval()
+    texts = [letters("protein", length, length) for length in (30, 7, 51)]
+    together = score(model, texts)
+    for i, text in enumerate(texts):
+        close(score(model, [text])[0], together[i])
