@@ -250,15 +250,17 @@ def fit_head(state: Mapping[str, Tensor], model: HeadedModel) -> dict[str, Tenso
                 )
         return fitted
     ours = model.state_dict()
-    parts = [name for name in ours if name.startswith(f"{model.head_kind}_head.")]
-    if [name for name in parts if name not in state or state[name].shape != ours[name].shape]:
+    # The layer that joins two strands stands in front of the head and is trained with it.
+    parts = [name for name in ours if name.startswith((f"{model.head_kind}_head.", "join_layer."))]
+    absent = [name for name in parts if name not in state or state[name].shape != ours[name].shape]
+    if absent:
         warnings.warn(
             f"the checkpoint has no head={model.head_kind!r} for {model.num_classes} classes: "
             "the new head has random weights and must be trained",
             UserWarning,
             stacklevel=3,
         )
-        fitted.update({name: ours[name] for name in parts})
+        fitted.update({name: ours[name] for name in absent})
     strangers = [name for kind, names in kinds.items() if kind != model.head_kind for name in names] + of_tokens
     return {name: tensor for name, tensor in fitted.items() if name not in strangers}
 

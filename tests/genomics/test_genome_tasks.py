@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import sinuous
 from sinuous.core.tasks.language_modelling import IGNORED, Masking
 from sinuous.genomics.letters import DNATokenizer
 from sinuous.genomics.tasks import Annotation, GenomeModelling, ProteinModelling
@@ -68,6 +71,20 @@ def test_hidden_bases_have_another_strand_too() -> None:
     task = GenomeModelling("base", Masking(0.5, 3, 12))
     ids, targets = task.other_strand(letters, letters)
     assert DNATokenizer().decode(ids[0]) == DNATokenizer().decode(targets[0]) == "GGAACGTT"
+
+
+def test_weights_that_continue_bases_begin_a_model_that_labels_them_from_both_strands(tmp_path: Path) -> None:
+    sizes = {"dim": 16, "depth": 1, "num_heads": 2}
+    trained = sinuous.create_model("dna_xlstm_nano", **sizes)
+    save_file(trained.state_dict(), tmp_path / "best.safetensors")
+    options = {"head": "position", "num_classes": 5, "strands": "shared", "join_dim": 8, **sizes}
+    with pytest.warns(UserWarning, match="the new head has random weights"):
+        model = sinuous.create_model("dna_xlstm_nano", checkpoint_path=tmp_path / "best.safetensors", **options)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in trained.state_dict().items() if name in state)
+    save_file(state, tmp_path / "labels.safetensors")
+    again = sinuous.create_model("dna_xlstm_nano", checkpoint_path=tmp_path / "labels.safetensors", **options)
+    assert torch.equal(again.join_layer.weight, model.join_layer.weight)
 
 
 def test_merged_strands_sum_their_probabilities() -> None:
