@@ -15,8 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sinuous.genomics import letters
 from sinuous.genomics.letters import DNATokenizer, ProteinTokenizer, SelfiesTokenizer, SmilesTokenizer
 
+SAMPLES = Path(letters.__file__).parent / "samples"
 TOKENIZERS = (DNATokenizer, ProteinTokenizer, SmilesTokenizer, SelfiesTokenizer)
 SMILES = (
     "CC(=O)Oc1ccccc1C(=O)O",
@@ -354,6 +356,17 @@ def test_selfies_of_smiles_are_the_same_molecules() -> None:
         tokenizer.encode_smiles("C(C", "m1")
     with pytest.raises(ValueError, match="is no SELFIES"):
         tokenizer.decode_smiles(tokenizer.encode("[13CH1]")[:-1])
+
+
+def test_the_bundled_molecules_are_tokenized_and_joined() -> None:
+    tokenizer, read = SmilesTokenizer(), 0
+    for name in ("train", "test"):
+        with gzip.open(SAMPLES / f"solubility.{name}.csv.gz", "rt") as file:
+            for row in csv.DictReader(file):
+                smiles = next(value for column, value in row.items() if column.lower() == "smiles")
+                assert tokenizer.decode(tokenizer.encode(smiles)) == smiles
+                read += 1
+    assert read > 1000
 
 
 @pytest.mark.slow
