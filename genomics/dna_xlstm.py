@@ -46,7 +46,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "dna_xlstm_2m": {"dim": 256, "depth": 6},
     "dna_xlstm_2m_mlstm": {"dim": 256, "depth": 5, **_MLSTM},
     "dna_xlstm_4m_mlstm": {"dim": 256, "depth": 9, **_MLSTM, "rotary": True},
-    "dna_xlstm_nano": {"dim": 192, "depth": 6},
+    "dna_xlstm_nano": {"dim": 192, "depth": 4},
 }
 
 
@@ -329,5 +329,5 @@ def dna_xlstm_4m_mlstm(pretrained: bool = False, **kwargs: Any) -> DNAXLSTM:
 
 @register_model(domain="genomics")
 def dna_xlstm_nano(pretrained: bool = False, **kwargs: Any) -> DNAXLSTM:
-    """DNA-xLSTM with six sLSTM blocks of width 192, small enough to ship; ours."""
+    """DNA-xLSTM with four sLSTM blocks of width 192, small enough to ship; ours."""
     return _create("dna_xlstm_nano", **kwargs)

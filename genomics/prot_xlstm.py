@@ -39,7 +39,7 @@ __all__ = ["ProtXLSTM", "checkpoint_filter_fn", "config_options"]
 SIZES: dict[str, dict[str, Any]] = {
     "prot_xlstm_26m": {},
     "prot_xlstm_102m": {"dim": 1024},
-    "prot_xlstm_nano": {"dim": 256, "depth": 4},
+    "prot_xlstm_nano": {"dim": 192, "depth": 4},
 }
 
 
@@ -225,5 +225,5 @@ def prot_xlstm_102m(pretrained: bool = False, **kwargs: Any) -> ProtXLSTM:
 
 @register_model(domain="genomics")
 def prot_xlstm_nano(pretrained: bool = False, **kwargs: Any) -> ProtXLSTM:
-    """Prot-xLSTM with four blocks of width 256, small enough to ship; ours."""
+    """Prot-xLSTM with four blocks of width 192, small enough to ship; ours."""
     return _create("prot_xlstm_nano", **kwargs)
