@@ -28,7 +28,7 @@ from sinuous.core.patches import Sides
 from sinuous.core.registry import register_vision_model
 from sinuous.vision.checkpoints import fit_checkpoint
 from sinuous.vision.isotropic import Isotropic
-from sinuous.vision.registration import create, family_cfgs
+from sinuous.vision.registration import PICO, create, family_cfgs
 
 __all__ = ["PLSTMVis", "checkpoint_filter_fn"]
 
@@ -44,6 +44,16 @@ SIZES: dict[str, dict[str, Any]] = {
         "embed_dim": 64,
         "depth": 6,
         "num_heads": 4,
+    },
+    "plstm_vis_pico_patch16_96": {
+        "img_size": 96,
+        "patch_size": 16,
+        "num_classes": 2,
+        "embed_dim": 64,
+        "depth": 4,
+        "num_heads": 4,
+        "gate_weights": False,
+        "dynamic_img_size": True,
     },
     "test_plstm_vis": {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2},
 }
@@ -251,6 +261,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: PLSTMVis) -> dict[st
 
 default_cfgs = family_cfgs(
     SIZES,
+    {"plstm_vis_pico_patch16_96": PICO},
     first_conv="patch_embed.proj",
     license="mit",
     paper_name="pLSTM: parallelizable Linear Source Transition Mark networks",
@@ -262,7 +273,7 @@ default_cfgs = family_cfgs(
 def _create_plstm_vis(variant: str, pretrained: bool = False, **kwargs: Any) -> PLSTMVis:
     sizes = dict(SIZES[variant])
     if kwargs.get("mixer", "plstm_grid") != "plstm_grid":
-        del sizes["num_heads"]
+        sizes = {name: size for name, size in sizes.items() if name not in ("num_heads", "gate_weights")}
     return create(PLSTMVis, variant, pretrained, checkpoint_filter_fn, {"depth": 12, **sizes, **kwargs})
 
 
@@ -288,6 +299,13 @@ def plstm_vis_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> PLSTM
 def plstm_vis_nano(pretrained: bool = False, **kwargs: Any) -> PLSTMVis:
     """For images of 28 to 64 pixels, small enough to train on a laptop's CPU; ours, not the paper's."""
     return _create_plstm_vis("plstm_vis_nano", pretrained, **kwargs)
+
+
+@register_vision_model
+def plstm_vis_pico_patch16_96(pretrained: bool = False, **kwargs: Any) -> PLSTMVis:
+    """For two classes of drawn images of 96 pixels and more, with gates that start at constants; ours, not the
+    paper's."""
+    return _create_plstm_vis("plstm_vis_pico_patch16_96", pretrained, **kwargs)
 
 
 @register_vision_model

@@ -34,6 +34,8 @@ _NANO: dict[str, Any] = {
     "crop_pct": 1.0,
     "license": "apache-2.0",
 }
+PICO: dict[str, Any] = {"input_size": (3, 96, 96), "num_classes": 2, "crop_pct": 1.0, "license": "apache-2.0"}
+"""Of models of 96 pixels that tell two classes, as whether an arrow points at a circle."""
 _TEST: dict[str, Any] = {"input_size": (3, 64, 64), "license": "apache-2.0"}
 
 

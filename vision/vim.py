@@ -22,7 +22,7 @@ from sinuous.core.patches import Sides
 from sinuous.core.registry import register_vision_model
 from sinuous.vision.checkpoints import fit_checkpoint
 from sinuous.vision.isotropic import Isotropic
-from sinuous.vision.registration import create, family_cfgs
+from sinuous.vision.registration import PICO, create, family_cfgs
 
 __all__ = ["Vim", "checkpoint_filter_fn"]
 
@@ -43,6 +43,14 @@ SIZES: dict[str, dict[str, Any]] = {
         "embed_dim": 64,
         "depth": 6,
         "d_state": 8,
+    },
+    "vim_pico_patch16_96": {
+        "img_size": 96,
+        "patch_size": 16,
+        "num_classes": 2,
+        "embed_dim": 64,
+        "depth": 4,
+        "dynamic_img_size": True,
     },
     "test_vim": {"patch_size": 8, "embed_dim": 32, "depth": 4, "d_state": 8},
 }
@@ -154,6 +162,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: Vim) -> dict[str, Te
 
 default_cfgs = family_cfgs(
     SIZES,
+    {"vim_pico_patch16_96": PICO},
     first_conv="patch_embed.proj",
     paper_name="Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
     paper_ids="arXiv:2401.09417",
@@ -203,6 +212,12 @@ def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
 def vim_nano(pretrained: bool = False, **kwargs: Any) -> Vim:
     """For images of 28 to 64 pixels, small enough to train on a laptop's CPU; ours, not the paper's."""
     return _create_vim("vim_nano", pretrained, **kwargs)
+
+
+@register_vision_model
+def vim_pico_patch16_96(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """For two classes of drawn images of 96 pixels and more; ours, not the paper's."""
+    return _create_vim("vim_pico_patch16_96", pretrained, **kwargs)
 
 
 @register_vision_model

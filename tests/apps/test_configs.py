@@ -16,7 +16,7 @@ from sinuous.apps import composition, domain_configs
 from sinuous.apps.train import make_batches, make_trainer, make_training, take_from_data
 from sinuous.core.data import lacking
 from sinuous.core.mixers import list_mixers, mixer_class
-from sinuous.core.tasks.classification import Classification
+from sinuous.core.tasks.labelling import Labelling
 from sinuous.core.tasks.language_modelling import LanguageModelling
 from sinuous.vision.datasets import MaskedImages
 
@@ -51,7 +51,7 @@ def test_every_experiment_builds(experiment: str) -> None:
     if isinstance(data, MaskedImages):
         assert logits.shape == (1, data.num_classes, *data.img_size)
     else:
-        places = (1,) if isinstance(training.task, Classification) else (1, data.length)
+        places = (1, data.length) if isinstance(training.task, LanguageModelling | Labelling) else (1,)
         kinds = data.vocab_size if isinstance(training.task, LanguageModelling) else data.num_classes
         assert logits.shape == (*places, kinds)
     assert training.make_optimizer(torch.nn.Linear(2, 2)).param_groups[0]["lr"] == config.optimizer.lr
