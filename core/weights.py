@@ -16,6 +16,7 @@ The JSON is the card of the weights. It says what made them, so that they can be
     model_args    optional: arguments of the model beyond its registered defaults
     pretrained_cfg    optional: entries of timm's configuration, such as mean, std, label_names, input_size
     baselines     optional: {"what it is": {score: value}}, on the test set
+    default       optional: true in the card of those that the model's bare name means, where it has several
 
 Other keys are kept as they are. Adding the two files is all it takes for weights to be listed, loaded and scored.
 """
@@ -48,7 +49,7 @@ _REQUIRED: Kinds = {
     "scores": dict,
     "part": dict,
 }
-_OPTIONAL: Kinds = {"model_args": dict, "pretrained_cfg": dict, "baselines": dict}
+_OPTIONAL: Kinds = {"model_args": dict, "pretrained_cfg": dict, "baselines": dict, "default": bool}
 _OF_PART: Kinds = {"overrides": list, "split": str, "scores": dict}
 _CFG_ENTRIES = {field.name for field in dataclasses.fields(PretrainedCfg)}
 
@@ -126,10 +127,11 @@ def _check_keys(values: Any, required: Kinds, optional: Kinds, source: str, pref
 
 
 def shipped(folder: Path) -> dict[str, Weights]:
-    """Weights in `folder` by name, sorted; none if there is no such folder.
+    """Weights in `folder` by name, sorted, each model's default before its others; none if there is no such folder.
 
     Raises:
-        ValueError: if a file has no JSON, a JSON no file, a name no tag, or a JSON lacks a key; naming file and key.
+        ValueError: if a file has no JSON, a JSON no file, a name no tag, a JSON lacks a key, or a model has two
+            defaults; naming file and key.
     """
     known = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -140,7 +142,11 @@ def shipped(folder: Path) -> dict[str, Weights]:
     for path in sorted(folder.glob("*.json")):
         if path.stem not in known:
             raise ValueError(f"{path} has no {path.stem}.safetensors beside it; add the weights or remove the file")
-    return known
+    defaults: dict[str, str] = {}
+    for name, weights in known.items():
+        if weights.card.get("default") and (first := defaults.setdefault(weights.architecture, name)) != name:
+            raise ValueError(f"{first} and {name} both say that they are the default; take the key from one card")
+    return dict(sorted(known.items(), key=lambda item: (item[1].architecture, item[0] not in defaults.values())))
 
 
 def all_weights() -> dict[str, Weights]:
@@ -155,7 +161,7 @@ def all_weights() -> dict[str, Weights]:
 
 
 def find_weights(name: str) -> Weights:
-    """The weights `architecture.tag`, or the first of an architecture.
+    """The weights `architecture.tag`, or the default of an architecture (without one, its first).
 
     Raises:
         ValueError: if there are none, naming the closest.

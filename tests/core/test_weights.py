@@ -97,12 +97,30 @@ def test_a_folder_of_weights(tmp_path: Path) -> None:
         shipped(tmp_path)
 
 
+def test_the_default_of_a_model_comes_before_its_other_weights(models: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path, "hum.loud", {**CARD, "model_args": {"width": 3}})
+    write(tmp_path, "hum.soft", {**CARD, "default": True})
+    write(tmp_path, "drum.one")
+    assert list(shipped(tmp_path)) == ["drum.one", "hum.soft", "hum.loud"]
+    cfgs = generate_default_cfgs(shipped_cfgs(tmp_path, "hum", {}))
+
+    @registry.register_model(domain="audio", default_cfgs=cfgs)
+    def hum(pretrained: bool = False) -> nn.Module:
+        return nn.Linear(3, 1)
+
+    assert sinuous.load("hum").pretrained_cfg["tag"] == "soft"
+    write(tmp_path, "hum.loud", {**CARD, "default": True})
+    with pytest.raises(ValueError, match=r"hum.loud and hum.soft both say that they are the default"):
+        shipped(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
         *((key, None, f"hum.one.json lacks the key {key}; add it") for key in CARD),
         ("part.split", None, "hum.one.json lacks the key part.split"),
         ("scores.test", None, "hum.one.json lacks the key scores.test"),
+        ("default", "yes", "hum.one.json: default must be of the kind bool"),
         ("seed", "0", "hum.one.json: seed must be of the kind int .got '0'"),
         ("command", 3, "hum.one.json: command must be of the kind str or list"),
         ("part", [], "hum.one.json: part must be of the kind dict"),
