@@ -65,11 +65,10 @@ class Codec(ABC):
         wave = wave.detach()
         if wave.dtype not in (torch.float32, torch.float64):
             wave = wave.float()
-        if wave.isnan().any():
-            place = int(wave.isnan().reshape(-1, wave.shape[-1]).any(0).int().argmax())
-            raise ValueError(
-                f"wave has samples that are not numbers (NaN), the first at sample {place}; leave them out"
-            )
+        absent = wave.isnan()
+        if absent.any():
+            place = int(absent.reshape(-1, wave.shape[-1]).any(0).int().argmax())
+            raise ValueError(f"wave must be numbers (got NaN, the first at sample {place}); leave those samples out")
         return self._encode(wave.clamp(-1, 1))
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -78,12 +77,7 @@ class Codec(ABC):
         Raises:
             ValueError: if they are no whole numbers from 0 to `vocab_size` - 1, or end within a sample.
         """
-        if (
-            not isinstance(codes, Tensor)
-            or codes.is_floating_point()
-            or codes.is_complex()
-            or codes.dtype == torch.bool
-        ):
+        if not isinstance(codes, Tensor) or codes.dtype not in _WHOLE:
             raise ValueError(f"codes must be a tensor of whole numbers (got {described(codes)}); encode a wave first")
         if codes.ndim == 0 or codes.shape[-1] % self.codes_per_sample:
             raise ValueError(

@@ -137,7 +137,7 @@ def test_codecs_are_equal_by_their_options_and_travel_to_workers(any_codec: Code
 @pytest.mark.parametrize(
     ("wave", "sentence"),
     [
-        (torch.tensor([0.0, 0.5, math.nan]), r"not numbers \(NaN, the first at sample 2\)"),
+        (torch.tensor([0.0, 0.5, math.nan]), r"must be numbers \(got NaN, the first at sample 2\)"),
         (torch.tensor([1, 2]), "divide 16-bit samples by 32768"),
         ([0.1, 0.2], "must be a tensor of floating point"),
         (torch.tensor(0.5), "give a row of samples"),
