@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sinuous.core import norms
 from sinuous.core.checks import check_arguments, check_choice, check_range, described
 from sinuous.core.mixers import mixer_options as options_of
 from sinuous.core.mixers.calls import check_boundaries
+from sinuous.core.pooling import mean_over_time
 from sinuous.core.sequence_model import SequenceModel
 from sinuous.core.stack import State
 
@@ -148,13 +148,13 @@ class HeadedModel(SequenceModel):
             )
         check_bounds(x, cu_seqlens)
         if ids is None or ids.is_floating_point():
-            return mean_of_letters(x, None, cu_seqlens)
+            return mean_over_time(x, None, cu_seqlens)
         if ids.shape != x.shape[:2]:
             raise ValueError(
                 f"ids must be those of the features, {list(x.shape[:2])} (got {list(ids.shape)}); "
                 "give forward_head what forward_features was given"
             )
-        return mean_of_letters(x, self.is_letter[ids], cu_seqlens)
+        return mean_over_time(x, self.is_letter[ids], cu_seqlens)
 
     def prefill(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, State]:
         self._check_steps()
@@ -204,30 +204,6 @@ def tokenizer_for(vocab_size: int, *kinds: Callable[[], Any]) -> Any:
     """Make the first of some kinds of tokenizers that has so many tokens; None if there is none."""
     with torch.device("cpu"):  # also for models on meta
         return next((made for made in (kind() for kind in kinds) if made.vocab_size == vocab_size), None)
-
-
-def mean_of_letters(x: Tensor, is_letter: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Mean of features over the letters of each sequence, in at least fp32; zero for one without letters.
-
-    Args:
-        x: `[B, T, D]`, packed `[1, ΣT, D]`.
-        is_letter: bool `[B, T]`; all are, if absent.
-        cu_seqlens: boundaries of packed sequences, `[N + 1]`.
-
-    Returns:
-        `[B, D]`, or `[N, D]`, in the dtype of `x`.
-    """
-    wide = norms.at_least_fp32(x)
-    count = wide.new_ones(x.shape[:2])
-    if is_letter is not None:
-        wide = torch.where(is_letter.unsqueeze(-1), wide, 0.0)
-        count = is_letter.to(wide.dtype)
-    if cu_seqlens is None:
-        total, letters = wide.sum(1), count.sum(1)
-    else:
-        lengths = cu_seqlens.diff()
-        total, letters = (torch.segment_reduce(part[0], "sum", lengths=lengths, axis=0) for part in (wide, count))
-    return (total / letters.clamp(min=1).unsqueeze(-1)).to(x.dtype)
 
 
 def fit_head(state: Mapping[str, Tensor], model: HeadedModel) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import sinuous
-from sinuous.genomics.heads import mean_of_letters
 
 CLASSES = 3
 
@@ -53,14 +52,6 @@ def test_a_sequence_head_reads_letters_alone() -> None:
     model, (ids,) = create("sequence"), molecules("CC(=O)O")
     padding = torch.full((1, 4), model.tokenizer.pad)
     torch.testing.assert_close(model(torch.cat([ids, padding], 1)), model(ids), rtol=0, atol=1e-12)
-
-
-def test_the_mean_of_letters_is_that_of_each_sequence_and_keeps_nan_apart() -> None:
-    x, letters = torch.randn(1, 6, 2), torch.tensor([[True, False, True, False, False, True]])
-    x[0, 1] = float("nan")
-    pooled = mean_of_letters(x, letters, torch.tensor([0, 3, 5, 6]))
-    torch.testing.assert_close(pooled, torch.stack([(x[0, 0] + x[0, 2]) / 2, torch.zeros(2), x[0, 5]]))
-    torch.testing.assert_close(mean_of_letters(x, letters, None)[0], x[0, [0, 2, 5]].mean(0))
 
 
 @pytest.mark.parametrize("head", ["lm", "position"])
