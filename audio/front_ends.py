@@ -67,7 +67,7 @@ class LearnedFilters(nn.Module):
             nn.Conv1d(inside, outside, 4 * stride, stride, **dd)
             for inside, outside, stride in zip(widths[:-1], widths[1:], strides, strict=True)
         )
-        self.hop, self.num_features = math.prod(strides), embed_dim
+        self.strides, self.hop, self.num_features = strides, math.prod(strides), embed_dim
 
     def init_weights(self) -> None:
         for conv in self.convs:
@@ -75,11 +75,10 @@ class LearnedFilters(nn.Module):
 
     def forward(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Frames `[B, F, num_features]` of waves `[B, 1, T]`; those behind `lengths` hold nothing of use."""
-        x = silence_behind(wave, lengths).to(self.convs[0].weight.dtype)  # type: ignore[arg-type]
-        for conv in self.convs:
-            window, stride = conv.kernel_size[0], conv.stride[0]  # type: ignore[index]
-            x = F.gelu(conv(_framed(x, window, stride)))
-            lengths = None if lengths is None else frames_of(lengths, stride)  # type: ignore[arg-type]
+        x = silence_behind(wave, lengths).to(next(self.parameters()).dtype)
+        for conv, stride in zip(self.convs, self.strides, strict=True):
+            x = F.gelu(conv(_framed(x, 4 * stride, stride)))
+            lengths = None if lengths is None else frames_of(lengths, stride)
             x = silence_behind(x, lengths)
         return x.mT
 

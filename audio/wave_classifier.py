@@ -122,7 +122,7 @@ class WaveClassifier(nn.Module):
         """A new head for `num_classes` classes; 0 for none."""
         check_range(0, float("inf"), num_classes=num_classes)
         self.num_classes = num_classes
-        at = {"device": self.embed.weight.device, "dtype": self.embed.weight.dtype}
+        at: dict[str, Any] = {"device": self.embed.weight.device, "dtype": self.embed.weight.dtype}
         self.head = nn.Linear(self.num_features, num_classes, **at) if num_classes else nn.Identity()
         self._init_head()
 
@@ -236,7 +236,7 @@ def wave_classifier_nano(pretrained: bool = False, **kwargs: Any) -> WaveClassif
 
 
 @register_model(domain="audio")
-def test_wave_classifier(pretrained: bool = False, **kwargs: Any) -> WaveClassifier:
+def test_wave_classifier(pretrained: bool = False, **kwargs: Any) -> WaveClassifier:  # noqa: PT028
     """A tiny classifier of sounds, for tests."""
     sizes = {"num_classes": 4, "sample_rate": 8000, "embed_dim": 16, "depth": 2}
     return WaveClassifier(**{**sizes, **kwargs})

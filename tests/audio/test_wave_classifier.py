@@ -1,4 +1,4 @@
-"""Classifiers of sounds: padding never reaches an answer, clips of any length, any mixer, training on ragged batches."""
+"""Classifiers of sounds: padding never reaches an answer, clips of any length, any mixer, training."""
 
 from __future__ import annotations
 
