@@ -1,0 +1,273 @@
+"""SaShiMi: a model of waveforms, sample by sample, and its net as a backbone.
+
+    z = net(embedding(codes))                                      see `sinuous.audio.sashimi_backbone`
+    logits_t = W z_t + b                                           of code t + 1, from the codes up to t
+
+    model = sinuous.create_model("sashimi_sc09", checkpoint_path="sashimi_sc09.pt")
+
+Models with `scalar` norms have the layout of the published checkpoints, those with `layer` norms that of the authors'
+standalone class. Both read the authors' files, those from before version 4 as well. A file with `inv_dt` does not say
+of which function of it the step is: runs of version 4 have softplus, files converted from older ones
+`mixer_options={"dt_transform": "exp"}`. Older names settle it, and their steps are converted.
+
+Source: Goel et al., "It's Raw! Audio Generation with State-Space Models" (arXiv 2202.09729); state-spaces/s4
+(Apache-2.0), an independent implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from sinuous.audio.sashimi_backbone import SashimiBackbone, SashimiState
+from sinuous.core.checks import check_arguments, check_sizes, described
+from sinuous.core.registry import register_model
+
+__all__ = ["Sashimi", "SashimiBackbone", "SashimiState"]
+
+SIZES: dict[str, dict[str, Any]] = {
+    "sashimi_2l": {"depth": 2},
+    "sashimi_4l": {"depth": 4},
+    "sashimi_8l": {"depth": 8},
+    "sashimi_8l_unet": {"depth": 8, "unet": True},
+    "sashimi_sc09": {"depth": 8, "norm": "scalar"},
+    "sashimi_beethoven": {"depth": 8, "norm": "scalar"},
+    "sashimi_youtubemix": {"depth": 8, "norm": "scalar"},
+    "sashimi_sc09_unet": {"depth": 8, "norm": "scalar", "unet": True, "mixer_options": {"n_ssm": None}},
+    "sashimi_nano": {"depth": 2, "mixer": "s4d"},
+    "test_sashimi": {"embed_dim": 8, "depth": 1, "pool": (2, 2), "vocab_size": 16, "mixer_options": {"d_state": 8}},
+}
+
+
+class Sashimi(nn.Module):
+    """SaShiMi on codes of samples: `[B, T]` to logits `[B, T, vocab_size]` of the codes that follow.
+
+    Args:
+        vocab_size: V, number of codes.
+        embed_dim, depth, pool, expand, ff, unet, causal, shift, norm, mixer, mixer_options, drop_rate: of the
+            `SashimiBackbone`.
+
+    Raises:
+        ValueError: if a size or a choice is not allowed.
+        TypeError: if the mixer has no such option.
+    """
+
+    @check_arguments
+    def __init__(
+        self,
+        vocab_size: int = 256,
+        embed_dim: int = 64,
+        depth: int = 8,
+        pool: Sequence[int] = (4, 4),
+        expand: int = 2,
+        ff: int = 2,
+        unet: bool = False,
+        causal: bool = True,
+        shift: bool = True,
+        norm: str = "layer",
+        mixer: str = "s4",
+        mixer_options: Mapping[str, Any] | None = None,
+        drop_rate: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        check_sizes(vocab_size=vocab_size)
+        self.vocab_size = vocab_size
+        self.num_features = self.embed_dim = self.dim = embed_dim
+        self.depth, self.causal = depth, causal
+        self.embedding = nn.Embedding(vocab_size, embed_dim, **dd)
+        self.backbone = SashimiBackbone(
+            embed_dim, depth, pool, expand, ff, unet, causal, shift, norm, mixer, mixer_options, drop_rate, **dd
+        )
+        self.head = nn.Linear(embed_dim, vocab_size, **dd)
+
+    def init_weights(self) -> None:
+        """Fill every parameter and buffer anew, as torch's layers start and by the mixers' rules."""
+        self.embedding.reset_parameters()
+        self.backbone.init_weights()
+        self.head.reset_parameters()
+
+    def no_weight_decay(self) -> set[str]:
+        """Name the parameters that weight decay should leave alone."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute each block again in the backward pass instead of keeping its activations."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Logits `[B, T, vocab_size]` of codes `[B, T]`: those at step t are of the code at step t + 1.
+
+        Raises:
+            ValueError: if the codes have another shape, dtype or range.
+        """
+        return self.forward_head(self.forward_features(codes))
+
+    def forward_features(self, codes: Tensor) -> Tensor:
+        """Features `[B, T, embed_dim]` that the head reads."""
+        features: Tensor = self.backbone(self._embed(codes, 2))
+        return features
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Logits of features `[..., embed_dim]`."""
+        logits: Tensor = self.head(x)
+        return logits
+
+    def prefill(
+        self, x: Tensor, state: SashimiState | None = None, *, last_only: bool = False
+    ) -> tuple[Tensor, SashimiState]:
+        """Read a part of a sequence, of any length, and go on from `state`.
+
+        Args:
+            x: codes `[B, T]`.
+            state: what an earlier call returned; `None` at the start of a sequence.
+            last_only: compute the logits of the last step alone.
+
+        Returns:
+            Logits `[B, T, vocab_size]`, or `[B, 1, vocab_size]`, and the state after the last step.
+
+        Raises:
+            ValueError: if codes or state have another form.
+            NotImplementedError: if the model is not causal.
+        """
+        features, after = self.backbone.prefill(self._embed(x, 2), state)
+        return self.forward_head(features[:, -1:] if last_only else features), after
+
+    def step(self, x_t: Tensor, state: SashimiState) -> tuple[Tensor, SashimiState]:
+        """One step: codes `[B]` to logits `[B, vocab_size]` of the codes that follow, and the next state.
+
+        Raises:
+            ValueError, NotImplementedError: as `prefill`.
+        """
+        features, after = self.backbone.step(self._embed(x_t, 1), state)
+        return self.forward_head(features), after
+
+    def initial_state(
+        self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> SashimiState:
+        """The state before the first step, on the device and in the dtype of the parameters if none is given.
+
+        Raises:
+            NotImplementedError: if the model is not causal.
+        """
+        return self.backbone.initial_state(batch_size, device, dtype)
+
+    def _embed(self, codes: Any, ndim: int) -> Tensor:
+        check_codes(codes, ndim, self.vocab_size)
+        embedded: Tensor = self.embedding(codes)
+        return embedded
+
+
+def check_codes(codes: Any, ndim: int, vocab_size: int) -> None:
+    """Refuse what are no codes `[B, T]` (two axes) or `[B]` (one) below `vocab_size`.
+
+    Raises:
+        ValueError: naming what they must be, what they are, and the remedy.
+    """
+    layout = "[B, T]" if ndim == 2 else "[B]"
+    if not isinstance(codes, Tensor) or codes.dtype not in (torch.int64, torch.int32) or codes.ndim != ndim:
+        raise ValueError(
+            f"codes must be an int64 tensor {layout} (got {described(codes)}); encode a wave with "
+            "sinuous.audio.codec('mu_law').encode"
+        )
+    if codes.device.type == "cpu" and not torch.compiler.is_compiling() and codes.numel():
+        low, high = int(codes.min()), int(codes.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"codes must lie between 0 and {vocab_size - 1} (got {low} to {high}); "
+                "use the codec that the model was trained with"
+            )
+
+
+_PAPER = {
+    "license": "apache-2.0",
+    "paper_name": "It's Raw! Audio Generation with State-Space Models",
+    "paper_ids": "arXiv:2202.09729",
+    "origin_url": "https://github.com/state-spaces/s4",
+    "classifier": "head",
+    "first_conv": "embedding",
+    "num_classes": 256,
+    "input_size": (16000,),
+}
+
+default_cfgs = generate_default_cfgs({f"{name}.untrained": _PAPER for name in ("sashimi_backbone", *SIZES)})
+
+
+def _create(variant: str, **kwargs: Any) -> Sashimi:
+    sizes = SIZES[variant]
+    options = {**sizes.get("mixer_options", {}), **(kwargs.get("mixer_options") or {})}
+    if kwargs.get("mixer", sizes.get("mixer", "s4")) != sizes.get("mixer", "s4"):  # the options are for another one
+        options = dict(kwargs.get("mixer_options") or {})
+    return Sashimi(**{**sizes, **kwargs, "mixer_options": options})
+
+
+@register_model(domain="audio")
+def sashimi_backbone(pretrained: bool = False, **kwargs: Any) -> SashimiBackbone:
+    """SaShiMi's net without embedding and head, `[B, T, embed_dim]` to `[B, T, embed_dim]`."""
+    return SashimiBackbone(**kwargs)
+
+
+@register_model(domain="audio")
+def sashimi_2l(pretrained: bool = False, **kwargs: Any) -> Sashimi:
+    """SaShiMi with two pairs of blocks at each rate."""
+    return _create("sashimi_2l", **kwargs)
+
+
+@register_model(domain="audio")
+def sashimi_4l(pretrained: bool = False, **kwargs: Any) -> Sashimi:
+    """SaShiMi with four pairs of blocks at each rate."""
+    return _create("sashimi_4l", **kwargs)
+
+
+@register_model(domain="audio")
+def sashimi_8l(pretrained: bool = False, **kwargs: Any) -> Sashimi:
+    """SaShiMi with eight pairs of blocks at each rate."""
+    return _create("sashimi_8l", **kwargs)
+
+
+@register_model(domain="audio")
+def sashimi_8l_unet(pretrained: bool = False, **kwargs: Any) -> Sashimi:
+    """SaShiMi's U-Net with eight pairs of blocks at each rate, on the way down and up."""
+    return _create("sashimi_8l_unet", **kwargs)
+
+
+@register_model(domain="audio")
+def sashimi_sc09(pretrained: bool = False, **kwargs: Any) -> Sashimi:
+    """SaShiMi of spoken digits at 16 kHz, codec `mu_law_s4`, in the layout of the published checkpoint."""
+    return _create("sashimi_sc09", **kwargs)
+
+
+@register_model(domain="audio")
+def sashimi_beethoven(pretrained: bool = False, **kwargs: Any) -> Sashimi:
+    """SaShiMi of piano sonatas at 16 kHz, codec `linear_s4`, in the layout of the published checkpoints."""
+    return _create("sashimi_beethoven", **kwargs)
+
+
+@register_model(domain="audio")
+def sashimi_youtubemix(pretrained: bool = False, **kwargs: Any) -> Sashimi:
+    """SaShiMi of piano music at 16 kHz, codec `mu_law_s4`, in the layout of the published checkpoint."""
+    return _create("sashimi_youtubemix", **kwargs)
+
+
+@register_model(domain="audio")
+def sashimi_sc09_unet(pretrained: bool = False, **kwargs: Any) -> Sashimi:
+    """SaShiMi's U-Net of spoken digits at 16 kHz, codec `mu_law_s4`, in the layout of the published checkpoint."""
+    return _create("sashimi_sc09_unet", **kwargs)
+
+
+@register_model(domain="audio")
+def sashimi_nano(pretrained: bool = False, **kwargs: Any) -> Sashimi:
+    """SaShiMi with two pairs of S4D blocks at each rate, for music at 8 kHz in real time."""
+    return _create("sashimi_nano", **kwargs)
+
+
+@register_model(domain="audio")
+def test_sashimi(pretrained: bool = False, **kwargs: Any) -> Sashimi:
+    """SaShiMi for tests: width 8, 16 codes."""
+    return _create("test_sashimi", **kwargs)
