@@ -38,7 +38,8 @@ class WeightNormLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The matrix `[out, in]`."""
-        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+        length: Tensor = torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True)
+        return self.weight_v * (self.weight_g / length)
 
     def reset_parameters(self) -> None:
         """As torch's linear layers start."""
@@ -46,7 +47,7 @@ class WeightNormLinear(nn.Module):
         nn.init.uniform_(self.weight_v, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
         with torch.no_grad():
-            self.weight_g.copy_(self.weight_v.norm(dim=1, keepdim=True))
+            self.weight_g.copy_(torch.linalg.vector_norm(self.weight_v, dim=1, keepdim=True))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -62,7 +63,8 @@ class Pool(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """Apply the linear layer in its own dtype, and keep the stream in at least fp32."""
-        return norms.at_least_fp32(self.linear(x.to(self.linear.bias.dtype)))
+        y: Tensor = self.linear(x.to(self.linear.bias.dtype))
+        return norms.at_least_fp32(y)
 
 
 class DownPool(Pool):
@@ -129,4 +131,5 @@ class UpPool(Pool):
         return steps[:, :length], steps[:, length:]
 
     def _steps(self, x: Tensor) -> Tensor:
-        return self.project(x).unflatten(2, (self.narrow, self.pool)).transpose(2, 3).flatten(1, 2)
+        steps: Tensor = self.project(x).unflatten(2, (self.narrow, self.pool)).transpose(2, 3).flatten(1, 2)
+        return steps

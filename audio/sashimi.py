@@ -268,6 +268,6 @@ def sashimi_nano(pretrained: bool = False, **kwargs: Any) -> Sashimi:
 
 
 @register_model(domain="audio")
-def test_sashimi(pretrained: bool = False, **kwargs: Any) -> Sashimi:
+def test_sashimi(pretrained: bool = False, **kwargs: Any) -> Sashimi:  # noqa: PT028
     """SaShiMi for tests: width 8, 16 codes."""
     return _create("test_sashimi", **kwargs)

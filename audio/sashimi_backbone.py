@@ -70,7 +70,8 @@ class ScalarNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         m, s = self.norm["m"], self.norm["s"]
         deviation, mean = torch.std_mean(x, dim=-1, correction=0, keepdim=True)
-        return (s / deviation * (x - mean + m)).to(s.dtype)
+        y: Tensor = s / deviation * (x - mean + m)
+        return y.to(s.dtype)
 
 
 class MixerBlock(ResidualBlock):
@@ -204,7 +205,7 @@ class SashimiBackbone(nn.Module):
 
     def blocks(self) -> Iterator[MixerBlock]:
         """Yield the blocks around mixers, in the order in which a step meets them."""
-        return (cast("MixerBlock", module) for module in self._in_order() if isinstance(module, MixerBlock))
+        return (module for module in self._in_order() if isinstance(module, MixerBlock))
 
     def _in_order(self) -> Iterator[nn.Module]:
         yield from self.d_layers
