@@ -1,6 +1,6 @@
 """Sound: models of waveforms and what hears them. Importing this registers the models.
 
-    from sinuous.audio import …
+    from sinuous.audio import codec
 
 Names of `__all__` are loaded on first use.
 """
@@ -10,12 +10,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from sinuous.audio import sashimi
+from sinuous.audio import sashimi, wave_classifier, wavenet
 
-_LAZY: dict[str, str] = {}
+_LAZY = {
+    "codec": "codecs",
+}
 """Public names, and the modules that they are in."""
 
-__all__ = ["sashimi", *_LAZY]
+__all__ = ["sashimi", "wave_classifier", "wavenet", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,7 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from sinuous.audio.sashimi_backbone import SashimiBackbone, SashimiState
+from sinuous.audio.wavenet import Readout
 from sinuous.core.checks import check_arguments, check_sizes, described
 from sinuous.core.registry import register_model
 
@@ -81,25 +82,25 @@ class Sashimi(nn.Module):
         self.vocab_size = vocab_size
         self.num_features = self.embed_dim = self.dim = embed_dim
         self.depth, self.causal = depth, causal
-        self.embedding = nn.Embedding(vocab_size, embed_dim, **dd)
-        self.backbone = SashimiBackbone(
+        self.encoder: Any = nn.Sequential(nn.Embedding(vocab_size, embed_dim, **dd))
+        self.model = SashimiBackbone(
             embed_dim, depth, pool, expand, ff, unet, causal, shift, norm, mixer, mixer_options, drop_rate, **dd
         )
-        self.head = nn.Linear(embed_dim, vocab_size, **dd)
+        self.decoder: Any = nn.Sequential(Readout(embed_dim, vocab_size, dd))
 
     def init_weights(self) -> None:
         """Fill every parameter and buffer anew, as torch's layers start and by the mixers' rules."""
-        self.embedding.reset_parameters()
-        self.backbone.init_weights()
-        self.head.reset_parameters()
+        self.encoder[0].reset_parameters()
+        self.model.init_weights()
+        self.decoder[0].output_transform.reset_parameters()
 
     def no_weight_decay(self) -> set[str]:
         """Name the parameters that weight decay should leave alone."""
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+        return {f"model.{name}" for name in self.model.no_weight_decay()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute each block again in the backward pass instead of keeping its activations."""
-        self.backbone.set_grad_checkpointing(enable)
+        self.model.set_grad_checkpointing(enable)
 
     def forward(self, codes: Tensor) -> Tensor:
         """Logits `[B, T, vocab_size]` of codes `[B, T]`: those at step t are of the code at step t + 1.
@@ -111,12 +112,12 @@ class Sashimi(nn.Module):
 
     def forward_features(self, codes: Tensor) -> Tensor:
         """Features `[B, T, embed_dim]` that the head reads."""
-        features: Tensor = self.backbone(self._embed(codes, 2))
+        features: Tensor = self.model(self._embed(codes, 2))
         return features
 
     def forward_head(self, x: Tensor) -> Tensor:
         """Logits of features `[..., embed_dim]`."""
-        logits: Tensor = self.head(x)
+        logits: Tensor = self.decoder[0].output_transform(x)
         return logits
 
     def prefill(
@@ -136,7 +137,7 @@ class Sashimi(nn.Module):
             ValueError: if codes or state have another form.
             NotImplementedError: if the model is not causal.
         """
-        features, after = self.backbone.prefill(self._embed(x, 2), state)
+        features, after = self.model.prefill(self._embed(x, 2), state)
         return self.forward_head(features[:, -1:] if last_only else features), after
 
     def step(self, x_t: Tensor, state: SashimiState) -> tuple[Tensor, SashimiState]:
@@ -145,7 +146,7 @@ class Sashimi(nn.Module):
         Raises:
             ValueError, NotImplementedError: as `prefill`.
         """
-        features, after = self.backbone.step(self._embed(x_t, 1), state)
+        features, after = self.model.step(self._embed(x_t, 1), state)
         return self.forward_head(features), after
 
     def initial_state(
@@ -156,33 +157,22 @@ class Sashimi(nn.Module):
         Raises:
             NotImplementedError: if the model is not causal.
         """
-        return self.backbone.initial_state(batch_size, device, dtype)
+        return self.model.initial_state(batch_size, device, dtype)
 
     def _embed(self, codes: Any, ndim: int) -> Tensor:
-        check_codes(codes, ndim, self.vocab_size)
-        embedded: Tensor = self.embedding(codes)
-        return embedded
-
-
-def check_codes(codes: Any, ndim: int, vocab_size: int) -> None:
-    """Refuse what are no codes `[B, T]` (two axes) or `[B]` (one) below `vocab_size`.
-
-    Raises:
-        ValueError: naming what they must be, what they are, and the remedy.
-    """
-    layout = "[B, T]" if ndim == 2 else "[B]"
-    if not isinstance(codes, Tensor) or codes.dtype not in (torch.int64, torch.int32) or codes.ndim != ndim:
-        raise ValueError(
-            f"codes must be an int64 tensor {layout} (got {described(codes)}); encode a wave with "
-            "sinuous.audio.codec('mu_law').encode"
-        )
-    if codes.device.type == "cpu" and not torch.compiler.is_compiling() and codes.numel():
-        low, high = int(codes.min()), int(codes.max())
-        if low < 0 or high >= vocab_size:
+        if not isinstance(codes, Tensor) or codes.dtype not in (torch.int64, torch.int32) or codes.ndim != ndim:
             raise ValueError(
-                f"codes must lie between 0 and {vocab_size - 1} (got {low} to {high}); "
-                "use the codec that the model was trained with"
+                f"codes must be an int64 tensor {'[B, T]' if ndim == 2 else '[B]'} (got {described(codes)}); "
+                "encode a wave by a codec of sinuous.audio"
             )
+        try:
+            embedded: Tensor = self.encoder(codes)
+        except IndexError:
+            raise ValueError(
+                f"codes must lie between 0 and {self.vocab_size - 1} (got {int(codes.min())} to {int(codes.max())}); "
+                "use the codec that the model was trained with"
+            ) from None
+        return embedded
 
 
 _PAPER = {
@@ -190,8 +180,8 @@ _PAPER = {
     "paper_name": "It's Raw! Audio Generation with State-Space Models",
     "paper_ids": "arXiv:2202.09729",
     "origin_url": "https://github.com/state-spaces/s4",
-    "classifier": "head",
-    "first_conv": "embedding",
+    "classifier": "decoder.0.output_transform",
+    "first_conv": "encoder.0",
     "num_classes": 256,
     "input_size": (16000,),
 }

@@ -102,7 +102,7 @@ def test_gradients_pass_through_carried_states(unet: bool) -> None:
 @pytest.mark.parametrize("options", [{}, {"unet": True}, {"norm": "scalar", "pool": (4, 2)}, {"mixer": "gla"}], ids=str)
 def test_no_step_sees_a_later_one(options: dict[str, Any]) -> None:
     """Random vectors, since a constant one passes no layer norm."""
-    net = build(**options).backbone
+    net = build(**options).model
     x = torch.randn(1, 37, net.embed_dim, dtype=torch.float64)
     with torch.no_grad():
         before = net(x)
@@ -115,7 +115,7 @@ def test_no_step_sees_a_later_one(options: dict[str, Any]) -> None:
 
 
 def test_the_derivative_by_a_later_step_is_zero_and_by_the_same_step_is_not() -> None:
-    net = build().backbone
+    net = build().model
     state = net.initial_state(1)
     steps = [torch.randn(1, net.embed_dim, dtype=torch.float64, requires_grad=True) for _ in range(9)]
     for t, x_t in enumerate(steps):
@@ -130,7 +130,7 @@ def test_a_coarse_step_runs_once_for_each_of_its_groups() -> None:
     """The finest, middle and coarsest layers run 16, 4 and 1 times in 16 steps; see audio.md 2.12."""
     model = build(pool=(4, 4), embed_dim=8)
     counts: dict[int, int] = {}
-    for block in model.backbone.blocks():
+    for block in model.model.blocks():
         width = block.mixer.model_dim
 
         def step(x: Tensor, state: Any, block: MixerBlock = block, width: int = width) -> tuple[Tensor, Any]:
@@ -249,8 +249,8 @@ def test_a_state_is_written_to_a_file_and_read_back(tmp_path: Any) -> None:
 
 def test_uniform_logits_cost_eight_bits() -> None:
     model = sinuous.create_model("test_sashimi", vocab_size=256)
-    nn.init.zeros_(model.head.weight)
-    nn.init.zeros_(model.head.bias)
+    nn.init.zeros_(model.decoder[0].output_transform.weight)
+    nn.init.zeros_(model.decoder[0].output_transform.bias)
     x = torch.randint(256, (1, 20))
     nats = nn.functional.cross_entropy(model(x)[0], x[0])
     assert nats.item() / torch.log(torch.tensor(2.0)).item() == pytest.approx(8.0, abs=1e-5)
@@ -288,4 +288,4 @@ def test_wrong_inputs_and_states_are_refused() -> None:
     with pytest.raises(ValueError, match="for a batch of 2"):
         model.step(codes(1)[:, 0], model.initial_state(3))
     with pytest.raises(ValueError, match="x must be a floating tensor"):
-        model.backbone(torch.randn(2, 5, 7))
+        model.model(torch.randn(2, 5, 7))
