@@ -41,6 +41,7 @@ class TrainSchema:
     model: Any = field(default_factory=dict)
     data: Any = field(default_factory=dict)
     task: Any = field(default_factory=dict)
+    noise: Any = field(default_factory=dict)
     optimizer: Any = field(default_factory=dict)
     scheduler: Any = field(default_factory=dict)
     trainer: Any = field(default_factory=dict)

@@ -126,6 +126,13 @@ def test_every_mixer_can_be_the_override() -> None:
         assert ("Bidirectional" in names) is mixer_class(mixer).causal
 
 
+def test_noise_is_chosen_by_one_word() -> None:
+    for word, kind in (("epsilon", "DDPMScheduler"), ("v_prediction", "DDPMScheduler"), ("flow", "FlowMatch")):
+        config = composed("task=denoising", f"noise={word}")
+        assert kind in config.task.scheduler._target_
+        assert config.noise.get("prediction_type", "flow") == word
+
+
 def test_the_command_line_beats_the_experiment() -> None:
     config = composed("experiment=vision/imagenet", "optimizer.lr=3e-4", "trainer=cpu", "data.root=nowhere", "seed=7")
     assert config.optimizer.lr == 3e-4
