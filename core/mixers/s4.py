@@ -33,6 +33,7 @@ from sinuous.core import hippo, norms
 from sinuous.core.checks import check_choice, check_sizes
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
 from sinuous.core.mixers.delay import one_step_late
+from sinuous.core.mixers.s4_steps import S4Steps, S4System
 from sinuous.core.mixers.states import zero_states
 from sinuous.core.ops import lti_conv  # noqa: F401  (registers torch.ops.sinuous)
 from sinuous.kernels.torch.discretization import conj, discretize, matrix
@@ -287,18 +288,45 @@ class S4(Mixer):
         scaled = 0.5 * torch.complex(C[..., 0], C[..., 1]) * scale
         return torch.stack([torch.real(scaled), torch.imag(scaled)], -1)
 
-    def _mix(self, x: Tensor, hidden: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Compute the output, and the hidden state after the last step."""
+    def _continuous(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+        """dt, A, B, C `[readouts, H, M, 2]`, P and D of every channel of every readout."""
         dt, A, B, C, P = self.layer.kernel()
         dt, channels = dt * self.rate, self.channels
         if self.normalised_steps > 0:
             C = self._normalised(C, dt, A)
         if channels > 1:
-            x, dt = x.repeat(1, 1, channels), dt.repeat(channels)
+            dt = dt.repeat(channels)
             if not self.layer.kernel.shared:
                 A, B = A.repeat(channels, 1, 1), B.repeat(channels, 1, 1)
                 P = None if P is None else P.repeat(1, channels, 1, 1)
-        D = norms.at_least_fp32(self.layer.D).flatten()
+        return dt, A, B, C, P, norms.at_least_fp32(self.layer.D).flatten()
+
+    def discrete(self) -> S4System:
+        """The recurrence of a step, discretised in double precision as `lti_conv` does it.
+
+        Raises:
+            NotImplementedError: if the mixer looks at the future.
+        """
+        if self.two_sided:
+            super().initial_state(1)  # which refuses
+        dt, A, B, C, P, D = self._continuous()
+        low_rank = None if P is None else P.double()
+        parts = discretize(dt.double(), A.double(), B.double(), low_rank, self.discretization)
+        factor, b, p, q = (None if part is None else part.to(C.dtype) for part in parts)
+        assert factor is not None
+        assert b is not None
+        return S4System(factor, b, p, q, C.flatten(0, 1), D)
+
+    def for_steps(self) -> nn.Module:
+        """A mixer that makes the same steps, with systems discretised once; it does not see later changes of them."""
+        return self if self.two_sided else S4Steps(self)
+
+    def _mix(self, x: Tensor, hidden: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compute the output, and the hidden state after the last step."""
+        dt, A, B, C, P, D = self._continuous()
+        channels = self.channels
+        if channels > 1:
+            x = x.repeat(1, 1, channels)
         past = C[:channels].flatten(0, 1)
         y, hidden = torch.ops.sinuous.lti_conv(
             x, dt, A, B, past, P, D, hidden, cu_seqlens, self.discretization, False, ""
@@ -309,7 +337,12 @@ class S4(Mixer):
                 x, dt, A, B, future, P, None, None, cu_seqlens, self.discretization, True, ""
             )
             y = y + one_step_late(back, cu_seqlens, True)
-        return self.output_linear(self.drop(F.gelu(self.layer.drop(y)))), hidden
+        return self.finish(y), hidden
+
+    def finish(self, y: Tensor) -> Tensor:
+        """The output of what all channels read, `[..., channels H]` to `[..., H]`."""
+        mixed: Tensor = self.output_linear(self.drop(F.gelu(self.layer.drop(y))))
+        return mixed
 
 
 @register_mixer("s4d")

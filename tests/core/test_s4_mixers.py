@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sinuous.core import hippo, mixers
+from sinuous.core.mixers.s4_steps import S4Steps
+from sinuous.core.modes import stepping
+from sinuous.core.sequence_model import SequenceModel
 
 NAMES = ("s4", "s4d", "s4_bidirectional", "s4d_bidirectional")
 H, STATE = 6, 8
@@ -252,3 +255,36 @@ def test_an_output_without_a_gate() -> None:
 def test_refusals(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(name, **options)
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d"])
+@pytest.mark.parametrize(
+    "options", [{}, {"n_ssm": 1, "channels": 2}, {"channels": 2}, {"dt_transform": "softplus", "rate": 2.0}]
+)
+def test_systems_discretised_once_make_the_same_steps(name: str, options: dict[str, Any]) -> None:
+    mixer, x = build(name, **options), sequence(20)
+    steps = mixer.for_steps()
+    y, state = steps.prefill(x[:, :7])
+    found = [y]
+    for t in range(7, x.shape[1]):
+        y_t, state = steps.step(x[:, t], state)
+        found.append(y_t[:, None])
+    wanted, after = mixer.prefill(x)
+    torch.testing.assert_close(torch.cat(found, 1), wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(state.hidden, after.hidden, rtol=0, atol=1e-12)
+
+
+def test_a_twin_for_steps_leaves_the_model_as_it_is() -> None:
+    model = SequenceModel(13, 8, 2, pattern=("s4", "mamba"), dtype=torch.float64).train()
+    kinds = [type(module) for module in model.modules()]
+    twin = stepping(model)
+    ids = torch.randint(13, (2, 9))
+    state, wanted = twin.initial_state(2), model.eval().prefill(ids)[0]
+    model.train()
+    for t in range(ids.shape[1]):
+        logits, state = twin.step(ids[:, t], state)
+        torch.testing.assert_close(logits, wanted[:, t], rtol=0, atol=1e-12)
+    assert [type(module) for module in model.modules()] == kinds
+    assert all(module.training for module in model.modules())
+    assert {id(p) for p in twin.parameters()} == {id(p) for p in model.parameters()}
+    assert isinstance(twin.layers[0].mixer, S4Steps)
