@@ -98,7 +98,8 @@ class PictureList:
     def keys_before(self, stamp: int) -> list[int]:
         """Stamps of the pictures up to `stamp` with which decoding can begin, the last one first; without the very
         first, for which the start of the file will do."""
-        return self.keys[1 : int(np.searchsorted(self.keys, stamp, side="right"))][::-1].tolist()
+        keys: list[int] = self.keys[1 : int(np.searchsorted(self.keys, stamp, side="right"))].tolist()
+        return keys[::-1]
 
 
 def list_pictures(path: Source) -> PictureList:
@@ -223,10 +224,10 @@ class Film:
         places: dict[int, int] = {}
         counted = any(packet.pts is None for packet in packets)
         if counted:  # pictures come out in the order in which they are shown, at the times at which packets are decoded
-            clock = sorted(packet.dts for packet in shown if packet.dts is not None)
+            clock = np.array(sorted(packet.dts for packet in shown if packet.dts is not None), np.int64)
             if len(clock) < len(shown):
-                clock = np.cumsum([0, *(packet.duration for packet in shown[:-1])]).tolist()
-            clock, stamps, last = np.array(clock, np.int64), np.arange(len(shown)), shown[-1].duration
+                clock = np.cumsum([0, *(packet.duration for packet in shown[:-1])])
+            stamps, last = np.arange(len(shown)), shown[-1].duration
         else:
             shown = sorted((p for p in shown if p.pts >= first.pts), key=lambda packet: cast("int", packet.pts))
             stamps = clock = np.array([packet.pts for packet in shown], np.int64)

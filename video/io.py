@@ -148,8 +148,10 @@ def stream_frames(
     film = list_pictures(path)
     chosen = _chosen(path, film, fps, None, None, start, stop)
     sides = _sides(film, size)
-    every = chosen is None
-    shown = _every(path, film, *_range(film, start, stop), sides) if every else _shown(path, film, chosen, sides)
+    if chosen is None:
+        shown = _every(path, film, *_range(film, start, stop), sides)
+    else:
+        shown = _shown(path, film, chosen, sides)
     return ((torch.from_numpy(frame), time) for frame, time in shown)
 
 
