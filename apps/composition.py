@@ -57,7 +57,7 @@ class EvalSchema(TrainSchema):
     weights: str | None = None
     model_name: str = MISSING
     checkpoint_path: str | None = None
-    prefer: str = "model"
+    prefer: str | None = None
     pretrained: bool = False
     split: str = "test"
 

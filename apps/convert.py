@@ -24,9 +24,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("target", type=Path, metavar="OUT", help="the safetensors file to write")
     parser.add_argument("--model", required=True, metavar="NAME", help="the model it is for; sinuous models lists them")
     parser.add_argument("--half", action="store_true", help="round to half precision (fp16), which halves the file")
-    parser.add_argument(
-        "--prefer", default="model", metavar="KEY", help="the weights to take of several, such as model_ema"
-    )
+    parser.add_argument("--prefer", metavar="KEY", help="the weights to take of several, such as model_ema")
     parser.add_argument("--overwrite", action="store_true", help="write OUT even if it exists")
     options = parser.parse_args(argv)
     if options.target.suffix != ".safetensors":

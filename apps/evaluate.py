@@ -112,7 +112,7 @@ def evaluate(config: DictConfig) -> Outcome:
     if by_name:
         config.model.update(getattr(make_batches(config).data, "model_options", dict)())
     config.model.update(pretrained=config.pretrained, checkpoint_path=config.checkpoint_path)
-    if config.prefer != "model":
+    if config.prefer is not None:
         config.model.update(prefer=config.prefer)
     batches, training = make_run(config)
     trainer = make_trainer(config)

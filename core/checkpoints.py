@@ -1,13 +1,15 @@
 """Checkpoints: reading those of others without running anything in them, and writing safetensors.
 
 A torch checkpoint is a pickle, and a pickle is a program. Files are therefore read with torch's weights-only
-unpickler, which knows tensors and plain containers. One class more is let in: `argparse.Namespace`, a bag of values
-that many training scripts store beside their weights (hustvl/Vim among them). Any other name in the file is refused.
+unpickler, which knows tensors and plain containers. Two more bags of values are let in, which training scripts store
+beside their weights: `argparse.Namespace` (hustvl/Vim among them), and yacs' `CfgNode` (LaMamba-Diff), which is read as
+a plain dictionary, whether yacs is installed or not. Any other name in the file is refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import os
 import pickle
@@ -24,17 +26,23 @@ from torch import Tensor
 WRAPPERS = ("model", "state_dict", "module", "model_state_dict", "net")
 """Keys under which training scripts put the weights, in the order in which they are looked for."""
 
+AVERAGED = ("ema",)
+"""Keys under which they put averaged weights, which are taken first: a run that keeps them is judged by them."""
+
+_BAGS = [argparse.Namespace, (collections.OrderedDict, "yacs.config.CfgNode")]
+
 _WRAPPING_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 
 
-def load_state_dict(path: str | os.PathLike[str], prefer: str = "model") -> dict[str, Tensor]:
+def load_state_dict(path: str | os.PathLike[str], prefer: str | None = None) -> dict[str, Tensor]:
     """Read the weights of a safetensors or torch file, without the wrapping that the training script added.
 
     Args:
         path: a `.safetensors` file, or a file of `torch.save` (zip or the older stream format).
-        prefer: the sub-dictionary to take where the file has several; `"model_ema"` takes the averaged weights that
-            lie beside `"model"`. A name other than the default must exist. In a Lightning checkpoint of
-            `sinuous train` the averaged weights come first, as that run was evaluated with them.
+        prefer: the sub-dictionary to take where the file has several: `"model_ema"` takes the averaged weights that lie
+            beside `"model"`. A name other than `"model"` must exist. `None` takes averaged weights called `"ema"` where
+            there are some, else the model's. In a Lightning checkpoint of `sinuous train` the averaged weights come
+            first, as that run was evaluated with them.
 
     Returns:
         Parameter names to tensors, on the CPU. Entries that are no tensors are left out.
@@ -87,7 +95,7 @@ def _read_safetensors(path: Path) -> Mapping[str, Any]:
 
 def _read_torch(path: Path) -> Mapping[str, Any]:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_BAGS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise ValueError(_why_unreadable(path, error)) from error
@@ -115,12 +123,15 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     return f"{path} is not a checkpoint, or is damaged: torch.load gave up with {type(error).__name__}; get it again"
 
 
-def _unwrap(content: Mapping[str, Any], prefer: str, path: Path) -> dict[str, Tensor]:
-    keys = WRAPPERS if prefer == "model" else (prefer,)
+def _unwrap(content: Mapping[str, Any], prefer: str | None, path: Path) -> dict[str, Tensor]:
+    by_default = prefer in (None, "model")
+    keys = WRAPPERS if by_default else (str(prefer),)
+    if prefer is None and any(_holds_weights(content.get(key)) for key in AVERAGED):
+        keys = (*AVERAGED, *WRAPPERS)
     inner, unwrapped = content, False
     while key := next((k for k in keys if isinstance(inner.get(k), Mapping)), None):
         inner, unwrapped, keys = inner[key], True, WRAPPERS
-    if prefer != "model" and not unwrapped and any(isinstance(value, Mapping) for value in content.values()):
+    if not by_default and not unwrapped and any(isinstance(value, Mapping) for value in content.values()):
         raise ValueError(f"{path} has no {prefer!r}; it has {', '.join(map(repr, content))}")
     state = {name: value for name, value in inner.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not state:
@@ -135,6 +146,11 @@ def _unwrap(content: Mapping[str, Any], prefer: str, path: Path) -> dict[str, Te
 
 def _holds_tensors(value: Any) -> bool:
     return isinstance(value, Mapping) and any(isinstance(inner, Tensor) for inner in value.values())
+
+
+def _holds_weights(value: Any) -> bool:
+    """Whether a dictionary holds tensors, itself or one wrapping further in."""
+    return _holds_tensors(value) or (isinstance(value, Mapping) and any(map(_holds_tensors, value.values())))
 
 
 def _of_lightning(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -250,7 +250,7 @@ def create_model(
     *,
     pretrained: bool = False,
     checkpoint_path: str | os.PathLike[str] | None = None,
-    prefer: str = "model",
+    prefer: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Build a model, with random weights, weights of ours, or those of a file.
@@ -261,7 +261,8 @@ def create_model(
         checkpoint_path: load this file instead: of ours, of `sinuous train`, or as the authors publish it; keys are
             renamed and positions resampled as needed. Where `num_classes` and `in_chans` are not given, the file says;
             a head for another number of classes is left out with a warning.
-        prefer: which weights of the file to take where it has several, such as `"model_ema"` for averaged ones.
+        prefer: which weights of the file to take where it has several, such as `"model_ema"` for averaged ones; those
+            called `"ema"` come first, where there are some.
         **kwargs: for the model's constructor.
 
     Raises:
@@ -291,7 +292,7 @@ def _from_file(
     tag: str,
     entry: Entry,
     checkpoint_path: str | os.PathLike[str],
-    prefer: str,
+    prefer: str | None,
     kwargs: dict[str, Any],
 ) -> nn.Module:
     state = load_state_dict(checkpoint_path, prefer)

@@ -8,18 +8,21 @@ sequence back to raster order. Every route exists for every grid.
     column            column by column, each from the top                       VMamba's SS2D
     column_reversed   column, from its end                                      VMamba's SS2D
     serpentine        row by row, alternately from the left and from the right  neighbours in time touch
+    column_serpentine column by column from the left, alternately upwards and   LaMamba-Diff: its first begins at the
+                      downwards                                                 bottom left
     windows           windows of a side, row by row, each inside row by row     LocalMamba
     hilbert           a space-filling curve                                     neighbours in time touch
 
-`serpentine` and `hilbert` step along an axis, with one exception: `hilbert` takes one diagonal step where the longer
+The serpentines and `hilbert` step along an axis, with one exception: `hilbert` takes one diagonal step where the longer
 side is odd and the shorter one is even and above 2. On such a grid no path of single steps joins the two ends of the
 longer side. A recurrence that can run from the end reads a route and its reverse from one sequence.
 
 `scan_route` gives a route as indices. `to_sequence` and `to_cells` follow a route by its name, without indices where a
-transposition does.
+transposition does. `to_sequences` follows several at once, and `sum_to_cells` sums what came of them.
 
-Sources: VMamba (arXiv 2401.10166), section 4.2; LocalMamba (arXiv 2403.09338), section 3.2; for the curve on rectangles
-of any shape, the recursive halving described by J. Červený, "Generalized Hilbert space-filling curve".
+Sources: VMamba (arXiv 2401.10166), section 4.2; LocalMamba (arXiv 2403.09338), section 3.2; LaMamba-Diff (arXiv
+2408.02615), section 3.2; for the curve on rectangles of any shape, the recursive halving described by J. Červený,
+"Generalized Hilbert space-filling curve".
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ import difflib
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +39,7 @@ import torch
 from torch import Tensor
 
 from sinuous.core.checks import check_arguments, check_grid, check_range, check_sizes, described, is_whole
+from sinuous.core.ops import permutations  # noqa: F401  (registers torch.ops.sinuous)
 
 CROSS = ("raster", "column", "reversed", "column_reversed")
 """The routes of VMamba's cross-scan, in its order: rows, columns, and both from their ends."""
@@ -70,10 +74,28 @@ def _raster(height: int, width: int) -> Indices:
     return np.arange(height * width, dtype=np.int64).reshape(height, width)
 
 
-def _serpentine(height: int, width: int) -> Indices:
-    cells = _raster(height, width)
-    cells[1::2] = cells[1::2, ::-1].copy()
-    return cells.ravel()
+def _serpentine(step: Any, height: Any, width: Any) -> Any:
+    """Cell at a step, and step of a cell: the route is its own inverse. These take arrays and tensors alike, and
+    sizes that a tracer does not know."""
+    row, place = step // width, step % width
+    return row * width + place + row % 2 * (width - 1 - 2 * place)
+
+
+def _column_serpentine(step: Any, height: Any, width: Any) -> Any:
+    column, place = step // height, step % height
+    return (place + (1 - column % 2) * (height - 1 - 2 * place)) * width + column
+
+
+def _column_serpentine_step(cell: Any, height: Any, width: Any) -> Any:
+    row, column = cell // width, cell % width
+    return column * height + row + (1 - column % 2) * (height - 1 - 2 * row)
+
+
+_SERPENTINES: dict[str, tuple[Callable[[Any, Any, Any], Any], Callable[[Any, Any, Any], Any]]] = {
+    "serpentine": (_serpentine, _serpentine),
+    "column_serpentine": (_column_serpentine, _column_serpentine_step),
+}
+"""By name, the cell at a step and the step of a cell."""
 
 
 def _windows(height: int, width: int, window: int) -> Indices:
@@ -118,7 +140,8 @@ _ORDERS: dict[str, Callable[[int, int], Indices]] = {
     "reversed": lambda height, width: _raster(height, width).ravel()[::-1],
     "column": lambda height, width: _raster(height, width).T.ravel(),
     "column_reversed": lambda height, width: _raster(height, width).T.ravel()[::-1],
-    "serpentine": _serpentine,
+    "serpentine": lambda height, width: _serpentine(_raster(height, width).ravel(), height, width),
+    "column_serpentine": lambda height, width: _column_serpentine(_raster(height, width).ravel(), height, width),
     "hilbert": _hilbert,
 }
 
@@ -222,6 +245,30 @@ def to_cells(sequence: Tensor, route: str, height: int, width: int) -> Tensor:
         return sequence.index_select(1, _order(route, height, width)[1].to(sequence.device))
 
 
+def to_sequences(cells: Tensor, routes: tuple[str, ...], height: int, width: int) -> Tensor:
+    """Put cells `[B, H·W, D]`, in raster order, into the orders of K routes: `[B, H·W, K, D]`, in one copy.
+
+    Raises:
+        ValueError: for an unknown route, naming the closest.
+    """
+    _check_cells(cells, height, width)
+    order, step = _orders(routes, height, width, cells.device)
+    sequences: Tensor = torch.ops.sinuous.take_orders(cells, order, step)
+    return sequences
+
+
+def sum_to_cells(sequences: Tensor, routes: tuple[str, ...], height: int, width: int) -> Tensor:
+    """Bring sequences `[B, H·W, K, D]` in the orders of K routes back to raster order, and sum them: `[B, H·W, D]`.
+
+    Raises:
+        ValueError: for an unknown route, naming the closest.
+    """
+    _check_cells(sequences, height, width)
+    order, step = _orders(routes, height, width, sequences.device)
+    cells: Tensor = torch.ops.sinuous.sum_orders(sequences, order, step)
+    return cells
+
+
 def _check_cells(cells: Tensor, height: int, width: int) -> None:
     if not isinstance(cells, Tensor) or cells.ndim < 2:
         raise ValueError("cells must be a tensor [B, H·W, ...]; convert them with torch.as_tensor")
@@ -241,3 +288,13 @@ def _transposed(cells: Tensor, height: int, width: int) -> Tensor:
 @torch.compiler.assume_constant_result
 def _order(route: str, height: int, width: int) -> tuple[Tensor, Tensor]:
     return scan_route(route, height, width)
+
+
+def _orders(routes: tuple[str, ...], height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling() and all(route in _SERPENTINES for route in routes):
+        cells = torch.arange(height * width, device=device)
+        pairs = [_SERPENTINES[route] for route in routes]
+        order = torch.stack([cell(cells, height, width) for cell, _ in pairs], 1)
+        return order, torch.stack([step(cells, height, width) for _, step in pairs], 1)
+    both = [_order(route, height, width) for route in routes]
+    return torch.stack([one[0] for one in both], 1).to(device), torch.stack([one[1] for one in both], 1).to(device)

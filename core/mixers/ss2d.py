@@ -5,15 +5,16 @@
     y = Σ_k S6_k(x along route k), each brought back to the cells
     out = out_proj(norm(y) ⊙ silu(z))
 
-The routes are those of `sinuous.core.scan_routes.CROSS`: rows, columns, and both from their ends, each with its own A,
-D, Δ, B and C. A route and its reverse read the same sequence. So there are two sequences, scanned side by side, once
-from their beginning and once from their end.
+The four routes are two and their reverses, each with its own A, D, Δ, B and C: rows and columns (`"cross"`, VMamba), or
+both as serpentines, whose steps all go from a cell to a neighbour (`"serpentine"`, LaMamba-Diff). A route and its
+reverse read the same sequence. So there are two sequences, scanned side by side, once from their beginning and once
+from their end.
 
 Without a grid the tokens are one row: the convolution keeps the middle row of its filter, and rows and columns are the
 same order.
 
-Source: Liu et al., "VMamba: Visual State Space Model" (arXiv 2401.10166), sections 4.2 and 4.3; names of parameters as
-in MzeroMiko/VMamba.
+Sources: Liu et al., "VMamba: Visual State Space Model" (arXiv 2401.10166), sections 4.2 and 4.3; names of parameters as
+in MzeroMiko/VMamba. Fu, Chen and Yu, "LaMamba-Diff" (arXiv 2408.02615), section 3.2.
 """
 
 from __future__ import annotations
@@ -26,15 +27,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core import checks, norms
-from sinuous.core.checks import check_sizes
+from sinuous.core.checks import check_choice, check_sizes
 from sinuous.core.mixers.contract import Mixer, register_mixer
 from sinuous.core.mixers.convolutions import centred_conv1d, check_centred
 from sinuous.core.mixers.decay_init import init_A_log_s4d_real, init_dt_bias
 from sinuous.core.ops import selective_scan  # noqa: F401  (registers torch.ops.sinuous)
-from sinuous.core.scan_routes import CROSS, to_cells, to_sequence
+from sinuous.core.scan_routes import CROSS, sum_to_cells, to_cells, to_sequence, to_sequences
 
 ROUTES = len(CROSS)
-"""Parameters are stacked in the order of `CROSS`."""
+
+ORDERS = {"cross": CROSS[:2], "serpentine": ("serpentine", "column_serpentine")}
+"""The two routes of each kind. Parameters are stacked as VMamba and LaMamba-Diff have them: for `cross` the two, then
+their reverses; for `serpentine` each beside its reverse."""
 
 
 @register_mixer("ss2d")
@@ -49,9 +53,10 @@ class SS2D(Mixer):
         dt_rank: R; `None` is ceil(dim / 16).
         gate: multiply by silu(z); the later models do not.
         bias: in the projections; conv_bias: in the convolution.
+        routes: `"cross"` or `"serpentine"`.
 
     Raises:
-        ValueError: if a size is less than 1, or `d_conv` is even or too large.
+        ValueError: if a size is less than 1, `d_conv` is even or too large, or there are no such routes.
     """
 
     causal: ClassVar[bool] = False
@@ -68,6 +73,7 @@ class SS2D(Mixer):
         gate: bool = True,
         bias: bool = False,
         conv_bias: bool = True,
+        routes: str = "cross",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -77,6 +83,8 @@ class SS2D(Mixer):
         rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         check_sizes(dim=dim, d_state=d_state, d_inner=inner, dt_rank=rank)
         check_centred(d_conv)
+        check_choice("routes", routes, ORDERS)
+        self.routes = routes
         self.d_inner, self.d_state, self.rank, self.gate = inner, d_state, rank, gate
         self.in_proj = nn.Linear(dim, inner * (2 if gate else 1), bias=bias, **dd)
         self.conv2d = nn.Conv2d(inner, inner, d_conv, padding=d_conv // 2, groups=inner, bias=conv_bias, **dd)
@@ -127,9 +135,15 @@ class SS2D(Mixer):
             height, width = grid
             if height * width > 0:  # torch's convolution refuses an image without a pixel
                 x = F.silu(self.conv2d(x.mT.unflatten(-1, [height, width])).flatten(2)).mT
-            rows, columns = to_sequence(x, "raster", height, width), to_sequence(x, "column", height, width)
-            y = self._scan(torch.stack([rows, columns], 2), None)
-            y = to_cells(y[:, :, 0], "raster", height, width) + to_cells(y[:, :, 1], "column", height, width)
+            if self.routes == "cross":
+                rows, columns = to_sequence(x, "raster", height, width), to_sequence(x, "column", height, width)
+                y = self._scan(torch.stack([rows, columns], 2), None)
+                y = to_cells(y[:, :, 0], "raster", height, width) + to_cells(y[:, :, 1], "column", height, width)
+            elif torch.jit.is_scripting():  # type: ignore[attr-defined]
+                raise ValueError("TorchScript has only the routes cross; compile or export instead")
+            else:
+                y = self._scan(to_sequences(x, ORDERS[self.routes], height, width), None)
+                y = sum_to_cells(y, ORDERS[self.routes], height, width)
         y = self.out_norm(norms.at_least_fp32(y)).to(x.dtype)
         out: Tensor = self.out_proj(y * F.silu(z) if self.gate else y)
         return out
@@ -140,15 +154,18 @@ class SS2D(Mixer):
 
     def _scan_from(self, x: Tensor, end: int, cu_seqlens: Tensor | None) -> Tensor:
         """Scan both sequences from their beginning or, for `end` 1, from their end."""
-        routes, half = 2 * end, 2 * self.d_inner
-        projected = torch.einsum("btkd,kcd->btkc", x, self.x_proj_weight[routes : routes + 2])
+        projected = torch.einsum("btkd,kcd->btkc", x, self._of_end(self.x_proj_weight, end))
         dt, B, C = projected.split([self.rank, self.d_state, self.d_state], -1)
-        dt = torch.einsum("btkr,kdr->btkd", dt, self.dt_projs_weight[routes : routes + 2])
+        dt = torch.einsum("btkr,kdr->btkd", dt, self._of_end(self.dt_projs_weight, end))
+        A_logs = self._of_end(self.A_logs.unflatten(0, [-1, self.d_inner]), end).flatten(0, 1)
         y, _, _ = torch.ops.sinuous.selective_scan(
-            x.flatten(2).to(dt.dtype), dt.flatten(2),
-            -torch.exp(norms.at_least_fp32(self.A_logs[end * half : (end + 1) * half])), B, C,
-            self.Ds[end * half : (end + 1) * half], None, self.dt_projs_bias[routes : routes + 2].flatten(),
-            None, cu_seqlens, True, end == 1, "",
+            x.flatten(2).to(dt.dtype), dt.flatten(2), -torch.exp(norms.at_least_fp32(A_logs)), B, C,
+            self._of_end(self.Ds.unflatten(0, [-1, self.d_inner]), end).flatten(), None,
+            self._of_end(self.dt_projs_bias, end).flatten(), None, cu_seqlens, True, end == 1, "",
         )  # fmt: skip
         both: Tensor = y.unflatten(-1, [2, self.d_inner])
         return both
+
+    def _of_end(self, parameters: Tensor, end: int) -> Tensor:
+        """Of parameters stacked by route, those of the two sequences' scans from their beginning or from their end."""
+        return parameters[2 * end : 2 * end + 2] if self.routes == "cross" else parameters[end::2]

@@ -11,6 +11,7 @@ Source: Mamba (arXiv 2312.00752), section 3.4; the function of the same name in 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -110,6 +111,10 @@ def _fake(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, **_: object) -> 
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(tail, dtype=x.dtype, device=x.device)
 
 
+def _multiply_adds(x: Sequence[int], weight: Sequence[int], **_: object) -> int:
+    return x[0] * x[1] * x[2] * weight[1]
+
+
 FAMILY = Family(
     name="causal_conv1d",
     schema=(
@@ -124,6 +129,7 @@ FAMILY = Family(
     check=_check,
     recurrent=recurrent,
     options={},
+    multiply_adds=_multiply_adds,
     traced=_as_convolution,
 )
 define(FAMILY)

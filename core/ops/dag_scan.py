@@ -18,6 +18,8 @@ Source: pLSTM, Pöppel et al. (arXiv 2506.11997), section 3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -125,6 +127,12 @@ def _depth(q: Tensor, **_: object) -> tuple[int, ...]:
     return (q.shape[0],)
 
 
+def _multiply_adds(
+    q: Sequence[int], v: Sequence[int], edges: Sequence[int], line_edges: Sequence[int], **_: object
+) -> int:
+    return (2 * edges[1] + line_edges[1]) * q[1] * q[2] * v[2]
+
+
 FAMILY = Family(
     name="dag_scan",
     schema=(
@@ -139,6 +147,7 @@ FAMILY = Family(
     check=_check,
     recurrent=recurrent,
     options={},
+    multiply_adds=_multiply_adds,
     time_axes=0,
 )
 define(FAMILY)

@@ -14,6 +14,9 @@ Sources: Yang et al. (arXiv 2406.06484), section 3; with decay (arXiv 2412.06464
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -122,6 +125,10 @@ def _chunk_states(q: Tensor, v: Tensor, chunk_size: int, **_: object) -> tuple[i
     return q.shape[0], (q.shape[1] + chunk_size - 1) // chunk_size, q.shape[2], q.shape[3], v.shape[-1]
 
 
+def _multiply_adds(k: Sequence[int], v: Sequence[int], **_: object) -> int:
+    return 4 * math.prod(v) * k[-1]
+
+
 FAMILY = Family(
     name="delta_rule",
     schema=(
@@ -136,6 +143,7 @@ FAMILY = Family(
     check=_check,
     recurrent=recurrent,
     options={"chunk_size": CHUNK_SIZE},
+    multiply_adds=_multiply_adds,
 )
 define(FAMILY)
 

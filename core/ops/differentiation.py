@@ -38,7 +38,7 @@ def register(
     name: str,
     setup_context: Callable[[Any, tuple[Any, ...], Outputs], None],
     backward: Callable[..., tuple[Tensor | None, ...]],
-    forward_mode: Callable[..., Outputs],
+    forward_mode: Callable[..., Outputs | Tensor],
 ) -> None:
     """Give the operator `name`, none of whose arguments has a default, its derivatives.
 
@@ -75,10 +75,12 @@ def register(
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & below, *values)
 
-    def row_by_row(info: Any, in_dims: tuple[Any, ...], *values: Any) -> tuple[Outputs, tuple[int, ...]]:
+    def row_by_row(info: Any, in_dims: tuple[Any, ...], *values: Any) -> tuple[Outputs | Tensor, tuple[int, ...] | int]:
         axes = zip(values, in_dims, strict=True)
         columns = (v.unbind(d) if isinstance(d, int) else (v,) * info.batch_size for v, d in axes)
         rows = [op(*row) for row in zip(*columns, strict=True)]
+        if isinstance(rows[0], Tensor):
+            return torch.stack(rows), 0
         outputs = [torch.stack(parts) for parts in zip(*rows, strict=True)]
         return tuple(outputs), (0,) * len(outputs)
 

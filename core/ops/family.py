@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinuous.core.ops import differentiation, dispatch
+from sinuous.core.ops import differentiation, dispatch, flops
 from sinuous.core.ops.checks import REAL, check_device, check_floating
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.differentiation import autograd_inside_an_op
@@ -48,6 +48,8 @@ class Family:
         time_axes: how many axes of the first argument, from axis 1, the recurrence runs along; 0 on a graph.
         traced: the definition in operators that a tracer should see, where its own loop over time does not become one
             scan; see `sinuous.core.ops.tracing`.
+        multiply_adds: keyword arguments, tensors as their shapes -> the definition's multiply-adds; see
+            `sinuous.core.ops.flops`.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Family:
     check: Callable[..., None]
     recurrent: Callable[..., tuple[Tensor, ...]]
     options: dict[str, Any]
+    multiply_adds: Callable[..., int]
     check_dtype: Callable[[str, Tensor], None] = check_floating
     time_axes: int = 1
     traced: Callable[..., tuple[Tensor, ...]] | None = None
@@ -228,3 +231,5 @@ def define(family: Family) -> None:
     torch.library.register_fake(backward_name, backward_fake)
     differentiation.register(forward_name, setup_context, autograd_backward, run_definition)
     differentiation.register(backward_name, lambda *_: None, no_second_derivative, no_second_derivative)
+    flops.register(forward_name, names, family.multiply_adds)
+    flops.register(backward_name, [*(f"grad_{n}" for n in visible), *names], family.multiply_adds, passes=2)

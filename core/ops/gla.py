@@ -29,6 +29,7 @@ from sinuous.core.ops.checks import (
     sequence_count,
 )
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.flops import matrix_state
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.precision import working_dtype
@@ -123,6 +124,7 @@ FAMILY = Family(
     check=_check,
     recurrent=recurrent,
     options={"chunk_size": CHUNK_SIZE},
+    multiply_adds=matrix_state(3),
 )
 define(FAMILY)
 

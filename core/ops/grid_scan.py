@@ -24,6 +24,7 @@ section 3. Beyond the public code: grids of any sides, boundary states in and ou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -132,6 +133,11 @@ def _fake(
     return torch.empty(v.shape, dtype=v.dtype, device=v.device), right, down
 
 
+def _multiply_adds(q: Sequence[int], v: Sequence[int], source: Sequence[int], **_: object) -> int:
+    """8 K V for each orientation: two edges in times two out, their marks, and what a cell adds to either."""
+    return 8 * source[-2] * math.prod(q[:4]) * q[4] * v[4]
+
+
 FAMILY = Family(
     name="grid_scan",
     schema=(
@@ -146,6 +152,7 @@ FAMILY = Family(
     check=_check,
     recurrent=recurrent,
     options={},
+    multiply_adds=_multiply_adds,
     time_axes=2,
 )
 define(FAMILY)

@@ -13,6 +13,8 @@ Source: Martin and Cundy, "Parallelizing Linear Recurrent Neural Nets Over Seque
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -97,6 +99,10 @@ def _chunk_states(x: Tensor, chunk_size: int, **_: object) -> tuple[int, ...]:
     return x.shape[0], (x.shape[1] + chunk_size - 1) // chunk_size, x.shape[2]
 
 
+def _multiply_adds(x: Sequence[int], **_: object) -> int:
+    return x[0] * x[1] * x[2]
+
+
 FAMILY = Family(
     name="linear_scan",
     schema=("Tensor x, Tensor a, Tensor? reset, Tensor? initial_state, Tensor? cu_seqlens, bool reverse, str backend"),
@@ -108,6 +114,7 @@ FAMILY = Family(
     check=_check,
     recurrent=recurrent,
     options={"chunk_size": CHUNK_SIZE},
+    multiply_adds=_multiply_adds,
     check_dtype=_check_dtype,
 )
 define(FAMILY)

@@ -15,6 +15,8 @@ through it and through the final state, reversal, and packed sequences.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -108,6 +110,10 @@ def _chunk_states_shape(x: Tensor, k: Tensor, chunk_size: int, **_: object) -> t
     return x.shape[0], (x.shape[1] + chunk_size - 1) // chunk_size, x.shape[2], k.shape[2]
 
 
+def _multiply_adds(x: Sequence[int], k: Sequence[int], **_: object) -> int:
+    return 4 * x[0] * x[1] * x[2] * k[2]
+
+
 FAMILY = Family(
     name="longhorn",
     schema=(
@@ -122,6 +128,7 @@ FAMILY = Family(
     check=_check,
     recurrent=recurrent,
     options={"chunk_size": CHUNK_SIZE},
+    multiply_adds=_multiply_adds,
 )
 define(FAMILY)
 

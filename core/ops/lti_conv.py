@@ -21,6 +21,8 @@ diagonal systems. Beyond the reference: gradients through the initial and the fi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -134,6 +136,12 @@ def _fake(u: Tensor, A: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple
     )
 
 
+def _multiply_adds(u: Sequence[int], A: Sequence[int], P: Sequence[int] | None, **_: object) -> int:
+    """8 for each pair: a complex product with the state, the input in, the real part out; 8 more for each rank of P."""
+    ranks = 0 if P is None else P[0]
+    return 8 * (1 + ranks) * u[0] * u[1] * u[2] * A[-2]
+
+
 FAMILY = Family(
     name="lti_conv",
     schema=(
@@ -148,6 +156,7 @@ FAMILY = Family(
     check=_check,
     recurrent=recurrent,
     options={},
+    multiply_adds=_multiply_adds,
     check_dtype=_check_dtype,
 )
 define(FAMILY)

@@ -12,6 +12,8 @@ and packed sequences.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -127,6 +129,12 @@ def _chunk_states_shape(u: Tensor, A: Tensor, chunk_size: int, **_: object) -> t
     return u.shape[0], (u.shape[1] + chunk_size - 1) // chunk_size, A.shape[0], A.shape[1]
 
 
+def _multiply_adds(u: Sequence[int], A: Sequence[int], **_: object) -> int:
+    """9 B T D N and, for the skip, B T D: as VMamba and its successors count the scan."""
+    channels = u[0] * u[1] * u[2]
+    return 9 * channels * A[1] + channels
+
+
 FAMILY = Family(
     name="selective_scan",
     schema=(
@@ -141,6 +149,7 @@ FAMILY = Family(
     check=_check,
     recurrent=recurrent,
     options={"chunk_size": CHUNK_SIZE},
+    multiply_adds=_multiply_adds,
 )
 define(FAMILY)
 

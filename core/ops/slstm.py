@@ -33,6 +33,8 @@ Sources: Beck et al., "xLSTM" (arXiv 2405.04517), section 2.2 and appendix A; PÃ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -159,6 +161,11 @@ def _chunks(gates: Tensor, chunk_size: int, **_: object) -> tuple[int, ...]:
     return (gates.shape[0], -(-gates.shape[1] // chunk_size), *gates.shape[3:])
 
 
+def _multiply_adds(gates: Sequence[int], **_: object) -> int:
+    batch, length, count, heads, width = gates
+    return batch * length * count * heads * width**2
+
+
 FAMILY = Family(
     name="slstm",
     schema=(
@@ -174,6 +181,7 @@ FAMILY = Family(
     check=_check,
     recurrent=recurrent,
     options={"chunk_size": CHUNK_SIZE},
+    multiply_adds=_multiply_adds,
 )
 define(FAMILY)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sinuous.core.ops.family import FAMILIES, Family
+from sinuous.core.ops.permutations import DEFINITIONS
 from sinuous.core.ops.stepwise import as_one_scan
 
 
@@ -23,6 +24,8 @@ class _Definitions(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         namespace, _, name = str(func).removesuffix(".default").partition(".")
+        if namespace == "sinuous" and name in DEFINITIONS:
+            return DEFINITIONS[name](*args, **(kwargs or {}))
         if namespace != "sinuous" or name not in FAMILIES:
             return func(*args, **(kwargs or {}))
         return _by_definition(FAMILIES[name], args, kwargs or {})

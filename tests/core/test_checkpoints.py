@@ -7,6 +7,8 @@ import io
 import os
 import pathlib
 import pickle
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -47,6 +49,41 @@ def test_a_training_file_with_a_namespace(tmp_path: pathlib.Path, zipped: bool) 
     assert same(load_state_dict(tmp_path / "vim.pth", prefer="model_ema"), averaged)
     with pytest.raises(ValueError, match=r"no 'teacher'; it has 'model', 'model_ema', 'optimizer', 'epoch', 'args'"):
         load_state_dict(tmp_path / "vim.pth", prefer="teacher")
+
+
+class CfgNode(dict):
+    """A stand-in for yacs', which keeps its switches beside its entries, under the same name in the file."""
+
+    __module__, __qualname__ = "yacs.config", "CfgNode"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.__dict__["__immutable__"] = True
+
+
+def test_a_training_file_with_a_yacs_configuration(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("yacs.config")
+    module.CfgNode = CfgNode  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+    monkeypatch.setitem(sys.modules, "yacs.config", module)
+    averaged = {name: tensor + 1 for name, tensor in WEIGHTS.items()}
+    file = {
+        "model": WEIGHTS,
+        "ema": averaged,
+        "opt": {"state": {}, "param_groups": [{"lr": 1e-4}]},
+        "args": argparse.Namespace(num_classes=1000),
+        "config": CfgNode({"MODEL": CfgNode({"DEPTHS": [2, 2], "NAME": "XL"})}),
+    }
+    torch.save(file, tmp_path / "xl.pt")
+    monkeypatch.delitem(sys.modules, "yacs.config")
+    assert same(load_state_dict(tmp_path / "xl.pt"), averaged)
+    assert same(load_state_dict(tmp_path / "xl.pt", prefer="ema"), averaged)
+    assert same(load_state_dict(tmp_path / "xl.pt", prefer="model"), WEIGHTS)
+
+
+def test_averages_that_are_no_weights_by_name_are_passed_over(tmp_path: pathlib.Path) -> None:
+    torch.save({"model": WEIGHTS, "ema": {"decay": 0.999, "shadow_params": list(WEIGHTS.values())}}, tmp_path / "a.pt")
+    assert same(load_state_dict(tmp_path / "a.pt"), WEIGHTS)
 
 
 @pytest.mark.parametrize(

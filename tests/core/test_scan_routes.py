@@ -6,8 +6,18 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from sinuous.core.scan_routes import CROSS, Route, list_routes, scan_route, to_cells, to_sequence
+from sinuous.core.scan_routes import (
+    CROSS,
+    Route,
+    list_routes,
+    scan_route,
+    sum_to_cells,
+    to_cells,
+    to_sequence,
+    to_sequences,
+)
 
 SIDES = st.integers(1, 12)
 
@@ -53,6 +63,37 @@ def test_following_a_route_by_name_equals_following_its_indices(name: str, heigh
     assert torch.equal(to_cells(sequence, name, height, width), x)
 
 
+@given(height=st.integers(0, 6), width=st.integers(0, 6), batch=st.integers(0, 3))
+@example(height=3, width=4, batch=2)
+def test_several_routes_at_once_equal_one_after_the_other(height: int, width: int, batch: int) -> None:
+    routes = ("serpentine", "column_serpentine", "hilbert")
+    x = torch.randn(batch, height * width, 3, dtype=torch.float64, requires_grad=True)
+    sequences = to_sequences(x, routes, height, width)
+    expected = torch.stack([to_sequence(x, name, height, width) for name in routes], 2)
+    assert torch.equal(sequences, expected)
+    back = sum_to_cells(sequences.square(), routes, height, width)
+    apart = sum(to_cells(expected[:, :, k].square(), name, height, width) for k, name in enumerate(routes))
+    torch.testing.assert_close(back, apart)
+    gradients = [torch.autograd.grad(y.sin().sum(), x)[0] for y in (back, apart)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_routes_at_once_are_differentiated_in_every_way() -> None:
+    def there_and_back(x: Tensor) -> Tensor:
+        sequences = to_sequences(x, ("serpentine", "column_serpentine"), 2, 3)
+        return sum_to_cells(sequences.square(), ("serpentine", "column_serpentine"), 2, 3)
+
+    x = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(there_and_back, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(there_and_back, x)
+    rows = torch.func.vmap(there_and_back)(torch.stack([x, 2 * x]))
+    torch.testing.assert_close(rows, torch.stack([there_and_back(x), there_and_back(2 * x)]))
+    for op in (torch.ops.sinuous.take_orders, torch.ops.sinuous.sum_orders):
+        order = torch.stack([torch.randperm(6), torch.randperm(6)], 1)
+        cells = x if op is torch.ops.sinuous.take_orders else torch.randn(2, 6, 2, 3, requires_grad=True)
+        torch.library.opcheck(op.default, (cells, order, order.argsort(0)))
+
+
 def test_the_plain_routes_copy_at_most_once() -> None:
     x = torch.randn(1, 12, 2)
     assert to_sequence(x, "raster", 3, 4) is x
@@ -79,6 +120,7 @@ def test_orders_on_a_small_grid() -> None:
     assert orders["column"] == [0, 3, 1, 4, 2, 5]
     assert orders["column_reversed"] == [5, 2, 4, 1, 3, 0]
     assert orders["serpentine"] == [0, 1, 2, 5, 4, 3]
+    assert orders["column_serpentine"] == [3, 0, 1, 4, 5, 2]
     assert orders["windows"] == [0, 1, 3, 4, 2, 5]
 
 
@@ -94,7 +136,7 @@ def test_hilbert_on_a_square_is_hilberts_curve() -> None:
 def test_neighbours_in_time_are_neighbours_in_space(height: int, width: int) -> None:
     """One step along an axis; the curve takes one diagonal where its ends are of one colour and its cells even."""
     must = max(height, width) % 2 == 1 and min(height, width) % 2 == 0 and min(height, width) > 2
-    for name, diagonals in (("serpentine", 0), ("hilbert", int(must))):
+    for name, diagonals in (("serpentine", 0), ("column_serpentine", 0), ("hilbert", int(must))):
         path = cells(scan_route(name, height, width), width)
         steps = [(abs(a - c), abs(b - d)) for (a, b), (c, d) in itertools.pairwise(path)]
         assert max(map(max, steps), default=1) == 1

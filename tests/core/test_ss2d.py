@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sinuous.core.mixers import SS2D
 from sinuous.core.ops import selective_scan
-from sinuous.core.scan_routes import CROSS, scan_route
+from sinuous.core.scan_routes import CROSS, Route, scan_route
 
 DIM = 10
 
@@ -40,8 +40,12 @@ def by_routes(mixer: SS2D, x: Tensor, grid: tuple[int, int]) -> Tensor:
     x, z = mixer.in_proj(x).split([inner, mixer.in_proj.out_features - inner], -1)
     x = F.silu(mixer.conv2d(x.mT.unflatten(2, grid)).flatten(2).mT)
     y = torch.zeros_like(x)
-    for k, name in enumerate(CROSS):
-        route = scan_route(name, *grid)
+    if mixer.routes == "cross":
+        routes = [scan_route(name, *grid) for name in CROSS]
+    else:
+        forward = [scan_route(name, *grid) for name in ("serpentine", "column_serpentine")]
+        routes = [r for f in forward for r in (f, Route(f.order.flip(0), len(f.order) - 1 - f.inverse))]
+    for k, route in enumerate(routes):
         along = route.to_sequence(x)
         dt, B, C = (along @ mixer.x_proj_weight[k].T).split(
             [mixer.x_proj_weight.shape[1] - 2 * state, state, state], -1
@@ -62,7 +66,10 @@ def by_routes(mixer: SS2D, x: Tensor, grid: tuple[int, int]) -> Tensor:
     return mixer.out_proj(y * F.silu(z) if mixer.gate else y)
 
 
-@pytest.mark.parametrize("options", [{}, {"gate": False, "conv_bias": False, "bias": True}, {"d_conv": 5, "expand": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gate": False, "conv_bias": False, "bias": True}, {"d_conv": 5, "expand": 1}, {"routes": "serpentine"}],
+)
 @pytest.mark.parametrize("grid", [(4, 5), (1, 7), (6, 1)])
 def test_equals_four_scans_along_their_routes(grid: tuple[int, int], options: dict[str, object]) -> None:
     mixer, x = build(**options), cells(grid).requires_grad_()
@@ -79,8 +86,9 @@ def test_without_a_grid_the_tokens_are_one_row(d_conv: int) -> None:
     torch.testing.assert_close(mixer(x), mixer(x, grid=(1, 13)), atol=1e-12, rtol=0)
 
 
-def test_packed_sequences_are_rows() -> None:
-    mixer, x, edges = build(), cells((1, 13), 1), [0, 5, 5, 12, 13]
+@pytest.mark.parametrize("routes", ["cross", "serpentine"])
+def test_packed_sequences_are_rows(routes: str) -> None:
+    mixer, x, edges = build(routes=routes), cells((1, 13), 1), [0, 5, 5, 12, 13]
     separate = [mixer(x[:, a:b], grid=(1, b - a)) for a, b in itertools.pairwise(edges) if b > a]
     torch.testing.assert_close(mixer(x, torch.tensor(edges)), torch.cat(separate, 1), atol=1e-12, rtol=0)
 
@@ -159,3 +167,21 @@ def test_a_grid_that_does_not_fit_is_refused() -> None:
 def test_sizes_that_do_not_fit_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SS2D(DIM, **options)
+
+
+def test_serpentines_compile_and_export_at_any_size() -> None:
+    mixer = build(routes="serpentine")
+    compiled = torch.compile(mixer, fullgraph=True, backend="eager", dynamic=True)
+    for grid in ((4, 5), (3, 3), (7, 2)):
+        x = cells(grid)
+        torch.testing.assert_close(compiled(x, grid=grid), mixer(x, grid=grid))
+    program = torch.export.export(mixer, (x,), {"grid": list(grid)})
+    torch.testing.assert_close(program.module()(x, grid=list(grid)), mixer(x, grid=grid))
+    assert mixer(cells((0, 3)), grid=(0, 3)).shape == (2, 0, DIM)
+
+
+def test_serpentine_weights_are_not_those_of_the_cross() -> None:
+    mixer, x = build(routes="serpentine"), cells((4, 5))
+    assert (mixer(x, grid=(4, 5)) - by_routes(build(), x, (4, 5))).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="routes must be 'cross' or 'serpentine'"):
+        SS2D(DIM, routes="zigzag")
