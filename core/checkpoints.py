@@ -14,7 +14,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ WRAPPERS = ("model", "state_dict", "module", "model_state_dict", "net")
 AVERAGED = ("ema",)
 """Keys under which they put averaged weights, which are taken first: a run that keeps them is judged by them."""
 
-_BAGS = [argparse.Namespace, (collections.OrderedDict, "yacs.config.CfgNode")]
+_BAGS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace, (collections.OrderedDict, "yacs.config.CfgNode")]
 
 _WRAPPING_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 
@@ -125,7 +125,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 
 def _unwrap(content: Mapping[str, Any], prefer: str | None, path: Path) -> dict[str, Tensor]:
     by_default = prefer in (None, "model")
-    keys = WRAPPERS if by_default else (str(prefer),)
+    keys: tuple[str, ...] = WRAPPERS if by_default else (str(prefer),)
     if prefer is None and any(_holds_weights(content.get(key)) for key in AVERAGED):
         keys = (*AVERAGED, *WRAPPERS)
     inner, unwrapped = content, False

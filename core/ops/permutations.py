@@ -21,13 +21,15 @@ from sinuous.core.ops import differentiation
 
 def take_orders(cells: Tensor, order: Tensor, step: Tensor) -> Tensor:
     """K sequences side by side, in torch's operators."""
-    return cells.index_select(1, order.flatten()).unflatten(1, order.shape)
+    sequences: Tensor = cells.index_select(1, order.flatten()).unflatten(1, order.shape)
+    return sequences
 
 
 def sum_orders(sequences: Tensor, order: Tensor, step: Tensor) -> Tensor:
     """Sum of K sequences over the cells, in torch's operators."""
     rows = step * step.shape[1] + torch.arange(step.shape[1], device=step.device)
-    return sequences.flatten(1, 2).index_select(1, rows.flatten()).unflatten(1, step.shape).sum(2)
+    cells: Tensor = sequences.flatten(1, 2).index_select(1, rows.flatten()).unflatten(1, step.shape).sum(2)
+    return cells
 
 
 DEFINITIONS: dict[str, Callable[..., Tensor]] = {"take_orders": take_orders, "sum_orders": sum_orders}
@@ -44,8 +46,8 @@ def _sum(sequences: Tensor, order: Tensor, step: Tensor) -> Tensor:
         return sequences.new_zeros(batch, steps, width)
     rows = step * count + torch.arange(count, device=step.device)
     whole = rows + torch.arange(batch, device=step.device)[:, None, None] * (steps * count)
-    summed = F.embedding_bag(whole.flatten(0, 1), sequences.reshape(-1, width), mode="sum")
-    return summed.unflatten(0, [batch, steps])
+    summed: Tensor = F.embedding_bag(whole.flatten(0, 1), sequences.reshape(-1, width), mode="sum")
+    return summed.view(batch, steps, width)
 
 
 def _fake_take(cells: Tensor, order: Tensor, step: Tensor) -> Tensor:
