@@ -29,7 +29,10 @@ WRAPPERS = ("model", "state_dict", "module", "model_state_dict", "net")
 AVERAGED = ("ema",)
 """Keys under which they put averaged weights, which are taken first: a run that keeps them is judged by them."""
 
-_BAGS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace, (collections.OrderedDict, "yacs.config.CfgNode")]
+_BAGS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    argparse.Namespace,
+    (collections.OrderedDict, "yacs.config.CfgNode"),
+]
 
 _WRAPPING_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 
