@@ -16,7 +16,7 @@ from sinuous.genomics.io import Record, Variant, read_features, read_sequences, 
 
 MODEL = "dna_xlstm_nano.arabidopsis_lm"
 OUT = Path("sinuous_variants.tsv")
-PAIRS = 10
+PAIRS = 30
 """Variants of each of the two kinds that the demo makes, if no files are given."""
 DONOR, ELSEWHERE = "first base of an intron, G to A", "G to A within the same intron"
 
@@ -71,13 +71,15 @@ def show(variants: Sequence[Variant], effects: torch.Tensor, kinds: Sequence[str
 
     table = Table(title="log p(alternative) - log p(reference), mean of both strands, in nats", title_justify="left")
     if kinds:
+        of_kind = {kind: effects[torch.tensor([one == kind for one in kinds])] for kind in dict.fromkeys(kinds)}
         for column in ("variant", "number", "mean effect", "below 0"):
             table.add_column(column, justify="left" if column == "variant" else "right")
-        for kind in dict.fromkeys(kinds):
-            some = effects[torch.tensor([one == kind for one in kinds])]
+        for kind, some in of_kind.items():
             table.add_row(
                 kind, str(len(some)), f"{float(some.mean()):+.2f}", f"{float((some < 0).double().mean()):.0%}"
             )
+        lower = (of_kind[DONOR] < of_kind[ELSEWHERE]).double().mean()
+        table.caption = f"the first of them is the less probable one in {float(lower):.0%} of the introns"
     else:
         for column in ("variant", "effect"):
             table.add_column(column, justify="right" if column == "effect" else "left")

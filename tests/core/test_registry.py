@@ -151,7 +151,8 @@ def test_a_domain_registers_without_timm(models: dict[str, Any], tmp_path: Path)
     def hum(pretrained: bool = False, width: int = 3) -> nn.Module:
         return nn.Linear(width, 1)
 
-    assert sinuous.list_models(domain="audio") == ["hum"]
+    assert "hum" in sinuous.list_models(domain="audio")
+    assert "hum" not in sinuous.list_models(domain="vision")
     assert not timm.is_model("hum")
     assert sinuous.create_model("hum", width=4).in_features == 4
     assert sinuous.model_info("hum").input_size is None
