@@ -164,7 +164,7 @@ class WaveNet(nn.Module):
         Returns:
             Logits `[B, T, vocab_size]`, or `[B, 1, vocab_size]`, and the state after the last step.
         """
-        stream = self._start(x, 2).transpose(1, 2)
+        stream = self.start(x, 2).transpose(1, 2)
         state = self.initial_state(x.shape[0]) if state is None else state
         if x.shape[1] == 0:
             return stream.new_zeros(x.shape[0], 0, self.vocab_size), state
@@ -173,7 +173,7 @@ class WaveNet(nn.Module):
         kept = []
         for layer, past in enumerate(self._split(state.past)):
             history = torch.cat([past.transpose(1, 2), stream], 2)
-            weight, bias = self._gated(layer)
+            weight, bias = self.gated(layer)
             z = _gate(F.conv1d(history, weight, bias, dilation=self.dilations[layer]), 1)
             skip = self.model.skip_convs[layer](z[..., begin:])
             summed = skip if summed is None else summed + skip
@@ -184,23 +184,18 @@ class WaveNet(nn.Module):
 
     def step(self, x_t: Tensor, state: WaveNetState) -> tuple[Tensor, WaveNetState]:
         """One step: codes `[B]` to logits `[B, vocab_size]` and the next state."""
-        stream = self._start(x_t, 1)
+        stream = self.start(x_t, 1)
         outputs, kept = [], []
         for layer, past in enumerate(self._split(state.past)):
             taps = [*past[:, :: self.dilations[layer]].unbind(1), stream]
             kept += [past[:, 1:], stream.unsqueeze(1)] if past.shape[1] else []
-            weight, bias = self._gated(layer)
+            weight, bias = self.gated(layer)
             z = _gate(F.linear(torch.cat(taps, 1), weight.transpose(1, 2).flatten(1), bias), 1)
             outputs.append(z)
             residual = self.model.residual_convs[layer]
             stream = F.linear(z, residual.weight.squeeze(2), residual.bias) + stream
-        skips: list[Any] = list(self.model.skip_convs)
-        weight = torch.cat([skip.weight.squeeze(2) for skip in skips], 1)
-        summed = F.linear(torch.cat(outputs, 1), weight)
-        if skips[0].bias is not None:
-            summed = summed + torch.stack([skip.bias for skip in skips]).sum(0)
         past = torch.cat(kept, 1) if kept else state.past
-        return self._finish(summed), WaveNetState(past)
+        return self._finish(F.linear(torch.cat(outputs, 1), *self.skips())), WaveNetState(past)
 
     def initial_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -213,13 +208,20 @@ class WaveNet(nn.Module):
         parts: tuple[Tensor, ...] = past.split([(self.kernel_size - 1) * dilation for dilation in self.dilations], 1)
         return parts
 
-    def _gated(self, layer: int) -> tuple[Tensor, Tensor | None]:
+    def gated(self, layer: int) -> tuple[Tensor, Tensor | None]:
         """Weight `[2 dilation_channels, residual_channels, kernel_size]` and bias of a layer's F and G."""
         value, gate = self.model.filter_convs[layer], self.model.gate_convs[layer]
         bias = None if value.bias is None else torch.cat([value.bias, gate.bias])
         return torch.cat([value.weight, gate.weight]), bias
 
-    def _start(self, x: Tensor, ndim: int) -> Tensor:
+    def skips(self) -> tuple[Tensor, Tensor | None]:
+        """Weight `[skip_channels, layers × dilation_channels]` and bias of the sum over all layers."""
+        convs: list[Any] = list(self.model.skip_convs)
+        bias = None if convs[0].bias is None else torch.stack([conv.bias for conv in convs]).sum(0)
+        return torch.cat([conv.weight.squeeze(2) for conv in convs], 1), bias
+
+    def start(self, x: Tensor, ndim: int) -> Tensor:
+        """x_0 `[…, residual_channels]` of codes, `[B, T]` if `ndim` is 2 or `[B]`."""
         if not isinstance(x, Tensor) or x.ndim != ndim or x.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"x must be codes, int64 {'[B, T]' if ndim == 2 else '[B]'} (got {described(x)}); "

@@ -55,7 +55,7 @@ def test_processes_that_start_together_leave_whole_libraries_and_later_ones_call
     calls = len(log.read_text().splitlines())
     assert calls >= 1
     assert answers[0] == answers[1]
-    sources = sorted(path.stem for path in build.SOURCES.glob("*.c"))
+    sources = sorted({path.stem for path in build.SOURCES.glob("*.c")} - set(cpu.INTERPRETERS))
     assert sources == sorted(cpu.FAMILIES)
     assert sorted(path.name.split("-32-")[0] for path in (tmp_path / "cache").glob("*.so")) == sources
     assert len(list((tmp_path / "cache").iterdir())) == len(sources)
