@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from rich.console import Console
 from rich.table import Table
@@ -20,8 +21,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--domain", help=f"only those of this domain: {names}")
     parser.add_argument("--pretrained", action="store_true", help="only those that come with weights")
     options = parser.parse_args(argv)
-    infos = [sinuous.model_info(name) for name in sinuous.list_models(options.pattern, domain=options.domain)]
-    infos = [info for info in infos if info.weights or not options.pretrained]
+    infos, reasons = [], {}
+    for name in sinuous.list_models(options.pattern, domain=options.domain):
+        try:
+            info = sinuous.model_info(name)
+        except ImportError as error:  # of a package of an extra
+            reasons[name] = str(error)
+            continue
+        if info.weights or not options.pretrained:
+            infos.append(info)
+    for reason in dict.fromkeys(reasons.values()):
+        names_of = ", ".join(name for name, why in reasons.items() if why == reason)
+        print(f"left out: {names_of} ({reason})", file=sys.stderr)
+    if reasons and not infos:
+        return 1
     if options.domain and not sinuous.list_models(domain=options.domain):
         raise ValueError(f"there is no model of the domain {options.domain!r}; the domains are {names}")
     if not infos:

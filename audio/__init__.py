@@ -10,14 +10,17 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from sinuous.audio import sashimi, wave_classifier, wavenet
+from sinuous.audio import diffusion_models, sashimi, wave_classifier, wavenet
 
 _LAZY = {
+    "DiffWavePipeline": "diffusion_pipeline",
+    "DiffWaveSashimi": "diffwave",
+    "DiffWaveWaveNet": "diffwave",
     "codec": "codecs",
 }
 """Public names, and the modules that they are in."""
 
-__all__ = ["sashimi", "wave_classifier", "wavenet", *_LAZY]
+__all__ = ["diffusion_models", "sashimi", "wave_classifier", "wavenet", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,139 @@
+"""Denoisers of waves by name: `sinuous.audio.diffwave`, which needs diffusers, is imported when one is built.
+
+The authors' checkpoints load: `create_model("diffwave_sashimi", checkpoint_path="500000.pkl")`. Those of SaShiMi have
+the names of S4's third version, and C as it is behind a convolution of L steps; both are converted.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from sinuous.core.extras import package
+from sinuous.core.mixers.s4 import true_readout
+from sinuous.core.registry import register_model
+
+SIZES: dict[str, tuple[str, dict[str, Any]]] = {
+    "diffwave_sashimi": ("DiffWaveSashimi", {"embed_dim": 128}),
+    "diffwave_sashimi_small": ("DiffWaveSashimi", {"embed_dim": 64}),
+    "diffwave_sashimi_vocoder": ("DiffWaveSashimi", {"embed_dim": 32, "mel_bands": 80}),
+    "diffwave_wavenet": ("DiffWaveWaveNet", {}),
+    "diffwave_wavenet_small": ("DiffWaveWaveNet", {"embed_dim": 128, "depth": 30, "dilation_cycle": 10}),
+    "test_diffwave": ("DiffWaveSashimi", {"embed_dim": 8, "depth": 1, "pool": (2, 2), "mixer_options": {"d_state": 8}}),
+}
+
+_OF_VERSION_3 = {"log_dt": "inv_dt", "inv_w_real": "A_real", "w_imag": "A_imag", "L": "l_kernel"}
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The authors' names or our own, as `model` has them.
+
+    Raises:
+        ValueError: if the systems of the file are of other sizes than the model's.
+    """
+    if not any(".kernel.kernel." in name for name in state_dict):
+        return dict(state_dict)
+    state: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        layer, inside, parameter = name.rpartition(".kernel.kernel.")
+        if inside:
+            named = f"{layer}.layer.kernel.{_OF_VERSION_3.get(parameter, parameter)}"
+            changed = {"log_dt": lambda t: t.unsqueeze(-1), "w_imag": lambda t: -t}.get(parameter, lambda t: t)
+            state[named] = changed(tensor)
+        elif name.endswith(".layer.D"):
+            state[f"{name.removesuffix('D')}layer.D"] = tensor
+        else:
+            state[name] = tensor.squeeze(-1) if ".output_linear." in name and tensor.ndim == 3 else tensor
+    for name in [name for name in state if name.endswith(".l_kernel")]:
+        _make_true(state, name.removesuffix("l_kernel"), int(state.pop(name)))
+    return state
+
+
+def _make_true(state: dict[str, Tensor], kernel: str, steps: int) -> None:
+    """Solve for the C of a recurrence, where `state` has that of a convolution of so many steps."""
+    if not steps:
+        return
+    inv_dt, A_real, A_imag, B, P, C = (
+        state[kernel + name].double() for name in ("inv_dt", "A_real", "A_imag", "B", "P", "C")
+    )
+    if len(A_real) != len(inv_dt):
+        raise ValueError(
+            f"the checkpoint has {len(A_real)} systems for {len(inv_dt)} channels in {kernel.rstrip('.')}; the "
+            "authors' denoisers have one for each channel"
+        )
+    A = torch.stack([-torch.exp(A_real), -A_imag], -1)
+    true = true_readout(C, steps, torch.exp(inv_dt).squeeze(1), A, B.squeeze(0), P)
+    state[f"{kernel}C"] = true.to(state[f"{kernel}C"].dtype)
+
+
+_PAPER = {
+    "license": "apache-2.0",
+    "classifier": "final_conv.2.conv",
+    "first_conv": "init_conv.0.conv",
+    "input_size": (1, 16000),
+    "num_classes": 0,
+    "origin_url": "https://github.com/albertfgu/diffwave-sashimi",
+}
+_SASHIMI = {"paper_name": "It's Raw! Audio Generation with State-Space Models", "paper_ids": "arXiv:2202.09729"}
+_WAVENET = {
+    "paper_name": "DiffWave: A Versatile Diffusion Model for Audio Synthesis",
+    "paper_ids": "arXiv:2009.09761",
+}
+
+default_cfgs = generate_default_cfgs(
+    {f"{name}.untrained": {**_PAPER, **(_WAVENET if "wavenet" in name else _SASHIMI)} for name in SIZES}
+)
+
+
+def _create(variant: str, device: Any = None, dtype: Any = None, **kwargs: Any) -> nn.Module:
+    package("diffusers", "diffusion")
+    kind, sizes = SIZES[variant]
+    if kwargs.get("mixer", sizes.get("mixer", "s4_bidirectional")) != "s4_bidirectional":  # options are for another one
+        sizes = {key: value for key, value in sizes.items() if key != "mixer_options"}
+    options = sizes.get("mixer_options", {}) | dict(kwargs.pop("mixer_options", None) or {})
+    if options:
+        kwargs["mixer_options"] = options
+    model: nn.Module = getattr(importlib.import_module("sinuous.audio.diffwave"), kind)(**{**sizes, **kwargs})
+    # Not by diffusers, which warns of every dtype.
+    return model if device is None and dtype is None else nn.Module.to(model, device=device, dtype=dtype)
+
+
+@register_model(domain="audio")
+def diffwave_sashimi(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DiffWave with SaShiMi's U-Net of width 128: 6 blocks of S4 that reads both ways at each of three rates."""
+    return _create("diffwave_sashimi", **kwargs)
+
+
+@register_model(domain="audio")
+def diffwave_sashimi_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DiffWave with SaShiMi's U-Net of width 64."""
+    return _create("diffwave_sashimi_small", **kwargs)
+
+
+@register_model(domain="audio")
+def diffwave_sashimi_vocoder(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DiffWave with SaShiMi's U-Net of width 32, told a spectrogram of 80 mel bands every 256 samples."""
+    return _create("diffwave_sashimi_vocoder", **kwargs)
+
+
+@register_model(domain="audio")
+def diffwave_wavenet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DiffWave with a WaveNet of 36 blocks of width 256."""
+    return _create("diffwave_wavenet", **kwargs)
+
+
+@register_model(domain="audio")
+def diffwave_wavenet_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """DiffWave with a WaveNet of 30 blocks of width 128."""
+    return _create("diffwave_wavenet_small", **kwargs)
+
+
+@register_model(domain="audio")
+def test_diffwave(pretrained: bool = False, **kwargs: Any) -> nn.Module:  # noqa: PT028
+    """DiffWave for tests: SaShiMi's U-Net of width 8."""
+    return _create("test_diffwave", **kwargs)
