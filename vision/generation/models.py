@@ -1,0 +1,119 @@
+"""Names of the models that make pictures, and what their files hold. Their classes are loaded when one is built.
+
+LaMamba-Diff's authors publish one size, XL. The widths of S, B and L are inferred here from the paper, by which their
+parameters are about those of DiT at each size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from sinuous.core.registry import register_model
+
+if TYPE_CHECKING:
+    from sinuous.vision.generation.lamamba_diff import LaMambaDiff
+
+SIZES: dict[str, dict[str, Any]] = {
+    "lamamba_diff_s": {"embed_dim": 64, "num_heads": 8},
+    "lamamba_diff_b": {"embed_dim": 128, "num_heads": 8},
+    "lamamba_diff_l": {"embed_dim": 256, "num_heads": 8},
+    "lamamba_diff_xl": {"embed_dim": 320, "num_heads": 16},
+    "lamamba_diff_nano": {
+        "sample_size": 32,
+        "in_channels": 1,
+        "out_channels": 1,
+        "num_classes": 10,
+        "embed_dim": 20,
+        "depths": [1, 1, 1, 1],
+        "bottleneck_depth": 1,
+        "num_heads": 4,
+        "patch_size": 2,
+        "d_state": 1,
+        "mlp_ratio": 2.0,
+    },
+    "test_lamamba_diff": {
+        "sample_size": 8,
+        "num_classes": 10,
+        "embed_dim": 16,
+        "depths": [1, 2, 1, 1],
+        "bottleneck_depth": 1,
+        "num_heads": 2,
+        "window_size": 4,
+        "d_state": 2,
+        "mlp_ratio": 2.0,
+    },
+}
+
+
+def _cfg(name: str) -> dict[str, Any]:
+    sizes = {"sample_size": 32, "in_channels": 4, "num_classes": 1000, **SIZES[name]}
+    return {
+        "num_classes": sizes["num_classes"],
+        "input_size": (sizes["in_channels"], sizes["sample_size"], sizes["sample_size"]),
+        "first_conv": "patch_embed.proj",
+        "classifier": "final_linear",
+        "license": "apache-2.0",
+        "paper_name": "LaMamba-Diff: Linear-Time High-Fidelity Diffusion Models Based on Local Attention and Mamba",
+        "paper_ids": "arXiv:2408.02615",
+        "origin_url": "https://github.com/yunxiangfu2001/LaMamba-Diff",
+    }
+
+
+default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg(name) for name in SIZES})
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """The authors' weights, or our own, as `model` has them.
+
+    Raises:
+        ValueError: if the weights are of another model.
+    """
+    fit: Callable[[Mapping[str, Any]], dict[str, Tensor]] = cast("Any", model).fit_weights
+    return fit(state_dict)
+
+
+def _lamamba_diff(variant: str, **kwargs: Any) -> LaMambaDiff:
+    from sinuous.vision.generation.lamamba_diff import LaMambaDiff
+
+    model: LaMambaDiff = LaMambaDiff(**{**SIZES[variant], **kwargs})
+    return model
+
+
+@register_model(domain="generation")
+def lamamba_diff_s(pretrained: bool = False, **kwargs: Any) -> LaMambaDiff:
+    """LaMamba-Diff-S, of inferred width, for 32 x 32 latents of pictures of 256 pixels."""
+    return _lamamba_diff("lamamba_diff_s", **kwargs)
+
+
+@register_model(domain="generation")
+def lamamba_diff_b(pretrained: bool = False, **kwargs: Any) -> LaMambaDiff:
+    """LaMamba-Diff-B, of inferred width."""
+    return _lamamba_diff("lamamba_diff_b", **kwargs)
+
+
+@register_model(domain="generation")
+def lamamba_diff_l(pretrained: bool = False, **kwargs: Any) -> LaMambaDiff:
+    """LaMamba-Diff-L, of inferred width."""
+    return _lamamba_diff("lamamba_diff_l", **kwargs)
+
+
+@register_model(domain="generation")
+def lamamba_diff_xl(pretrained: bool = False, **kwargs: Any) -> LaMambaDiff:
+    """LaMamba-Diff-XL; the released configuration has d_state=1, the paper's GFLOPs are those of 16."""
+    return _lamamba_diff("lamamba_diff_xl", **kwargs)
+
+
+@register_model(domain="generation")
+def lamamba_diff_nano(pretrained: bool = False, **kwargs: Any) -> LaMambaDiff:
+    """For gray pictures of 32 pixels, small enough to train on a laptop's CPU; ours, not the paper's."""
+    return _lamamba_diff("lamamba_diff_nano", **kwargs)
+
+
+@register_model(domain="generation")
+def test_lamamba_diff(pretrained: bool = False, **kwargs: Any) -> LaMambaDiff:  # noqa: PT028
+    """For tests: every mechanism at the smallest size."""
+    return _lamamba_diff("test_lamamba_diff", **kwargs)
