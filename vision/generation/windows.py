@@ -65,13 +65,13 @@ class WindowAttention(nn.Module):
         y = y.view(batch, rows, columns, *window, dim).transpose(2, 3).reshape(x.shape)
         if any(shift):
             y = y.roll((shift[0], shift[1]), (1, 2))
-        return y[:, :height, :width]
+        inside: Tensor = y[:, :height, :width]
+        return inside
 
     def _bias(self, window: Sides) -> Tensor:
         """Biases `[num_heads, N, N]` of the N cells of a window: of a and c, the entry a - c of the table."""
         sides = [2 * window[0] - 1, 2 * window[1] - 1]
-        table = self.relative_position_bias_table
-        table = resampled(table.unflatten(0, self.table_sides), sides)
+        table = resampled(self.relative_position_bias_table.unflatten(0, self.table_sides), sides)
         placed = table.unfold(0, window[0], 1).unfold(1, window[1], 1).flip(3, 4)
         bias: Tensor = placed.permute(2, 0, 1, 3, 4).flatten(3, 4).flatten(1, 2)
         return bias
@@ -86,13 +86,13 @@ def resampled(table: Tensor, sides: Sequence[int]) -> Tensor:
     """A table `[h, w, D]` at other sides, bicubically."""
     if list(table.shape[:2]) == list(sides):
         return table
-    return resize_pos_embed(table.flatten(0, 1)[None], list(table.shape[:2]), list(sides), "none")[0].unflatten(
-        0, list(sides)
-    )
+    rows = resize_pos_embed(table.flatten(0, 1)[None], list(table.shape[:2]), list(sides), "none")
+    fitted: Tensor = rows[0].unflatten(0, list(sides))
+    return fitted
 
 
 def _mask(sides: Sides, window: Sides, shift: Sequence[int], padding: Sides, device: torch.device) -> Tensor:
-    """What is added between the cells of each window, `[windows, N, N]`: cells that only the way round the edges brings
+    """Summands between the cells of each window, `[windows, N, N]`: cells that only the way round the edges brings
     together are kept apart, and padding from all others."""
     regions, padded = [], []
     for side, length, step, more in zip(sides, window, shift, padding, strict=True):
