@@ -17,6 +17,9 @@ _LAZY = {
     "DiffWaveSashimi": "diffwave",
     "DiffWaveWaveNet": "diffwave",
     "codec": "codecs",
+    "generate": "generation",
+    "score": "generation",
+    "stream": "generation",
 }
 """Public names, and the modules that they are in."""
 
