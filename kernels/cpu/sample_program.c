@@ -32,6 +32,7 @@ enum {
     DELAY,       /* out = in of n channels at flag·m, …, 2m, m steps ago, then in itself; a ring at `extra` */
     READ,        /* out = entry `position` of the queue in, n wide */
     STORE,       /* entry `position` of the group out = in, n wide; unless it is the m-th, go on at `extra` */
+    LOGISTIC,    /* out = log p of n codes under m logistics around the last one; w as in `logistic` */
     SAMPLE       /* draw a code from the n logits in */
 };
 
@@ -268,6 +269,53 @@ static void delay(const instruction *o, real *row, int64_t position) {
     if (depth > 0) memcpy(ring + position * o->n, in, (size_t)bytes);
 }
 
+/* log x of normal x > 0: that of the mantissa m in [√½, √2) is 2 artanh((m - 1) / (m + 1)). A NaN stays one. */
+INLINE vec logarithm(vec x) {
+    ivec exponent = ((ivec)x - 0x3f3504f3) >> MANTISSA;
+    vec m = (vec)((ivec)x - (exponent << MANTISSA)), s = (m - splat(1)) / (m + splat(1)), s2 = s * s;
+    vec series = splat(1.0f / 9);
+    for (int k = 7; k > 0; k -= 2) series = series * s2 + splat(1.0f / (real)k);
+    return splat(2) * s * series + __builtin_convertvector(exponent, vec) * splat(1 / LOG2E) + (x - x);
+}
+
+/* log((1 - ε) (F(b_c) - F(b_{c-1})) + ε / n), F = Σ π σ((b - x - δ) / s), x the level of the code that was read; of
+ * `in` are the logits of π, then δ, then log s. w: ε, least and most of log s; levels and borders b, `padded` each, from
+ * the second vector on. */
+static void logistic(const instruction *o, const real *w, const real *in, real *out, int64_t code, real *e) {
+    enum { MOST = 64 };
+    int64_t n = o->n, padded = (n + LANES - 1) / LANES * LANES;
+    const real *levels = w + LANES, *borders = levels + padded;
+    real share[MOST], mean[MOST], rate[MOST], largest = in[0], total = 0;
+    for (int64_t k = 1; k < o->m; k++) largest = in[k] > largest ? in[k] : largest;
+    for (int64_t k = 0; k < o->m; k++) {
+        real s = in[2 * o->m + k];
+        s = s < w[1] ? w[1] : s > w[2] ? w[2] : s;
+        total += share[k] = expf(in[k] - largest);
+        mean[k] = levels[code] + in[o->m + k];
+        rate[k] = expf(-s);
+    }
+    real *below = e + LANES, *above = below + padded + LANES;
+    put(below - LANES, splat(0));
+    put(above - LANES, splat(1));
+    for (int64_t i = 0; i < padded; i += LANES) put(out + i, splat(w[0] / (real)n));
+    for (int64_t k = 0; k < o->m; k++) {
+        vec center = splat(mean[k]), steep = splat(rate[k]), p = splat((1 - w[0]) * share[k] / total);
+        for (int64_t i = 0; i < padded; i += LANES) {
+            vec z = (at(borders + i) - center) * steep, tail = exp_minus_abs(z);
+            vec inner = reciprocal(splat(1) + tail), outer = tail * inner;
+            put(below + i, choose(z < splat(0), outer, inner));
+            put(above + i, choose(z < splat(0), inner, outer));
+        }
+        below[n - 1] = 1;
+        above[n - 1] = 0;
+        for (int64_t i = 0; i < padded; i += LANES) { /* differences of the smaller numbers */
+            vec left = at(below + i) - at(below + i - 1), right = at(above + i - 1) - at(above + i);
+            put(out + i, at(out + i) + p * choose(at(below + i) < splat(0.5f), left, right));
+        }
+    }
+    for (int64_t i = 0; i < padded; i += LANES) put(out + i, logarithm(at(out + i)));
+}
+
 /* Drop all but the fewest most probable codes that together have at least `top_p`, rounded as torch rounds where they
  * are compared; e are exponentials of sum `total`, of n codes, up to `padded` followed by zeros. */
 static void keep_most_probable(real *e, real *kept, int64_t n, int64_t padded, double total, real top_p) {
@@ -395,6 +443,12 @@ static void one_step(const arguments *a, int64_t step, real *e) {
             a->positions[o->position] = position + 1 < o->m ? position + 1 : 0;
             if (position + 1 < o->m) next = o->extra;
             break;
+        case LOGISTIC:
+            for (int64_t r = 0; r < a->rows; r++) {
+                real *row = a->memory + r * a->stride;
+                logistic(o, w, row + o->in, row + o->out, a->current[r], e);
+            }
+            break;
         case SAMPLE:
             for (int64_t r = 0; r < a->rows; r++)
                 if (!draw(a, o, r, step, e) && *a->failed < 0) *a->failed = step;
@@ -411,7 +465,7 @@ int run(const arguments *a) {
         if (o->op == SAMPLE && o->n > most) most = o->n;
         if (o->op == LTI) first_dots(a, o);
     }
-    real *e = buffer(2 * (size_t)(most + LANES) * sizeof(real));
+    real *e = buffer(2 * (size_t)(most + 2 * LANES) * sizeof(real));
     if (e == NULL) return OUT_OF_MEMORY;
     *a->failed = -1;
     for (int64_t t = 0; t < a->steps && *a->failed < 0; t++) one_step(a, t, e);

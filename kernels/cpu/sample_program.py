@@ -19,11 +19,13 @@ from sinuous.kernels.cpu.call import Call, fields
 
 _OPERATIONS = [
     "embed", "copy", "add", "linear", "layer_norm", "scalar_norm", "gelu", "relu", "glu", "gate", "lti", "delay",
-    "read", "store", "sample",
+    "read", "store", "logistic", "sample",
 ]  # fmt: skip
 _FIELDS = fields(
     "threads rows stride steps length program weights memory positions current codes uniforms bits settings failed"
 )
+MOST_LOGISTICS = 64
+"""Logistics that a mixture may have at most."""
 LARGEST_RANK = 2
 """Ranks that the interpreter's linear systems may have at most."""
 
@@ -336,6 +338,31 @@ class Assembler:
     def land(self, store: int) -> None:
         """Let `store` go on here where its group is not full."""
         self._instructions[store][7] = len(self._instructions)
+
+    def logistic(
+        self, logits: Place, parameters: Place, levels: Tensor, floor: float, bounds: tuple[float, float]
+    ) -> None:
+        """Log-probabilities of codes under a mixture of logistics around the level of the last one, with borders
+        half-way between levels.
+
+        Args:
+            logits: of as many codes as there are levels.
+            parameters: logits of the shares of K logistics, then their offsets, then the logarithms of their scales.
+            levels: of the codes, rising.
+            floor: share of the uniform distribution.
+            bounds: of the logarithms of scales.
+
+        Raises:
+            ValueError: if there are more than `MOST_LOGISTICS`.
+        """
+        components = parameters.width // 3
+        if components > MOST_LOGISTICS:
+            raise ValueError(f"a mixture must have at most {MOST_LOGISTICS} logistics (got {components})")
+        spare = -len(levels) % self.lanes
+        borders = F.pad((levels[1:] + levels[:-1]).float() / 2, (0, spare + 1), value=1e6)
+        head = F.pad(torch.tensor([floor, *bounds]), (0, self.lanes - 3))
+        w = self._keep(torch.cat([head, F.pad(levels.float(), (0, spare)), borders]))
+        self._emit("logistic", logits.begin, parameters.begin, w=w, n=len(levels), m=components)
 
     def sample(self, logits: Place) -> None:
         self._emit("sample", 0, logits.begin, n=logits.width)

@@ -154,6 +154,26 @@ def test_systems_run_their_recurrence(rank: int, rows: int) -> None:
     torch.testing.assert_close(memory[:, y.begin : y.begin + width].double(), output, rtol=1e-6, atol=1e-5)
 
 
+def test_logistics_have_the_mass_between_borders_half_way_between_levels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parameters = torch.randn(V, 9, generator=generator)
+    parameters[:, 6:] -= 2
+    levels = torch.rand(V, generator=generator).sort().values
+    assembler = Assembler()
+    x, logits = assembler.place(9), assembler.place(V)
+    assembler.embed(x, parameters)
+    assembler.logistic(logits, x, levels, 1e-3, (-2.5, 2.0))
+    _, memory = run(assembler, logits, torch.arange(V), torch.zeros(V, 1, dtype=torch.float64))
+    share, offset, scale = parameters.double().chunk(3, 1)
+    borders = (levels[1:] + levels[:-1]).double() / 2
+    z = (borders[:, None] - levels[:, None, None] - offset[:, None]) / scale.clamp(-2.5, 2.0).exp()[:, None]
+    below = F.pad(F.pad((z.sigmoid() * share.softmax(1)[:, None]).sum(2), (1, 0)), (0, 1), value=1)
+    expected = torch.log(0.999 * below.diff(dim=1) + 1e-3 / V)
+    got = memory[:, logits.begin : logits.begin + V].double()
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(got.exp().sum(1), torch.ones(V, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
 def test_a_rank_that_the_interpreter_lacks_is_refused() -> None:
     assembler = Assembler()
     x, one = assembler.place(1), torch.zeros(1, 1, 2)
