@@ -13,13 +13,18 @@ from typing import Any
 from sinuous.audio import diffusion_models, sashimi, wave_classifier, wavenet
 
 _LAZY = {
+    "audio_info": "io",
+    "AudioWriter": "io",
+    "codec": "codecs",
     "DiffWavePipeline": "diffusion_pipeline",
     "DiffWaveSashimi": "diffwave",
     "DiffWaveWaveNet": "diffwave",
-    "codec": "codecs",
     "generate": "generation",
+    "read_audio": "io",
+    "resample": "resampling",
     "score": "generation",
     "stream": "generation",
+    "write_audio": "io",
 }
 """Public names, and the modules that they are in."""
 

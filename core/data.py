@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -130,6 +132,32 @@ def padded(examples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, dict
     longest = int(lengths.max())
     inputs = torch.stack([F.pad(inputs, (0, longest - inputs.shape[-1])) for inputs, _ in examples])
     return inputs, torch.tensor([int(label) for _, label in examples]), {"lengths": lengths}
+
+
+PACKED = (".whl", ".zip", ".tar", ".tgz", ".deb")
+"""Endings of packages, which must be unpacked before their files are read."""
+_UNPACKING = {".deb": "dpkg -x {0} FOLDER", ".tar": "tar -xf {0}", ".tgz": "tar -xf {0}"}
+
+
+def folder_of(root: str | os.PathLike[str] | None) -> Path:
+    """The folder `root` of a user's data.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if none is given, or it is a file.
+    """
+    if root is None:
+        raise ValueError("this data lies in a folder of yours: give it with data.root=FOLDER")
+    path = Path(root).expanduser()
+    if path.is_file():
+        command = _UNPACKING.get(path.suffix, "python -m zipfile -e {0} FOLDER").format(path.name)
+        unpack = f"unpack it ({command}) and " if path.suffix in PACKED else ""
+        raise ValueError(f"data.root must be a folder (got the file {path.resolve()}); {unpack}give the folder")
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {path.resolve()}; give the folder of the data with data.root=FOLDER"
+        )
+    return path
 
 
 def packed(examples: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,30 +6,17 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from sinuous.core import data
+from sinuous.core.data import PACKED
+
 SAMPLES = Path(__file__).parents[1] / "samples"
 DEEPEST = 5
 """Folders between `data.root` and a file, at most: site-packages holds a package's data in two or three."""
-PACKED = (".whl", ".zip", ".tar", ".tgz")
 
 
 def folder_of(root: str | os.PathLike[str] | None) -> Path:
-    """The folder `root`, or the bundled samples.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if it is a file.
-    """
-    if root is None:
-        return SAMPLES
-    path = Path(root).expanduser()
-    if path.is_file():
-        unpack = f"unpack it (python -m zipfile -e {path.name} FOLDER) and " if path.suffix in PACKED else ""
-        raise ValueError(f"data.root must be a folder (got the file {path.resolve()}); {unpack}give the folder")
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"there is no folder {path.resolve()}; give the folder of the data with data.root=FOLDER"
-        )
-    return path
+    """The folder `root`, or the bundled samples; raises as `sinuous.core.data.folder_of` does."""
+    return SAMPLES if root is None else data.folder_of(root)
 
 
 def find_file(root: str | os.PathLike[str] | None, patterns: Sequence[str], noun: str) -> Path:

@@ -89,12 +89,12 @@ def test_every_data_set_has_a_twin_or_is_one() -> None:
     assert twins == set()
     # fashion_mnist_full is fashion_mnist from elsewhere, imagenet is image_folder with another augmentation, the other
     # two are what small and large pictures have in common, collages and arrows are made of what comes with the package,
-    # the novels and samples of sequences come with it, and sequences in folders are made by their own tests.
+    # the novels, samples of sequences and of sounds come with it, and folders of either are made by their own tests.
     without = {o for o in real if f"{o}_synthetic" not in options("data")}
     pictures = {f"vision/{name}" for name in ("fashion_mnist_full", "imagenet", "small_images", "large_images")}
     made = {"vision/collage", "vision/arrow_pointing"}
-    genomics = {o for o in real if o.startswith("genomics/")}
-    assert without == pictures | made | genomics | {"language/austen"}
+    others = {o for o in real if o.startswith(("genomics/", "audio/"))}
+    assert without == pictures | made | others | {"language/austen"}
 
 
 def test_repeated_augmentation_shows_a_picture_several_times_in_a_batch() -> None:
