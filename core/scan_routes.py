@@ -203,6 +203,24 @@ def row_order(name: str, height: int, width: int, class_row: int) -> Tensor:
         class_row: row of the class token among the tokens, which is also its step; -1 for none.
     """
     order, _ = _indices(name, height, width, 2 if name == "windows" else 0)
+    return _with_class_row(order, class_row)
+
+
+@torch.compiler.assume_constant_result
+def time_first_order(frames: int, cells: int, class_row: int) -> Tensor:
+    """The order that follows every cell of a clip through time before it goes to the next, for a `Stack`: int64
+    `[2, L]`, the token at each step and the step of each token.
+
+    Args:
+        frames: number of frames, whose tokens follow one another.
+        cells: tokens of a frame.
+        class_row: row of the class token among the tokens, which is also its step; -1 for none.
+    """
+    order = np.arange(frames * cells, dtype=np.int64).reshape(frames, cells).T.ravel()
+    return _with_class_row(order, class_row)
+
+
+def _with_class_row(order: Indices, class_row: int) -> Tensor:
     if class_row >= 0:
         order = np.insert(order + (order >= class_row), class_row, class_row)
     return torch.from_numpy(np.stack([order, np.argsort(order)]))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from sinuous.video import videomamba
+
 _LAZY = {
     "clip_info": "io",
     "read_frames": "io",
@@ -17,7 +19,7 @@ _LAZY = {
 }
 """Public names, and the modules that they are in."""
 
-__all__ = [*_LAZY]
+__all__ = ["videomamba", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,12 +19,13 @@ from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from torch import nn
 
 from sinuous.core.blocks import SharingBlock
+from sinuous.core.building import create
 from sinuous.core.checks import check_arguments, check_range, check_sizes
 from sinuous.core.patches import Sides
 from sinuous.core.registry import register_vision_model
 from sinuous.core.stack import Stack
 from sinuous.vision.mambavision import ConvBlock, checkpoint_filter_fn, conv_stem, plain_downsample
-from sinuous.vision.registration import create, family_cfgs
+from sinuous.vision.registration import family_cfgs
 from sinuous.vision.staged import StackStage, Stage, StagedBackbone, check_stages, stage_rates
 from sinuous.vision.vir import ViRBlock
 

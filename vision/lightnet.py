@@ -20,15 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from sinuous.core import checks, norms
+from sinuous.core.building import create
 from sinuous.core.checkpoints import unwrapped
 from sinuous.core.checks import check_arguments, check_sizes
+from sinuous.core.isotropic import Isotropic
+from sinuous.core.isotropic_checkpoints import fit_checkpoint
 from sinuous.core.mixers.heads import per_head
 from sinuous.core.ops import linear_scan  # noqa: F401  (registers torch.ops.sinuous)
 from sinuous.core.patches import Sides
 from sinuous.core.registry import register_vision_model
-from sinuous.vision.checkpoints import fit_checkpoint
-from sinuous.vision.isotropic import Isotropic
-from sinuous.vision.registration import create, family_cfgs
+from sinuous.vision.registration import family_cfgs
 
 __all__ = ["MDTPE", "LightNet", "checkpoint_filter_fn"]
 

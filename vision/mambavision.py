@@ -24,12 +24,13 @@ from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from sinuous.core.blocks import ResidualBlock, SharingBlock
+from sinuous.core.building import create
 from sinuous.core.checkpoints import unwrapped
 from sinuous.core.checks import check_arguments, check_positive, check_sizes
 from sinuous.core.patches import Sides
 from sinuous.core.registry import check_weights, register_vision_model
 from sinuous.core.stack import Stack
-from sinuous.vision.registration import create, family_cfgs
+from sinuous.vision.registration import family_cfgs
 from sinuous.vision.staged import StackStage, Stage, StagedBackbone, Stem, check_stages, stage_rates
 
 __all__ = ["ConvBlock", "MambaVision", "checkpoint_filter_fn", "conv_stem", "plain_downsample"]

@@ -21,14 +21,15 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from sinuous.core import norms
+from sinuous.core.building import create
 from sinuous.core.checkpoints import unwrapped
 from sinuous.core.checks import check_arguments, check_choice
+from sinuous.core.isotropic import Isotropic
+from sinuous.core.isotropic_checkpoints import fit_checkpoint
 from sinuous.core.mixers.plstm import CORNERS, small_
 from sinuous.core.patches import Sides
 from sinuous.core.registry import register_vision_model
-from sinuous.vision.checkpoints import fit_checkpoint
-from sinuous.vision.isotropic import Isotropic
-from sinuous.vision.registration import PICO, create, family_cfgs
+from sinuous.vision.registration import PICO, family_cfgs
 
 __all__ = ["PLSTMVis", "checkpoint_filter_fn"]
 

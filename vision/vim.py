@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from sinuous.core import norms
+from sinuous.core.building import create
 from sinuous.core.checkpoints import unwrapped
 from sinuous.core.checks import check_arguments
+from sinuous.core.isotropic import Isotropic
+from sinuous.core.isotropic_checkpoints import fit_checkpoint
 from sinuous.core.patches import Sides
 from sinuous.core.registry import register_vision_model
-from sinuous.vision.checkpoints import fit_checkpoint
-from sinuous.vision.isotropic import Isotropic
-from sinuous.vision.registration import PICO, create, family_cfgs
+from sinuous.vision.registration import PICO, family_cfgs
 
 __all__ = ["Vim", "checkpoint_filter_fn"]
 

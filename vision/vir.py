@@ -29,16 +29,17 @@ from torch import Tensor, nn
 
 from sinuous.core import norms, patches
 from sinuous.core.blocks import ResidualBlock, Sharing
+from sinuous.core.building import create
 from sinuous.core.checkpoints import unwrapped
 from sinuous.core.checks import check_arguments, check_range, described
+from sinuous.core.isotropic import Isotropic
+from sinuous.core.isotropic_checkpoints import fit_checkpoint
 from sinuous.core.mixers import Mixer, mixer_class, register_state
 from sinuous.core.mixers.calls import check_batch_size
 from sinuous.core.mixers.vir import SMALLEST
 from sinuous.core.patches import Sides
 from sinuous.core.registry import register_vision_model
-from sinuous.vision.checkpoints import fit_checkpoint
-from sinuous.vision.isotropic import Isotropic
-from sinuous.vision.registration import create, family_cfgs
+from sinuous.vision.registration import family_cfgs
 
 __all__ = ["RowsState", "ViR", "ViRBlock", "checkpoint_filter_fn"]
 

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from sinuous.core.blocks import ResidualBlock, SharingBlock
+from sinuous.core.building import create
 from sinuous.core.checkpoints import unwrapped
 from sinuous.core.checks import check_arguments, check_choice, check_range, check_sizes
 from sinuous.core.mixers import Mixer
 from sinuous.core.patches import Sides
 from sinuous.core.registry import check_weights, register_vision_model
 from sinuous.core.stack import Stack
-from sinuous.vision.registration import create, family_cfgs
+from sinuous.vision.registration import family_cfgs
 from sinuous.vision.staged import (
     MergeDownsample,
     StackStage,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import timm
 
+import sinuous.video
 import sinuous.vision  # noqa: F401  (registers our models with timm)
 from sinuous.core import registry
 
@@ -26,10 +27,12 @@ WITHOUT_MAPS = (
     "lightnet_*",
     "plstm_vis_*",
     "test_lightnet",
+    "test_videomamba",
     "test_plstm_vis",
     "test_vim",
     "test_vir",
     "vim_*",
+    "videomamba_*",
     "vir_*",
 )
 
@@ -42,6 +45,23 @@ def ours() -> set[str]:
     if unknown := names - known:
         raise ValueError(f"SINUOUS_TIMM_MODELS names {sorted(unknown)}; there are 'all' and {sorted(known)}")
     return names
+
+
+OF_PICTURES = ("test_model_default_cfgs",)
+"""Tests of timm that make pictures of their own."""
+
+
+def ours_of_clips() -> set[str]:
+    known = set(registry.list_models(domain="video"))
+    return known if os.environ.get("SINUOUS_TIMM_MODELS") == "all" else {n for n in known if n.startswith("test_")}
+
+
+def clip_size(model: Any = None, model_name: str = "", target: Any = None) -> tuple[int, ...]:
+    """What timm's tests ask for the size of an input, of models of clips."""
+    cfg = timm.models.get_pretrained_cfg(model_name) if model is None else model.pretrained_cfg
+    frames = timm.create_model(model_name, device="meta").num_frames if model is None else model.num_frames
+    channels, *sides = cfg.input_size if model is None else cfg["input_size"]
+    return (channels, frames, *sides)
 
 
 def timm_tests(names: set[str]) -> ModuleType:
@@ -91,3 +111,9 @@ if not FILE.exists():
     )
 
 globals().update(applicable(timm_tests(ours()), ours()))
+
+of_clips = timm_tests(ours_of_clips())
+of_clips._get_input_size = clip_size
+for name, test in applicable(of_clips, ours_of_clips()):
+    if name.startswith("test_") and not name.startswith(OF_PICTURES):
+        globals()[f"{name}_of_clips"] = test

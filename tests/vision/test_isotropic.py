@@ -11,10 +11,10 @@ from torch import Tensor
 import sinuous
 import sinuous.vision
 from sinuous.core import mixers
+from sinuous.core.isotropic import Isotropic
 from sinuous.core.patches import class_row, resize_pos_embed, with_class_token, without_class_token
 from sinuous.core.registry import list_models
 from sinuous.core.scan_routes import list_routes, row_order, scan_route
-from sinuous.vision.isotropic import Isotropic
 
 FAMILIES = [
     name

@@ -133,7 +133,7 @@ class Isotropic(nn.Module):
         has_token = self.class_token != "none"
         self.pos_class_token = self.class_token if self.embeds_class_token else "none"
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd)) if has_token else None
-        rows = math.prod(self.patch_embed.grid_size) + int(self.pos_class_token != "none")
+        rows = math.prod(self._pos_grid()) + int(self.pos_class_token != "none")
         self.pos_embed = nn.Parameter(torch.empty(1, rows, embed_dim, **dd)) if pos_embed else None
         self.any_size = dynamic_img_size or not pos_embed
         self.pos_drop = nn.Dropout(drop_rate)
@@ -225,11 +225,11 @@ class Isotropic(nn.Module):
             ValueError: if images are smaller than patches.
         """
         embed = self.patch_embed
-        old_grid = embed.grid_size
+        old_grid = self._pos_grid()
         embed.set_input_size(img_size, patch_size)
-        if embed.grid_size != old_grid and self.pos_embed is not None:
+        if self._pos_grid() != old_grid and self.pos_embed is not None:
             resized = patches.resize_pos_embed(
-                self.pos_embed.detach(), list(old_grid), list(embed.grid_size), self.pos_class_token
+                self.pos_embed.detach(), old_grid, self._pos_grid(), self.pos_class_token
             )
             self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
         for info in self.feature_info:
@@ -242,6 +242,11 @@ class Isotropic(nn.Module):
         else:
             update_model_args(self, img_size=embed.img_size, **sizes)
 
+    @torch.jit.ignore
+    def _pos_grid(self) -> list[int]:
+        """Sides of the grid whose cells have a row among the position embeddings."""
+        return [int(side) for side in self.patch_embed.grid_size]
+
     def _grid(self, x: Tensor) -> list[int]:
         """Sides of a map `[B, D, …]` of patches, constants where the model has one size."""
         if self.any_size:
@@ -249,15 +254,24 @@ class Isotropic(nn.Module):
             return grid
         return [int(side) for side in self.patch_embed.grid_size]
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, list[int]]:
-        """Image `[B, C, H, W]` to the residual stream `[B, L, D]`, in fp32 at least, and the grid of its patches."""
-        x = self.patch_embed(check_images(x, self.patch_embed.patch_size, self.in_chans))
-        grid = self._grid(x)
+    def _checked(self, x: Tensor) -> Tensor:
+        """`x`, or a ValueError where it is no batch that the model takes."""
+        checked: Tensor = check_images(x, self.patch_embed.patch_size, self.in_chans)
+        return checked
+
+    def _positions(self, x: Tensor) -> Tensor | None:
+        """What is added to the tokens of a map `[B, D, …]` of patches."""
         pos_embed = self.pos_embed
         if pos_embed is not None:
             pos_embed = fit_pos_embed(
                 pos_embed, self.patch_embed.grid_size, grid_sides(x), self.any_size, self.pos_class_token
             )
+        return pos_embed
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, list[int]]:
+        """Image `[B, C, H, W]` to the residual stream `[B, L, D]`, in fp32 at least, and the grid of its patches."""
+        x = self.patch_embed(self._checked(x))
+        grid, pos_embed = self._grid(x), self._positions(x)
         x = x.flatten(2).transpose(1, 2)
         if pos_embed is not None and self.pos_class_token == "none":
             x = x + pos_embed

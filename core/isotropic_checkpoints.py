@@ -12,7 +12,7 @@ from sinuous.core import patches
 from sinuous.core.registry import check_weights
 
 if TYPE_CHECKING:
-    from sinuous.vision.isotropic import Isotropic
+    from sinuous.core.isotropic import Isotropic
 
 
 def fit_checkpoint(state: dict[str, Tensor], model: Isotropic, pos_grid: Sequence[int] | None = None) -> None:
