@@ -13,9 +13,13 @@ from typing import Any
 from sinuous.video import videomamba
 
 _LAZY = {
+    "MovingClips": "datasets",
+    "NeedleInVideo": "datasets",
     "clip_info": "io",
     "read_frames": "io",
+    "scene_cuts": "scenes",
     "stream_frames": "io",
+    "stream_scene_cuts": "scenes",
 }
 """Public names, and the modules that they are in."""
 

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import register_notrace_function, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models import adapt_input_conv, generate_default_cfgs
 from timm.models._input import update_model_args
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "videomamba_tiny": {"embed_dim": 192, "depth": 24},
     "videomamba_small": {"embed_dim": 384, "depth": 24},
     "videomamba_middle": {"embed_dim": 576, "depth": 32},
+    "videomamba_nano": {"img_size": 32, "patch_size": 8, "in_chans": 1, "embed_dim": 64, "depth": 6},
     "test_videomamba": {"num_frames": 4, "patch_size": 8, "embed_dim": 32, "depth": 4},
 }
 
@@ -198,15 +199,15 @@ class VideoMamba(Isotropic):
         update_model_args(self, img_size=embed.img_size[1:], patch_size=embed.patch_size[1:], num_frames=frames)
 
     def _checked(self, x: Tensor) -> Tensor:
-        checked: Tensor = check_frames(check_images(x, self.patch_embed.patch_size, self.in_chans), self.num_frames)
+        checked: Tensor = check_clips(x, self.patch_embed.patch_size, self.in_chans, self.num_frames)
         return checked
 
     def _positions(self, x: Tensor) -> Tensor | None:
         positions: Tensor = clip_positions(
+            x,
             self.pos_embed,  # type: ignore[arg-type]
             self.temporal_pos_embedding,
             self.patch_embed.grid_size,
-            grid_sides(x),
             self.dynamic_img_size,
             self.pos_class_token,
         )
@@ -222,9 +223,11 @@ class VideoMamba(Isotropic):
         return orders
 
 
-@register_notrace_function
-def check_frames(x: Tensor, num_frames: int) -> Tensor:
-    """`x`, clips `[B, C, T, H, W]`, or a ValueError where T is not the number of frames of the model."""
+# FX looks for leaves in the module of `forward`, which is another, and for functions that are wrapped.
+@torch.fx.wrap
+def check_clips(x: Tensor, patch_size: list[int], in_chans: int, num_frames: int) -> Tensor:
+    """`x`, or a ValueError where it is no batch `[B, C, T, H, W]` with the number of frames of the model."""
+    check_images(x, patch_size, in_chans)
     if x.shape[2] != num_frames:
         raise ValueError(
             f"images must be clips of {num_frames} frames (got {x.shape[2]}); choose {num_frames} of them, or call "
@@ -233,18 +236,19 @@ def check_frames(x: Tensor, num_frames: int) -> Tensor:
     return x
 
 
-@register_notrace_function
+@torch.fx.wrap
 def clip_positions(
-    pos_embed: Tensor, temporal: Tensor, grid: list[int], new_grid: list[int], dynamic: bool, class_token: str
+    x: Tensor, pos_embed: Tensor, temporal: Tensor, grid: list[int], dynamic: bool, class_token: str
 ) -> Tensor:
-    """Positions `[1, L, D]` of all tokens of a clip, from those in a frame and those in time `[1, t, D]`."""
-    places = fit_pos_embed(pos_embed, grid[1:], new_grid[1:], dynamic, class_token)
+    """Positions `[1, L, D]` of the tokens of a map `[B, D, t, h, w]`, from those in a frame and those in time
+    `[1, t, D]`."""
+    places = fit_pos_embed(pos_embed, grid[1:], grid_sides(x)[1:], dynamic, class_token)
     prefix = 0 if class_token == "none" else 1
     patches = (places[:, None, prefix:] + temporal[:, :, None]).flatten(1, 2)
     return torch.cat([places[:, :prefix], patches], 1)
 
 
-@register_notrace_function
+@torch.fx.wrap
 def clip_orders(x: Tensor, scan: str, grid: list[int], class_token: str) -> list[Tensor]:
     """Orders of the tokens of a clip for a `Stack`, one for each that the blocks take in turn."""
     frames, height, width = grid
@@ -363,11 +367,14 @@ def _cfgs() -> dict[str, Any]:
         "paper_ids": "arXiv:2403.06977",
         "origin_url": "https://github.com/OpenGVLab/VideoMamba",
     }
-    small = {"input_size": (3, 64, 64), "num_classes": 10}
+    small = {
+        "videomamba_nano": {"input_size": (1, 32, 32), "num_classes": 16, "mean": (0.4,), "std": (0.2,)},
+        "test_videomamba": {"input_size": (3, 64, 64), "num_classes": 10},
+    }
     folder = Path(__file__).parent / "weights"
     cfgs: dict[str, Any] = {}
     for name in SIZES:
-        cfgs |= shipped_cfgs(folder, name, {**cfg, **(small if name.startswith("test_") else {})})
+        cfgs |= shipped_cfgs(folder, name, {**cfg, **small.get(name, {})})
     return cfgs
 
 
@@ -394,6 +401,12 @@ def videomamba_small(pretrained: bool = False, **kwargs: Any) -> VideoMamba:
 def videomamba_middle(pretrained: bool = False, **kwargs: Any) -> VideoMamba:
     """VideoMamba-M: 80.6 % on Kinetics-400 with 8 frames in the paper."""
     return _create_videomamba("videomamba_middle", pretrained, **kwargs)
+
+
+@register_vision_model(domain="video")
+def videomamba_nano(pretrained: bool = False, **kwargs: Any) -> VideoMamba:
+    """For gray clips of 32 pixels, small enough to train on a laptop's CPU; ours, not the paper's."""
+    return _create_videomamba("videomamba_nano", pretrained, **kwargs)
 
 
 @register_vision_model(domain="video")

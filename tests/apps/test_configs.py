@@ -92,7 +92,7 @@ def test_every_data_set_has_a_twin_or_is_one() -> None:
     # the novels, samples of sequences and of sounds come with it, and folders of either are made by their own tests.
     without = {o for o in real if f"{o}_synthetic" not in options("data")}
     pictures = {f"vision/{name}" for name in ("fashion_mnist_full", "imagenet", "small_images", "large_images")}
-    made = {"vision/collage", "vision/arrow_pointing"}
+    made = {"vision/collage", "vision/arrow_pointing", "video/moving_clips", "video/needle"}
     others = {o for o in real if o.startswith(("genomics/", "audio/"))}
     assert without == pictures | made | others | {"language/austen"}
 

@@ -58,10 +58,8 @@ def ours_of_clips() -> set[str]:
 
 def clip_size(model: Any = None, model_name: str = "", target: Any = None) -> tuple[int, ...]:
     """What timm's tests ask for the size of an input, of models of clips."""
-    cfg = timm.models.get_pretrained_cfg(model_name) if model is None else model.pretrained_cfg
-    frames = timm.create_model(model_name, device="meta").num_frames if model is None else model.num_frames
-    channels, *sides = cfg.input_size if model is None else cfg["input_size"]
-    return (channels, frames, *sides)
+    model = timm.create_model(model_name, device="meta") if model is None else getattr(model, "model", model)
+    return (model.in_chans, model.num_frames, *model.patch_embed.img_size[1:])
 
 
 def timm_tests(names: set[str]) -> ModuleType:
