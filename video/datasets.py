@@ -272,7 +272,8 @@ class Texture:
             texture, drift = self._texture(rng), rng.integers(-1, 2, size=2)
             for frame in range(start, min(start + self.scene, frames)):
                 made[frame] = np.roll(texture, (frame - start) * drift, (0, 1))
-        return made + rng.integers(0, 16, made.shape, np.uint8)
+        made += rng.integers(0, 16, made.shape, np.uint8)
+        return made
 
     def _texture(self, rng: np.random.Generator) -> NDArray[np.int64]:
         """Random values of a grid on a torus, interpolated linearly, from 0 to 200."""

@@ -199,7 +199,12 @@ class VideoMamba(Isotropic):
         update_model_args(self, img_size=embed.img_size[1:], patch_size=embed.patch_size[1:], num_frames=frames)
 
     def _checked(self, x: Tensor) -> Tensor:
-        checked: Tensor = check_clips(x, self.patch_embed.patch_size, self.in_chans, self.num_frames)
+        checked: Tensor = check_clips(
+            x,
+            self.patch_embed.patch_size,  # type: ignore[arg-type]
+            self.in_chans,
+            self.num_frames,
+        )
         return checked
 
     def _positions(self, x: Tensor) -> Tensor | None:
@@ -207,7 +212,7 @@ class VideoMamba(Isotropic):
             x,
             self.pos_embed,  # type: ignore[arg-type]
             self.temporal_pos_embedding,
-            self.patch_embed.grid_size,
+            self.patch_embed.grid_size,  # type: ignore[arg-type]
             self.dynamic_img_size,
             self.pos_class_token,
         )
