@@ -7,10 +7,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 
@@ -105,16 +102,3 @@ def kind_of(label: str) -> str:
 def strand_of(label: str) -> str:
     """Strand of a class: `+`, `-`, or `.` for one without."""
     return label[-1] if label != GAP and label[-1:] in ("+", "-") else "."
-
-
-@contextlib.contextmanager
-def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give the path of a file to write in the place of `path`, which it becomes when all is done; else it goes."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{os.getpid()}.unfinished.{target.name}")
-    try:
-        yield unfinished
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 
+from sinuous.core.demo_parts import PICTURES, check_output, model_with_weights, progress_bar
+from sinuous.core.files import written_whole
 from sinuous.genomics.annotation import CHUNK, GAP, Part, classes_of, label_parts
-from sinuous.genomics.annotation_files import LINES, kind_of, written_whole
-from sinuous.genomics.demo_parts import PICTURES, check_output, model_with_weights, progress_bar
+from sinuous.genomics.annotation_files import LINES, kind_of
 from sinuous.genomics.io import Record, read_features, read_sequences
 
 MODEL = "dna_xlstm_nano.arabidopsis_genes"

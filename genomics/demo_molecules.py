@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from sinuous.core.checks import check_sizes
+from sinuous.core.demo_parts import PICTURES, check_output, model_with_weights, progress_bar
+from sinuous.core.files import written_whole
 from sinuous.core.generation import Sampling
-from sinuous.genomics.annotation_files import written_whole
-from sinuous.genomics.demo_parts import PICTURES, check_output, model_with_weights, progress_bar
 from sinuous.genomics.design import sample_molecules
 from sinuous.genomics.molecule_sets import molecule_report
 from sinuous.genomics.molecules import read_smiles

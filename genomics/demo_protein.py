@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinuous.core.demo_parts import PICTURES, check_output, model_with_weights, progress_bar
+from sinuous.core.files import written_whole
 from sinuous.core.generation import Sampling
 from sinuous.core.modes import evaluating
-from sinuous.genomics.annotation_files import written_whole
 from sinuous.genomics.contexts import read_context
 from sinuous.genomics.demo_annotate import SAMPLES
-from sinuous.genomics.demo_parts import PICTURES, check_output, model_with_weights, progress_bar
 from sinuous.genomics.effects import residue_log_probabilities
 from sinuous.genomics.filling import fill_spans
 from sinuous.genomics.io import Record, read_sequences

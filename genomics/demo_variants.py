@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from sinuous.core.demo_parts import check_output, model_with_weights, progress_bar
 from sinuous.genomics.demo_annotate import SAMPLES, sample
-from sinuous.genomics.demo_parts import check_output, model_with_weights, progress_bar
 from sinuous.genomics.effects import variant_effects
 from sinuous.genomics.io import Record, Variant, read_features, read_sequences, read_variants
 
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> list[Path]:
         ValueError: for what cannot be read, scored or written.
         FileNotFoundError: if there is no such file.
     """
-    from sinuous.genomics.annotation_files import written_whole
+    from sinuous.core.files import written_whole
 
     if (options.fasta is None) != (options.vcf is None):
         missing = "--vcf" if options.vcf is None else "--fasta"

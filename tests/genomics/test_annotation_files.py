@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from sinuous.core.files import written_whole
 from sinuous.genomics import annotation_files
 from sinuous.genomics.annotation import Part
-from sinuous.genomics.annotation_files import LINES, written_whole
+from sinuous.genomics.annotation_files import LINES
 from sinuous.genomics.io import read_features
 
 CLASSES = ("intergenic", "gene +", "gene -", "CDS +", "CDS -")

@@ -210,7 +210,7 @@ def test_absent_weights_are_told(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "all_weights", dict)
-    monkeypatch.setattr("sinuous.genomics.demo_parts.all_weights", dict)
+    monkeypatch.setattr("sinuous.core.demo_parts.all_weights", dict)
     assert "do not come with this version" in told("demo genomics", capsys, code=2)
     assert f"{demo_variants.MODEL} do not come with" in told("demo genomics variants", capsys, code=2)
     assert not list(here.iterdir())
@@ -226,7 +226,7 @@ def test_all_parts_run_on_samples_without_a_word(
         monkeypatch.setattr(module, "MODEL", str(models[part]))
     everything = dict.fromkeys(map(str, models.values()))
     monkeypatch.setattr(demo, "all_weights", lambda: everything)
-    monkeypatch.setattr("sinuous.genomics.demo_parts.all_weights", lambda: everything)
+    monkeypatch.setattr("sinuous.core.demo_parts.all_weights", lambda: everything)
     monkeypatch.setattr(demo_annotate, "SAMPLE", (200_000, 206_000))
     monkeypatch.setattr(demo_variants, "PAIRS", 1)
     monkeypatch.setattr(demo_molecules, "COUNT", 2)
