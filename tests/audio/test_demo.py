@@ -229,3 +229,12 @@ def test_models_of_a_folder_go_on_and_listen(here: Path, capsys: pytest.CaptureF
     assert len(rows) == 2
     assert all("harp 1.00" in row and "horn" in row for row in rows)
     assert "0.25" in rows[0]
+
+
+def test_the_bundled_clip_goes_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = told("--model test_sashimi --seconds 0.02 --out o.wav", capsys)
+    assert "prompt: 2.0 s" in out
+    wave, _ = read_audio("o.wav")
+    assert wave.shape == (1, 16160)
+    assert wave[0, :16000].std() > 0.01
+    assert "--start must lie in the bundled clip" in told("--model test_sashimi --start 5 --out p.wav", capsys, code=2)
