@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from sinuous.audio.pools import DownPool, UpPool
 from sinuous.audio.sashimi import Sashimi
 from sinuous.audio.sashimi_backbone import MixerBlock, SashimiBackbone, SashimiState, ScalarNorm
+from sinuous.audio.wave_codes import FLOOR, LARGEST, OFFSET, SMALLEST
 from sinuous.audio.wavenet import WaveNet, WaveNetState
 from sinuous.core import norms
 from sinuous.core.mixers.s4 import S4, LTIState
@@ -332,7 +333,15 @@ def _sashimi(assembler: Assembler, model: Sashimi) -> _SashimiStates:
     lowering.level(0, stream)
     normed = assembler.scratch("normed", stream.width)
     lowering.norm(normed, stream, net.norm)
-    assembler.linear(logits, normed, head.weight, head.bias)
+    if model.logistic:
+        parameters = assembler.place(head.out_features)
+        units = torch.ones(3, head.out_features // 3)
+        units[1] = OFFSET
+        weight, bias = units.view(-1, 1) * head.weight, units.flatten() * head.bias
+        assembler.linear(parameters, normed, weight, bias)
+        assembler.logistic(logits, parameters, cast("Tensor", model.levels), FLOOR, (SMALLEST, LARGEST))
+    else:
+        assembler.linear(logits, normed, head.weight, head.bias)
     assembler.sample(logits)
     return lowering.states
 

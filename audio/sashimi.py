@@ -1,7 +1,8 @@
 """SaShiMi: a model of waveforms, sample by sample, and its net as a backbone.
 
-    z = net(embedding(codes))                                      see `sinuous.audio.sashimi_backbone`
+    z = net(e(codes))                                              see `sinuous.audio.sashimi_backbone`
     logits_t = W z_t + b                                           of code t + 1, from the codes up to t
+    e(c) = E_c, or E_c + x(c) w                                    x(c) the level of code c, see `wave_codes`
 
     model = sinuous.create_model("sashimi_sc09", checkpoint_path="sashimi_sc09.pt")
 
@@ -24,11 +25,18 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from sinuous.audio.sashimi_backbone import SashimiBackbone, SashimiState
+from sinuous.audio.sashimi_checkpoints import fit_sashimi
+from sinuous.audio.wave_codes import COMPONENTS, levels_of, logistic_logits, start_logistics
 from sinuous.audio.wavenet import Readout
-from sinuous.core.checks import check_arguments, check_sizes, described
+from sinuous.core.checks import check_arguments, check_choice, check_sizes, described
 from sinuous.core.registry import register_model
 
-__all__ = ["Sashimi", "SashimiBackbone", "SashimiState"]
+__all__ = ["Sashimi", "SashimiBackbone", "SashimiState", "checkpoint_filter_fn"]
+
+EMBEDDINGS = ("codes", "both")
+HEADS = ("categorical", "logistic")
+CODE_START, WAVE_START = 0.3, 4.0
+"""Deviations of E and w at the start with `embedding="both"`: levels of music are about a tenth."""
 
 SIZES: dict[str, dict[str, Any]] = {
     "sashimi_2l": {"depth": 2},
@@ -39,7 +47,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "sashimi_beethoven": {"depth": 8, "norm": "scalar"},
     "sashimi_youtubemix": {"depth": 8, "norm": "scalar"},
     "sashimi_sc09_unet": {"depth": 8, "norm": "scalar", "unet": True, "mixer_options": {"n_ssm": None}},
-    "sashimi_nano": {"depth": 2, "mixer": "s4d"},
+    "sashimi_nano": {"depth": 2, "mixer": "s4d", "embedding": "both", "head": "logistic"},
     "test_sashimi": {"embed_dim": 8, "depth": 1, "pool": (2, 2), "vocab_size": 16, "mixer_options": {"d_state": 8}},
 }
 
@@ -49,13 +57,18 @@ class Sashimi(nn.Module):
 
     Args:
         vocab_size: V, number of codes.
+        embedding: `"codes"`, or `"both"` for codes and the wave itself.
+        head: `"categorical"`, or `"logistic"` for eight discretised logistics around the last sample.
+        codec: name of the codec whose levels `embedding="both"` and `head="logistic"` take.
         embed_dim, depth, pool, expand, ff, unet, causal, shift, norm, mixer, mixer_options, drop_rate: of the
             `SashimiBackbone`.
 
     Raises:
-        ValueError: if a size or a choice is not allowed.
+        ValueError: if a size or a choice is not allowed, or the codec has no level for each code.
         TypeError: if the mixer has no such option.
     """
+
+    levels: Tensor | None
 
     @check_arguments
     def __init__(
@@ -73,12 +86,17 @@ class Sashimi(nn.Module):
         mixer: str = "s4",
         mixer_options: Mapping[str, Any] | None = None,
         drop_rate: float = 0.0,
+        embedding: str = "codes",
+        head: str = "categorical",
+        codec: str = "mu_law",
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         check_sizes(vocab_size=vocab_size)
+        check_choice("embedding", embedding, EMBEDDINGS)
+        check_choice("head", head, HEADS)
         self.vocab_size = vocab_size
         self.num_features = self.embed_dim = self.dim = embed_dim
         self.depth, self.causal = depth, causal
@@ -86,13 +104,29 @@ class Sashimi(nn.Module):
         self.model = SashimiBackbone(
             embed_dim, depth, pool, expand, ff, unet, causal, shift, norm, mixer, mixer_options, drop_rate, **dd
         )
-        self.decoder: Any = nn.Sequential(Readout(embed_dim, vocab_size, dd))
+        self.logistic, self.codec = head == "logistic", codec
+        self.decoder: Any = nn.Sequential(Readout(embed_dim, 3 * COMPONENTS if self.logistic else vocab_size, dd))
+        self.wave = nn.Parameter(torch.empty(embed_dim, **dd)) if embedding == "both" else None
+        known = self.logistic or self.wave is not None
+        self.register_buffer("levels", torch.empty(vocab_size, **dd) if known else None)
+        self._start()
 
     def init_weights(self) -> None:
         """Fill every parameter and buffer anew, as torch's layers start and by the mixers' rules."""
         self.encoder[0].reset_parameters()
         self.model.init_weights()
         self.decoder[0].output_transform.reset_parameters()
+        self._start()
+
+    def _start(self) -> None:
+        """Fill what the options add."""
+        if self.levels is not None:
+            self.levels.copy_(levels_of(self.codec, self.vocab_size))
+        if self.wave is not None:  # the wave is heard above its codes from the start
+            nn.init.normal_(self.encoder[0].weight, std=CODE_START)
+            nn.init.normal_(self.wave, std=WAVE_START)
+        if self.logistic:
+            start_logistics(self.decoder[0].output_transform)
 
     def no_weight_decay(self) -> set[str]:
         """Name the parameters that weight decay should leave alone."""
@@ -108,16 +142,19 @@ class Sashimi(nn.Module):
         Raises:
             ValueError: if the codes have another shape, dtype or range.
         """
-        return self.forward_head(self.forward_features(codes))
+        return self.forward_head(self.forward_features(codes), codes)
 
     def forward_features(self, codes: Tensor) -> Tensor:
         """Features `[B, T, embed_dim]` that the head reads."""
         features: Tensor = self.model(self._embed(codes, 2))
         return features
 
-    def forward_head(self, x: Tensor) -> Tensor:
-        """Logits of features `[..., embed_dim]`."""
+    def forward_head(self, x: Tensor, codes: Tensor) -> Tensor:
+        """Logits of features `[..., embed_dim]` behind the codes `[...]`."""
         logits: Tensor = self.decoder[0].output_transform(x)
+        if self.logistic:
+            assert self.levels is not None
+            return logistic_logits(logits, self.levels[codes], self.levels)
         return logits
 
     def prefill(
@@ -138,7 +175,8 @@ class Sashimi(nn.Module):
             NotImplementedError: if the model is not causal.
         """
         features, after = self.model.prefill(self._embed(x, 2), state)
-        return self.forward_head(features[:, -1:] if last_only else features), after
+        start = max(x.shape[1] - 1, 0) if last_only else 0
+        return self.forward_head(features[:, start:], x[:, start:]), after
 
     def step(self, x_t: Tensor, state: SashimiState) -> tuple[Tensor, SashimiState]:
         """One step: codes `[B]` to logits `[B, vocab_size]` of the codes that follow, and the next state.
@@ -147,7 +185,7 @@ class Sashimi(nn.Module):
             ValueError, NotImplementedError: as `prefill`.
         """
         features, after = self.model.step(self._embed(x_t, 1), state)
-        return self.forward_head(features), after
+        return self.forward_head(features, x_t), after
 
     def initial_state(
         self, batch_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None
@@ -172,7 +210,15 @@ class Sashimi(nn.Module):
                 f"codes must lie between 0 and {self.vocab_size - 1} (got {int(codes.min())} to {int(codes.max())}); "
                 "use the codec that the model was trained with"
             ) from None
+        if self.wave is not None:
+            assert self.levels is not None
+            embedded = embedded + self.levels[codes].unsqueeze(-1) * self.wave
         return embedded
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: Sashimi | SashimiBackbone) -> dict[str, Tensor]:
+    """The authors' weights in either layout, older names included, or our own, by the names of `model`."""
+    return fit_sashimi(state_dict, model, model if isinstance(model, SashimiBackbone) else model.model)
 
 
 _PAPER = {

@@ -157,10 +157,15 @@ def _holds_weights(value: Any) -> bool:
 
 
 def _of_lightning(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take the model out of its LightningModule, and with it what others keep beside it, as an encoder and a decoder.
+
+    `ema.` and `task.` are parts of the module of `sinuous train`.
+    """
     for prefix in ("ema.module.", "model."):
         inner = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         if inner:
-            return inner
+            beside = {n: t for n, t in state.items() if not n.startswith(("ema.", "task.", "model."))}
+            return {**beside, **inner}
     return state
 
 

@@ -22,7 +22,7 @@ state-spaces/s4, version 4.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -112,10 +112,17 @@ class S4Kernel(nn.Module):
         return dt, self._of_channels(A), self._of_channels(B), norms.at_least_fp32(self.C), low_rank
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.take_length_out(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def take_length_out(self, state_dict: MutableMapping[str, Tensor], prefix: str) -> None:
+        """Replace C in the authors' layout by that of the recurrence, and drop the length that it was made for.
+
+        `prefix` is the kernel's place in `state_dict`, with a dot behind it.
+        """
         steps = state_dict.pop(prefix + "l_kernel", None)
         if self.P is not None and steps is not None and int(steps) > 0:
             state_dict[prefix + "C"] = self._true_readout(state_dict, prefix, int(steps))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _true_readout(self, stored: Mapping[str, Tensor], prefix: str, steps: int) -> Tensor:
         raw, A_real, A_imag, B, P, C = (

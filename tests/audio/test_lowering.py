@@ -36,6 +36,7 @@ NETS: dict[str, dict[str, Any]] = {
     "two readouts": {"mixer_options": {"channels": 2, "n_ssm": 2}},
     "rank 2": {"mixer_options": {"init": "legt", "rank": 2, "d_state": 8}},
     "no feed-forward": {"ff": 0, "pool": ()},
+    "wave and logistics": {"embedding": "both", "head": "logistic", "norm": "scalar"},
     "equal widths": {"expand": 1, "pool": (1, 3)},
 }
 

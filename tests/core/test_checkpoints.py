@@ -101,6 +101,14 @@ def test_wrapping_is_taken_off(tmp_path: pathlib.Path, wrap: Any) -> None:
     assert same(load_state_dict(tmp_path / "weights.pt"), WEIGHTS)
 
 
+def test_a_lightning_file_of_others_keeps_what_lies_beside_the_model(tmp_path: pathlib.Path) -> None:
+    beside = {"encoder.0.weight": torch.ones(4, 2), "decoder.bias": torch.zeros(3)}
+    ours = {"task.teacher": torch.ones(2), "ema.n": torch.tensor(7)}
+    state = {**{f"model.{name}": tensor for name, tensor in WEIGHTS.items()}, **beside, **ours}
+    torch.save({"pytorch-lightning_version": "1.9", "state_dict": state}, tmp_path / "run.ckpt")
+    assert same(load_state_dict(tmp_path / "run.ckpt"), {**WEIGHTS, **beside})
+
+
 def test_a_lightning_file_gives_the_averaged_weights_first(tmp_path: pathlib.Path) -> None:
     live = {f"model.{name}": tensor for name, tensor in WEIGHTS.items()}
     torch.save({"pytorch-lightning_version": "2.6", "state_dict": live}, tmp_path / "live.ckpt")
