@@ -1,6 +1,6 @@
-"""Image generation: denoisers that diffusers runs. Importing this registers the models.
+"""Image generation: denoisers and a model of codes, with diffusers' pipelines. Importing this registers the models.
 
-    from sinuous.vision.generation import LaMambaDiff
+    from sinuous.vision.generation import ClassConditionalPipeline, LaMambaDiff
 
 Names of `__all__` are loaded on first use, and diffusers with them.
 """
@@ -12,7 +12,14 @@ from typing import Any
 
 from sinuous.vision.generation import models
 
-_LAZY = {"LaMambaDiff": "lamamba_diff"}
+_LAZY = {
+    "AiM": "aim",
+    "AiMPipeline": "aim_pipeline",
+    "ClassConditionalPipeline": "pipelines",
+    "LaMambaDiff": "lamamba_diff",
+    "load_pipeline": "pipelines",
+    "load_vq_tokenizer": "tokenizers",
+}
 """Public names, and the modules that they are in."""
 
 __all__ = ["models", *_LAZY]

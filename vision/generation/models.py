@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sinuous.core.registry import register_model
 
 if TYPE_CHECKING:
+    from sinuous.vision.generation.aim import AiM
     from sinuous.vision.generation.lamamba_diff import LaMambaDiff
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -46,10 +47,43 @@ SIZES: dict[str, dict[str, Any]] = {
         "d_state": 2,
         "mlp_ratio": 2.0,
     },
+    "aim_b": {"embed_dim": 768, "depth": 24},
+    "aim_l": {"embed_dim": 1024, "depth": 48, "adaln_groups": 4},
+    "aim_xl": {"embed_dim": 1536, "depth": 48, "adaln_groups": 4},
+    "aim_nano": {
+        "vocab_size": 256,
+        "num_tokens": 49,
+        "num_classes": 10,
+        "embed_dim": 128,
+        "depth": 6,
+        "adaln_groups": 2,
+        "mixer_options": {"d_state": 32, "headdim": 32},
+    },
+    "test_aim": {
+        "vocab_size": 16,
+        "num_tokens": 9,
+        "num_classes": 10,
+        "embed_dim": 16,
+        "depth": 3,
+        "adaln_groups": 2,
+        "mixer_options": {"d_state": 8, "headdim": 8},
+    },
 }
 
 
 def _cfg(name: str) -> dict[str, Any]:
+    if "aim" in name:
+        sizes = {"num_tokens": 256, **SIZES[name]}
+        return {
+            "num_classes": sizes.get("num_classes", 1000),
+            "input_size": (sizes["num_tokens"],),
+            "first_conv": "embeddings.word_embeddings",
+            "classifier": "lm_head",
+            "license": "apache-2.0" if name.startswith(("test", "aim_nano")) else "mit",
+            "paper_name": "Scalable Autoregressive Image Generation with Mamba",
+            "paper_ids": "arXiv:2408.12245",
+            "origin_url": "https://github.com/hp-l33/AiM",
+        }
     sizes = {"sample_size": 32, "in_channels": 4, "num_classes": 1000, **SIZES[name]}
     return {
         "num_classes": sizes["num_classes"],
@@ -80,6 +114,13 @@ def _lamamba_diff(variant: str, **kwargs: Any) -> LaMambaDiff:
     from sinuous.vision.generation.lamamba_diff import LaMambaDiff
 
     model: LaMambaDiff = LaMambaDiff(**{**SIZES[variant], **kwargs})
+    return model
+
+
+def _aim(variant: str, **kwargs: Any) -> AiM:
+    from sinuous.vision.generation.aim import AiM
+
+    model: AiM = AiM(**{**SIZES[variant], **kwargs})
     return model
 
 
@@ -117,3 +158,33 @@ def lamamba_diff_nano(pretrained: bool = False, **kwargs: Any) -> LaMambaDiff:
 def test_lamamba_diff(pretrained: bool = False, **kwargs: Any) -> LaMambaDiff:  # noqa: PT028
     """For tests: every mechanism at the smallest size."""
     return _lamamba_diff("test_lamamba_diff", **kwargs)
+
+
+@register_model(domain="generation")
+def aim_b(pretrained: bool = False, **kwargs: Any) -> AiM:
+    """AiM-B: FID 3.52 on ImageNet at 256 pixels in the paper."""
+    return _aim("aim_b", **kwargs)
+
+
+@register_model(domain="generation")
+def aim_l(pretrained: bool = False, **kwargs: Any) -> AiM:
+    """AiM-L: FID 2.83 in the paper."""
+    return _aim("aim_l", **kwargs)
+
+
+@register_model(domain="generation")
+def aim_xl(pretrained: bool = False, **kwargs: Any) -> AiM:
+    """AiM-XL: FID 2.56 in the paper."""
+    return _aim("aim_xl", **kwargs)
+
+
+@register_model(domain="generation")
+def aim_nano(pretrained: bool = False, **kwargs: Any) -> AiM:
+    """For 7 x 7 codes of gray pictures of 28 pixels; ours, not the paper's."""
+    return _aim("aim_nano", **kwargs)
+
+
+@register_model(domain="generation")
+def test_aim(pretrained: bool = False, **kwargs: Any) -> AiM:  # noqa: PT028
+    """For tests: every mechanism at the smallest size."""
+    return _aim("test_aim", **kwargs)
