@@ -280,7 +280,7 @@ def load_pipeline(name_or_folder: str | os.PathLike[str], **kwargs: Any) -> Diff
     if not (isinstance(cls, type) and issubclass(cls, DiffusionPipeline)):
         raise ValueError(f"{index} names the pipeline {name!r}, which is neither ours nor diffusers'")
     _import_parts(parts)
-    pipeline: DiffusionPipeline = cls.from_pretrained(folder, **kwargs)
+    pipeline: DiffusionPipeline = cast("Any", cls).from_pretrained(folder, **kwargs)
     return pipeline
 
 

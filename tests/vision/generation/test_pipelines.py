@@ -103,6 +103,7 @@ class Perfect(nn.Module):
     def __init__(self, picture: Tensor, scheduler: Any) -> None:
         super().__init__()
         self.picture, self.scheduler, self.calls, self.dtype = picture, scheduler, 0, torch.float64
+        self.device = torch.device("cpu")
         self.config = diffusers.configuration_utils.FrozenDict(
             sample_size=4, in_channels=1, out_channels=1, num_classes=10
         )
