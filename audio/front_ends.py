@@ -91,19 +91,33 @@ class LogMel(nn.Module):
     Args:
         sample_rate: samples a second.
         num_bands: mel bands from 0 to half the rate.
+        hop: samples of a frame; those of 10 ms if absent.
+        window: samples of a window, at least those of a frame; those of 25 ms if absent.
 
     Attributes:
-        hop: samples of a frame.
         num_features: of a frame.
+
+    Raises:
+        ValueError: if a size is less than 1, or the window is shorter than a frame.
     """
 
-    def __init__(self, sample_rate: int, num_bands: int = 40) -> None:
+    def __init__(
+        self, sample_rate: int, num_bands: int = 40, hop: int | None = None, window: int | None = None
+    ) -> None:
         super().__init__()
         check_sizes(sample_rate=sample_rate, num_bands=num_bands)
         self.sample_rate, self.num_bands = sample_rate, num_bands
-        self.hop = max(1, round(HOP * sample_rate))
-        self.window = max(self.hop, round(WINDOW * sample_rate))
+        self.hop = max(1, round(HOP * sample_rate)) if hop is None else hop
+        self.window = max(self.hop, round(WINDOW * sample_rate)) if window is None else window
+        check_sizes(hop=self.hop)
+        if self.window < self.hop:
+            raise ValueError(f"window must have at least the {self.hop} samples of a frame (got {self.window})")
         self.num_features = num_bands
+
+    @property
+    def size(self) -> int:
+        """Length of the Fourier transform: at least twice the window, so that low bands are not empty."""
+        return int(2 ** math.ceil(math.log2(2 * self.window)))
 
     def init_weights(self) -> None:
         pass
@@ -112,11 +126,10 @@ class LogMel(nn.Module):
         """Frames `[B, F, num_features]` of waves `[B, 1, T]`; those behind `lengths` hold nothing of use."""
         x = _framed(silence_behind(wave, lengths), self.window, self.hop).squeeze(1)
         x = x if x.dtype == torch.float64 else x.float()
-        size = 2 ** math.ceil(math.log2(2 * self.window))  # twice the window, so that low bands are not empty
         taper = torch.hann_window(self.window, dtype=x.dtype, device=x.device)
         frames = x.unfold(-1, self.window, self.hop) * (taper / taper.sum())
-        power = torch.fft.rfft(frames, size).abs().square()
-        filters = _mel_filters(size // 2 + 1, self.num_bands, self.sample_rate).to(power)
+        power = torch.fft.rfft(frames, self.size).abs().square()
+        filters = _mel_filters(self.size // 2 + 1, self.num_bands, self.sample_rate).to(power)
         return (torch.log10(power @ filters + FLOOR) + 6) / 4
 
 
@@ -127,13 +140,22 @@ class Cepstrum(LogMel):
         sample_rate: samples a second.
         num_bands: mel bands from 0 to half the rate.
         num_coefficients: how many of the lowest are kept.
+        hop: as of `LogMel`.
+        window: likewise.
 
     Raises:
         ValueError: if there are more coefficients than bands.
     """
 
-    def __init__(self, sample_rate: int, num_bands: int = 40, num_coefficients: int = 20) -> None:
-        super().__init__(sample_rate, num_bands)
+    def __init__(
+        self,
+        sample_rate: int,
+        num_bands: int = 40,
+        num_coefficients: int = 20,
+        hop: int | None = None,
+        window: int | None = None,
+    ) -> None:
+        super().__init__(sample_rate, num_bands, hop, window)
         check_sizes(num_coefficients=num_coefficients)
         if num_coefficients > num_bands:
             raise ValueError(

@@ -43,7 +43,8 @@ class WaveClassifier(nn.Module):
         embed_dim: D, width of the residual stream.
         depth: number of blocks.
         mixer_options: keyword arguments of the mixer's constructor.
-        front_end_options: keyword arguments of the front end: `strides`, `num_bands`, `num_coefficients`.
+        front_end_options: keyword arguments of the front end: `strides`, `num_bands`, `hop`, `window`,
+            `num_coefficients`.
         mlp_ratio: width of the MLPs between their layers, over `embed_dim`; 0 for none.
         drop_rate: dropout ahead of the head and inside the MLPs.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -50,7 +49,7 @@ class Data(Protocol):
 class LabelledData(Data, Protocol):
     """One class for each example: batches `(inputs, labels [B])`.
 
-    A third entry is `cu_seqlens` or a dictionary, as of `TokenData`; `padded` and `packed` make such batches.
+    A third entry is `cu_seqlens` or a dictionary, as of `TokenData`.
 
     Attributes:
         num_classes: how many there are.
@@ -115,23 +114,6 @@ def check_split(name: str) -> str:
     """
     check_choice("split", name, SPLITS)
     return name
-
-
-def padded(examples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Put examples of different lengths into one batch, with zeros behind those that end early.
-
-    For models that are told the lengths, and keep what lies behind them from their answers.
-
-    Args:
-        examples: `(inputs [..., T], label)`, each of its own T.
-
-    Returns:
-        `(inputs [B, ..., T], labels [B], {"lengths": int64 [B]})`, T that of the longest.
-    """
-    lengths = torch.tensor([inputs.shape[-1] for inputs, _ in examples])
-    longest = int(lengths.max())
-    inputs = torch.stack([F.pad(inputs, (0, longest - inputs.shape[-1])) for inputs, _ in examples])
-    return inputs, torch.tensor([int(label) for _, label in examples]), {"lengths": lengths}
 
 
 PACKED = (".whl", ".zip", ".tar", ".tgz", ".deb")

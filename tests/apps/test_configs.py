@@ -16,6 +16,7 @@ from sinuous.apps import composition, domain_configs
 from sinuous.apps.train import make_batches, make_trainer, make_training, take_from_data
 from sinuous.core.data import lacking
 from sinuous.core.mixers import list_mixers, mixer_class
+from sinuous.core.tasks.denoising import Denoising
 from sinuous.core.tasks.labelling import Labelling
 from sinuous.core.tasks.language_modelling import LanguageModelling
 from sinuous.vision.datasets import MaskedImages
@@ -48,7 +49,9 @@ def test_every_experiment_builds(experiment: str) -> None:
     assert {parameter.device.type for parameter in training.model.parameters()} == {"meta"}
     assert lacking(data, training.task.takes) == []
     logits = training.model(data.example().to("meta"))
-    if isinstance(data, MaskedImages):
+    if isinstance(training.task, Denoising):
+        assert logits.sample.shape == data.example().shape
+    elif isinstance(data, MaskedImages):
         assert logits.shape == (1, data.num_classes, *data.img_size)
     else:
         places = (1, data.length) if isinstance(training.task, LanguageModelling | Labelling) else (1,)

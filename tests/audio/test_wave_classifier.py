@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import sinuous
 from sinuous.audio import front_ends, wave_classifier
 from sinuous.audio.wave_classifier import FRONT_ENDS, WaveClassifier
-from sinuous.core.data import padded
 from sinuous.core.mixers import list_mixers
 from sinuous.core.tasks.classification import Classification
 
@@ -36,10 +36,8 @@ def clips(lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
 
 
 def ragged(lengths: tuple[int, ...] = LENGTHS, filling: float = 0.0) -> tuple[Tensor, Tensor]:
-    wave, _, more = padded([(clip, 0) for clip in clips(lengths)])
-    for row, length in zip(wave, lengths, strict=True):
-        row[:, length:] = filling
-    return wave, more["lengths"]
+    rows = [F.pad(clip, (0, max(lengths) - clip.shape[1]), value=filling) for clip in clips(lengths)]
+    return torch.stack(rows), torch.tensor(lengths)
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
@@ -115,8 +113,10 @@ def test_silence_and_full_scale_stay_numbers() -> None:
 def test_it_trains_under_the_shared_task_on_clips_of_different_lengths() -> None:
     torch.manual_seed(0)
     model, task = wave_classifier.test_wave_classifier(num_classes=2, depth=1), Classification(2, smoothing=0.0)
-    tones = [torch.sin(torch.arange(n) * (0.1, 1.5)[n % 2])[None] for n in (400, 301, 640, 511, 800, 555)]
-    batch = padded([(tone, tone.shape[1] % 2) for tone in tones])
+    lengths = torch.tensor([400, 301, 640, 511, 800, 555])
+    labels = lengths % 2
+    tones = torch.sin(torch.arange(800) * torch.where(labels == 1, 1.5, 0.1)[:, None, None])
+    batch = (tones, labels, {"lengths": lengths})
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     first = float(task.loss(model, batch).detach())
     for _ in range(30):
@@ -127,13 +127,6 @@ def test_it_trains_under_the_shared_task_on_clips_of_different_lengths() -> None
     assert float(loss.detach()) < first / 3
     model.eval()
     assert task.score(model, batch)[:, 0].tolist() == batch[1].tolist()
-
-
-def test_padding_and_labels_of_a_batch() -> None:
-    wave, labels, more = padded([(torch.ones(1, 3), 2), (torch.ones(1, 5), 0)])
-    assert wave.tolist() == [[[1, 1, 1, 0, 0]], [[1, 1, 1, 1, 1]]]
-    assert labels.tolist() == [2, 0]
-    assert more["lengths"].tolist() == [3, 5]
 
 
 def test_save_and_load_give_the_same_answers(tmp_path: Path) -> None:
