@@ -12,6 +12,7 @@ from sinuous.audio.datasets.hold_music import HoldMusic, hold_music
 from sinuous.audio.datasets.notes import FAMILIES, Notes, notes
 from sinuous.audio.datasets.speech_commands import DIGITS, WORDS, SpeechCommands, speech_commands
 from sinuous.audio.datasets.voices import LANGUAGES, Voices, voices
+from sinuous.audio.datasets.waves import WaveWindows
 
 __all__ = [
     "DIGITS",
@@ -25,6 +26,7 @@ __all__ = [
     "Notes",
     "SpeechCommands",
     "Voices",
+    "WaveWindows",
     "audio_folder",
     "hold_music",
     "music",
