@@ -63,13 +63,15 @@ def logistic_logits(parameters: Tensor, level: Tensor, levels: Tensor) -> Tensor
         level: x(c_t), `[...]`.
         levels: x, `[V]`.
     """
-    share, offset, log_scale = norms.at_least_fp32(parameters).chunk(3, -1)
-    levels = levels.to(share.dtype)
-    borders = (levels[1:] + levels[:-1]) / 2
-    rate = torch.exp(-log_scale.clamp(SMALLEST, LARGEST))
-    mean = level.to(share.dtype).unsqueeze(-1) + OFFSET * offset
-    below = torch.sigmoid((borders.unsqueeze(-1) - mean.unsqueeze(-2)) * rate.unsqueeze(-2))
-    cumulative = (below @ torch.softmax(share, -1).unsqueeze(-1)).squeeze(-1)
-    ends = F.pad(F.pad(cumulative, (1, 0)), (0, 1), value=1.0)
-    mass = ends.diff(dim=-1).clamp(min=0)
-    return torch.log((1 - FLOOR) * mass + FLOOR / len(levels))
+    with torch.autocast(parameters.device.type, enabled=False):  # differences of sums near one need all digits
+        share, offset, log_scale = norms.at_least_fp32(parameters).chunk(3, -1)
+        levels = levels.to(share.dtype)
+        borders = (levels[1:] + levels[:-1]) / 2
+        rate = torch.exp(-log_scale.clamp(SMALLEST, LARGEST))
+        mean = level.to(share.dtype).unsqueeze(-1) + OFFSET * offset
+        # (b - μ) / s as a product of matrices, whose backward pass keeps nothing as large as it.
+        lines = torch.stack([rate, -rate * mean], -1) @ torch.stack([borders, torch.ones_like(borders)])
+        cumulative = (torch.softmax(share, -1).unsqueeze(-2) @ torch.sigmoid(lines)).squeeze(-2)
+        ends = F.pad(F.pad(cumulative, (1, 0)), (0, 1), value=1.0)
+        mass = ends.diff(dim=-1).clamp(min=0)
+        return torch.log((1 - FLOOR) * mass + FLOOR / len(levels))
