@@ -10,12 +10,11 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from sinuous.audio.sashimi_checkpoints import of_system, take_lengths_out
 from sinuous.core.extras import package
-from sinuous.core.mixers.s4 import true_readout
 from sinuous.core.registry import register_model
 
 SIZES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -27,48 +26,15 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "test_diffwave": ("DiffWaveSashimi", {"embed_dim": 8, "depth": 1, "pool": (2, 2), "mixer_options": {"d_state": 8}}),
 }
 
-_OF_VERSION_3 = {"log_dt": "inv_dt", "inv_w_real": "A_real", "w_imag": "A_imag", "L": "l_kernel"}
-
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The authors' names or our own, as `model` has them.
-
-    Raises:
-        ValueError: if the systems of the file are of other sizes than the model's.
-    """
-    if not any(".kernel.kernel." in name for name in state_dict):
-        return dict(state_dict)
+    """The authors' names or our own, as `model` has them."""
     state: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
-        layer, inside, parameter = name.rpartition(".kernel.kernel.")
-        if inside:
-            named = f"{layer}.layer.kernel.{_OF_VERSION_3.get(parameter, parameter)}"
-            changed = {"log_dt": lambda t: t.unsqueeze(-1), "w_imag": lambda t: -t}.get(parameter, lambda t: t)
-            state[named] = changed(tensor)
-        elif name.endswith(".layer.D"):
-            state[f"{name.removesuffix('D')}layer.D"] = tensor
-        else:
-            state[name] = tensor.squeeze(-1) if ".output_linear." in name and tensor.ndim == 3 else tensor
-    for name in [name for name in state if name.endswith(".l_kernel")]:
-        _make_true(state, name.removesuffix("l_kernel"), int(state.pop(name)))
+        name, tensor = of_system(name, tensor, softplus=False)
+        state[name] = tensor.squeeze(-1) if ".output_linear." in name and tensor.ndim == 3 else tensor
+    take_lengths_out(state, model)
     return state
-
-
-def _make_true(state: dict[str, Tensor], kernel: str, steps: int) -> None:
-    """Solve for the C of a recurrence, where `state` has that of a convolution of so many steps."""
-    if not steps:
-        return
-    inv_dt, A_real, A_imag, B, P, C = (
-        state[kernel + name].double() for name in ("inv_dt", "A_real", "A_imag", "B", "P", "C")
-    )
-    if len(A_real) != len(inv_dt):
-        raise ValueError(
-            f"the checkpoint has {len(A_real)} systems for {len(inv_dt)} channels in {kernel.rstrip('.')}; the "
-            "authors' denoisers have one for each channel"
-        )
-    A = torch.stack([-torch.exp(A_real), -A_imag], -1)
-    true = true_readout(C, steps, torch.exp(inv_dt).squeeze(1), A, B.squeeze(0), P)
-    state[f"{kernel}C"] = true.to(state[f"{kernel}C"].dtype)
 
 
 _PAPER = {

@@ -21,6 +21,8 @@ BESIDE = ("encoder.", "decoder.")
 _OLDER = (
     (r"^encoder\.weight$", "encoder.0.weight"),
     (r"^decoder\.output_transform\.", "decoder.0.output_transform."),
+)
+_OLDER_SYSTEMS = (
     (r"\.kernel\.kernel\.L$", ".kernel.l_kernel"),
     (r"\.kernel\.kernel\.", ".kernel."),
     (r"(?<!\.layer)\.layer\.(?=kernel\.|D$)", ".layer.layer."),
@@ -43,6 +45,7 @@ def fit_sashimi(state_dict: Mapping[str, Tensor], model: nn.Module, net: Sashimi
     for name, tensor in state_dict.items():
         for pattern, replacement in _OLDER:
             name = re.sub(pattern, replacement, name)
+        name, tensor = of_system(name, tensor, net.mixer_options.get("dt_transform") == "softplus")
         if not place:
             if name.startswith(BESIDE):
                 continue
@@ -51,14 +54,18 @@ def fit_sashimi(state_dict: Mapping[str, Tensor], model: nn.Module, net: Sashimi
             name = place + name
         if flat:
             name = re.sub(r"u_layers\.(\d+)\.", lambda match: _of_tier(int(match[1]), net), name)
-        name, tensor = _of_system(name, tensor, net)
         if tensor.ndim == 3 and tensor.shape[2] == 1 and name.endswith(".weight"):
             tensor = tensor.squeeze(2)  # of a convolution with one tap
         state[name] = tensor
+    take_lengths_out(state, model)
+    return state
+
+
+def take_lengths_out(state: dict[str, Tensor], model: nn.Module) -> None:
+    """Make the C of every system of `model` that of its recurrence, in place, where `state` has lengths of kernels."""
     for name, kernel in model.named_modules():
         if isinstance(kernel, S4Kernel) and f"{name}.C" in state:
             kernel.take_length_out(state, f"{name}.")
-    return state
 
 
 def _of_tier(place: int, net: SashimiBackbone) -> str:
@@ -67,14 +74,22 @@ def _of_tier(place: int, net: SashimiBackbone) -> str:
     return f"u_layers.{place // layers}.{place % layers}."
 
 
-def _of_system(name: str, tensor: Tensor, net: SashimiBackbone) -> tuple[str, Tensor]:
-    """A parameter of S4 in the names and with the signs of version 4."""
+def of_system(name: str, tensor: Tensor, softplus: bool) -> tuple[str, Tensor]:
+    """A parameter of S4 in the names and with the signs of version 4; others as they are.
+
+    Args:
+        name: of version 4 or older.
+        tensor: the parameter.
+        softplus: steps are the softplus of what is stored, not its exponential.
+    """
+    for pattern, replacement in _OLDER_SYSTEMS:
+        name = re.sub(pattern, replacement, name)
     place, _, kind = name.rpartition(".")
     if kind == "w_imag":
         return f"{place}.A_imag", -tensor
     if kind == "log_dt":
         raw = tensor.reshape(-1, 1)
-        if net.mixer_options.get("dt_transform") == "softplus":
+        if softplus:
             step = raw.double().exp()
             raw = (step + torch.log(-torch.expm1(-step))).to(raw.dtype)  # whose softplus is the step
         return f"{place}.inv_dt", raw
