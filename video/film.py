@@ -220,7 +220,7 @@ class Film:
         return self._listed(packets, first)
 
     def _listed(self, packets: Sequence[_Packet], first: Any) -> PictureList:
-        shown = [packet for packet in packets if not packet.hidden]
+        shown = [packet for packet in packets if not packet.hidden] or list(packets)
         places: dict[int, int] = {}
         counted = any(packet.pts is None for packet in packets)
         if counted:  # pictures come out in the order in which they are shown, at the times at which packets are decoded
@@ -229,7 +229,8 @@ class Film:
                 clock = np.cumsum([0, *(packet.duration for packet in shown[:-1])])
             stamps, last = np.arange(len(shown)), shown[-1].duration
         else:
-            shown = sorted((p for p in shown if p.pts >= first.pts), key=lambda packet: cast("int", packet.pts))
+            least = min(packet.pts for packet in shown) if first.pts is None else first.pts
+            shown = sorted((p for p in shown if p.pts >= least), key=lambda packet: cast("int", packet.pts))
             stamps = clock = np.array([packet.pts for packet in shown], np.int64)
             last = shown[-1].duration
             places = {cast("int", packet.pts): place for place, packet in enumerate(packets)}

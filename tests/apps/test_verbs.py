@@ -87,7 +87,7 @@ def test_models_are_listed(
     assert sinuous("models", "--domain", "visoin") == 2
     refusal = capsys.readouterr().err
     assert "no model of the domain 'visoin'; the domains are " in refusal
-    assert all(name in refusal for name in ("audio", "generation", "genomics", "language", "vision"))
+    assert all(name in refusal for name in ("audio", "generation", "genomics", "language", "video", "vision"))
     assert sinuous("models", "nothing*") == 2
     assert "no model matches 'nothing*'" in capsys.readouterr().err
 
