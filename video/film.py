@@ -229,8 +229,9 @@ class Film:
                 clock = np.cumsum([0, *(packet.duration for packet in shown[:-1])])
             stamps, last = np.arange(len(shown)), shown[-1].duration
         else:
-            least = min(packet.pts for packet in shown) if first.pts is None else first.pts
-            shown = sorted((p for p in shown if p.pts >= least), key=lambda packet: cast("int", packet.pts))
+            stamp_of = {packet: cast("int", packet.pts) for packet in shown}
+            least = min(stamp_of.values()) if first.pts is None else first.pts
+            shown = sorted((packet for packet in shown if stamp_of[packet] >= least), key=lambda p: stamp_of[p])
             stamps = clock = np.array([packet.pts for packet in shown], np.int64)
             last = shown[-1].duration
             places = {cast("int", packet.pts): place for place, packet in enumerate(packets)}
