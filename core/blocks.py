@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from timm.layers import DropPath, LayerScale
@@ -42,6 +42,8 @@ class ResidualBlock(nn.Module):
     __constants__: ClassVar[list[str]] = ["mixes_channels", "norms_last", "shares", "reads_positions"]
     shares = False
     """The block takes tensors from blocks before it, and gives some to those behind; see `SharingBlock`."""
+    looks_ahead: ClassVar[bool] = False
+    """The block reads its sequence from the end too, around whatever mixer: there is no `prefill` then."""
     norm_name: ClassVar[str] = "norm"
     mixer_name: ClassVar[str] = "mixer"
     """Parts of names of parameters. A subclass with names of its own has properties `norm` and `mixer` and replaces
@@ -157,3 +159,37 @@ class Sharing(ResidualBlock):
 
 class SharingBlock(Sharing):
     """The `ResidualBlock` of mixers that share."""
+
+
+def carry(
+    call: str,
+    blocks: Iterable[Any],
+    x: Tensor,
+    states: Iterable[Any],
+    shared: dict[type, list[Tensor]],
+    position_ids: Tensor | None = None,
+) -> tuple[Tensor, list[Any]]:
+    """Run blocks one after another from states on.
+
+    Args:
+        call: `"prefill"` or `"step"`.
+        blocks: those that share get, by the class of their mixers, what is in `shared`.
+        x: the residual stream ahead of the first block.
+        states: of each block, `None` at the start of a sequence.
+        shared: what earlier blocks shared; what these share is put in.
+        position_ids: for blocks that read positions.
+
+    Returns:
+        The stream behind the last block, and the states after the last step.
+    """
+    after = []
+    for block, before in zip(blocks, states, strict=True):
+        if getattr(block, "shares", False):
+            kind = type(block.mixer)
+            x, state, *shared[kind] = getattr(block, call)(x, before, *shared.get(kind, ()))
+        elif position_ids is not None and getattr(block, "reads_positions", False):
+            x, state = getattr(block, call)(x, before, position_ids)
+        else:
+            x, state = getattr(block, call)(x, before)
+        after.append(state)
+    return x, after

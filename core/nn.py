@@ -34,8 +34,8 @@ from torch.utils import _pytree as pytree
 
 from sinuous.core.checks import check_arguments, check_range, check_sizes, described
 from sinuous.core.mixers import Mixer, build_mixer, calls, list_mixers, mixer_class, mixer_options
+from sinuous.core.parts import NORMS
 from sinuous.core.ragged import run_ragged
-from sinuous.core.stack import NORMS
 
 State = tuple[Any, ...]
 """For each layer the state of its mixer, or of its two mixers, the one that runs from the beginning first."""

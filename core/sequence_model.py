@@ -20,8 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core import norms
-from sinuous.core.checks import check_arguments, check_positive, check_range, check_sizes, described
-from sinuous.core.stack import NORMS, Stack, State
+from sinuous.core.blocks import ResidualBlock, Sharing, SharingBlock
+from sinuous.core.cells import Cells, Ends
+from sinuous.core.checks import check_arguments, check_choice, check_positive, check_range, check_sizes, described
+from sinuous.core.parts import NORMS
+from sinuous.core.stack import Stack, State
+from sinuous.core.token_loss import TokenLoss, check_targets, explain_targets
 
 
 class SequenceModel(nn.Module):
@@ -53,6 +57,7 @@ class SequenceModel(nn.Module):
         weight_init: `"gpt2"`, `"xlstm"` or `"small"`, how embedding, head and MLPs start; see `init_weights`.
         drop_rate: dropout after the embedding and inside the MLPs.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
+        blocks: classes of the blocks, as in `Stack`.
 
     Shapes: B batch, T steps. Packed sequences are `[1, ΣT]` with `cu_seqlens`.
 
@@ -86,6 +91,7 @@ class SequenceModel(nn.Module):
         weight_init: str = "gpt2",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        blocks: tuple[type[ResidualBlock], type[Sharing]] = (ResidualBlock, SharingBlock),
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -124,6 +130,7 @@ class SequenceModel(nn.Module):
             weight_init=weight_init,
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
+            blocks=blocks,
             **dd,
         )
         self.norm_f = NORMS[norm](dim, eps=norm_eps, **dd) if final_norm else nn.Identity()
@@ -147,9 +154,16 @@ class SequenceModel(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return {"stem": r"^embedding", "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f|^head", (99999,))]}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.layers.set_grad_checkpointing(enable)
+    def set_grad_checkpointing(self, enable: bool = True, *, layers: int = 1, steps: int | None = None) -> None:
+        """Recompute blocks in the backward pass instead of keeping their activations, `layers` at a time and, in a
+        causal model, `steps` at a time: see `Stack.set_grad_checkpointing`. Choose them by `plan_memory`.
+
+        Raises:
+            ValueError: if a size is less than 1, or `steps` is given and the model is not causal.
+        """
+        if steps is not None and not self.causal:
+            raise ValueError(f"steps={steps} is for causal models (got one with causal=False); leave steps out")
+        self.layers.set_grad_checkpointing(enable, layers=layers, steps=steps)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
         """Logits `[B, T, padded_vocab_size]` of ids `[B, T]` or embeddings `[B, T, dim]`.
@@ -168,6 +182,61 @@ class SequenceModel(nn.Module):
         """Logits of features `[..., dim]`."""
         logits = F.linear(x, self.embedding.weight if self.head is None else self.head.weight)
         return logits if self.logit_cap is None else self.logit_cap * torch.tanh(logits / self.logit_cap)
+
+    def loss(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Cross entropy of the logits with targets, in nats, without the logits of all steps at once.
+
+            loss_t = -log softmax(logits_t)[targets_t]        0 where the target is `ignore_index`
+
+        The head runs at the targets that count, in pieces. With `set_grad_checkpointing` of a causal model, embedding
+        and head are parts of the cells, so that of ids nothing of `[B, T, dim]` is kept but checkpoints.
+
+        Args:
+            x: ids `[B, T]` or embeddings `[B, T, dim]`.
+            targets: int64 `[B, T]`, below `padded_vocab_size`.
+            ignore_index: the target of steps that do not count.
+            reduction: `"mean"` over the targets that count, 0 if there is none; `"none"`, `[B, T]`.
+            cu_seqlens, position_ids: as in `forward`.
+
+        Raises:
+            ValueError: if `targets` has another shape or dtype, or a target is none of the vocabulary's.
+        """
+        check_choice("reduction", reduction, ("mean", "none"))
+        check_targets(targets, x)
+        stack, blocks = self.layers, list(self.layers)
+        ends = [p for name, p in self.named_parameters() if not name.startswith("layers.")]
+        in_cells = stack.grad_checkpointing and stack.causal and cu_seqlens is None and self._is_plain(blocks)
+        try:
+            if in_cells and torch.is_grad_enabled():
+                logits = TokenLoss(self._logits_of, ends, ignore_index, self.padded_vocab_size)
+                inside = Ends(lambda part: self._embed(part, 2), list(self.embedding.parameters()), logits)
+                cells = Cells(blocks, stack.checkpoint_layers, stack.checkpoint_steps or None, inside)
+                losses, _ = cells(x, targets=targets, position_ids=position_ids)
+            else:
+                features = self.forward_features(x, cu_seqlens, position_ids)
+                losses = TokenLoss(self.forward_head, ends, ignore_index, self.padded_vocab_size)(features, targets)
+        except IndexError:
+            explain_targets(targets, ignore_index, self.padded_vocab_size)
+            raise
+        return losses if reduction == "none" else losses.sum() / (targets != ignore_index).sum().clamp(min=1)
+
+    def _is_plain(self, blocks: Sequence[Any]) -> bool:
+        """Whether there is nothing but an embedding before the blocks, and after them a head that looks at each step by
+        itself; with weights of its own, which are not split among processes."""
+        plain = type(self).forward_features is SequenceModel.forward_features
+        return plain and not any(hasattr(block, "unshard") for block in blocks)
+
+    def _logits_of(self, stream: Tensor) -> Tensor:
+        return self.forward_head(self._finish(stream))
 
     def prefill(
         self,

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
-from timm.layers import GluMlp, LayerScale, Mlp, SwiGLU
+from timm.layers import LayerScale
 from timm.models import checkpoint
 from torch import Tensor, nn
 
-from sinuous.core import norms
-from sinuous.core.blocks import PLACEMENTS, ResidualBlock, Sharing, SharingBlock
+from sinuous.core.blocks import PLACEMENTS, ResidualBlock, Sharing, SharingBlock, carry
+from sinuous.core.cells import Cells
 from sinuous.core.checks import (
     check_arguments,
     check_choice,
@@ -31,22 +31,21 @@ from sinuous.core.checks import (
     described,
     is_whole,
 )
-from sinuous.core.mixers import Bidirectional, Mixer, build_mixer, calls, list_mixers, mixer_class
+from sinuous.core.mixers import calls, mixer_class
 from sinuous.core.mixers import mixer_options as options_of
-
-MLPS: dict[str, Callable[..., nn.Module]] = {
-    "gelu": Mlp,
-    "geglu": functools.partial(GluMlp, act_layer=nn.GELU, gate_last=False),
-    "swiglu": SwiGLU,
-}
-NORMS: dict[str, Callable[..., nn.Module]] = {
-    "rms": norms.RMSNorm,
-    "layer": norms.LayerNorm,
-    "layer_no_bias": functools.partial(norms.LayerNorm, bias=False),
-}
-ROUNDINGS: dict[str, Callable[[float], int]] = {"up": math.ceil, "down": lambda width: math.floor(width + 1e-9)}
-PLACE = {"block_index", "num_blocks"}
-"""Options of mixers that start differently for their place in a model."""
+from sinuous.core.parts import (
+    MLPS,
+    NORMS,
+    PLACE,
+    ROUNDINGS,
+    check_pattern,
+    drop_path_rates,
+    mixer_of,
+    mlp_of,
+    mlp_width,
+    options_by_place,
+    place_options,
+)
 
 State = tuple[Any, ...]
 """The states of all mixers, first block first."""
@@ -118,9 +117,11 @@ class Stack(nn.ModuleList):
         self.dim = self.model_dim = dim
         self.pattern = (pattern,) if isinstance(pattern, str) else tuple(pattern)
         self.causal = causal
+        self.depth = depth
         self.weight_init = weight_init
         self.grad_checkpointing = False
-        options = _by_place(self.pattern, {} if mixer_options is None else mixer_options)
+        self.checkpoint_layers, self.checkpoint_steps = 1, 0
+        options = options_by_place(self.pattern, {} if mixer_options is None else mixer_options)
         mlps = dict.fromkeys(self.pattern, "none")
         mlps.update(dict.fromkeys(self.pattern, mlp) if isinstance(mlp, str) else mlp)
         check_sizes(dim=dim, depth=depth, mlp_multiple_of=mlp_multiple_of)
@@ -140,24 +141,21 @@ class Stack(nn.ModuleList):
         check_choice("norm", norm, NORMS)
         check_choice("norm_placement", norm_placement, PLACEMENTS)
         check_choice("weight_init", weight_init, ("gpt2", "xlstm", "small"))
-        _check_pattern(self.pattern, mlps, causal)
+        check_pattern(self.pattern, mlps, causal)
 
         make_norm = functools.partial(NORMS[norm], dim, eps=norm_eps, **dd)
         scale: Callable[[], nn.Module] = nn.Identity
         if init_values is not None:
             scale = functools.partial(LayerScale, dim, init_values, **dd)
-        hidden = ROUNDINGS[mlp_rounding](dim * mlp_ratio / mlp_multiple_of) * mlp_multiple_of
-        if hidden == 0 and any(kind != "none" for kind in mlps.values()):
-            raise ValueError(
-                f"mlp_ratio {mlp_ratio} of dim {dim} rounded down to a multiple of {mlp_multiple_of} leaves the MLP no "
-                "width; give a smaller mlp_multiple_of"
-            )
+        hidden = 0
+        if any(kind != "none" for kind in mlps.values()):
+            hidden = mlp_width(dim, mlp_ratio, mlp_multiple_of, mlp_rounding)
         mlp_options = {"bias": mlp_bias, "drop": drop_rate, **dd}
         names = [self.pattern[i % len(self.pattern)] for i in range(depth)]
         for i, (name, rate) in enumerate(zip(names, rates, strict=True)):
             block = blocks[mixer_class(name).shared_option is not None]
-            mixer = _mixer(name, dim, {**_place(names, i), **options[i % len(options)], **dd}, causal)
-            mlp_of_block = _mlp(mlps[name], dim, hidden, mlp_options)
+            mixer = mixer_of(name, dim, {**place_options(names, i), **options[i % len(options)], **dd}, causal)
+            mlp_of_block = mlp_of(mlps[name], dim, hidden, mlp_options)
             self.append(block(mixer, mlp_of_block, make_norm, norm_placement, rate, residual_in_fp32, scale))
 
     def __getitem__(self, index: int | slice) -> Any:
@@ -202,9 +200,25 @@ class Stack(nn.ModuleList):
         blocks = [cast("ResidualBlock", block) for block in self]
         return {f"{i}.{b.mixer_name}.{name}" for i, b in enumerate(blocks) for name in b.mixer.no_weight_decay()}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
+    def set_grad_checkpointing(self, enable: bool = True, *, layers: int = 1, steps: int | None = None) -> None:
+        """Recompute blocks in the backward pass instead of keeping their activations.
+
+        Args:
+            enable: `False` keeps them.
+            layers: blocks that are recomputed together.
+            steps: of a causal stack, steps that are recomputed together, see `multi_axis`; all of them, if absent.
+                With `forward_intermediates`, all of them are.
+
+        Raises:
+            ValueError: if a size is less than 1, or `steps` is given and the stack is not causal.
+        """
+        check_sizes(layers=layers, **({} if steps is None else {"steps": steps}))
+        blind = [type(block).__name__ for block in self if cast("ResidualBlock", block).looks_ahead]
+        if steps is not None and (blind or not self.causal):
+            why = f"of {blind[0]}" if blind else "with causal=False"
+            raise ValueError(f"steps={steps} is for causal models (got one {why}, which looks ahead); leave steps out")
         self.grad_checkpointing = enable
+        self.checkpoint_layers, self.checkpoint_steps = layers, steps or 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -290,8 +304,50 @@ class Stack(nn.ModuleList):
         tapped: list[Tensor] = []
         shared: dict[str, list[Tensor]] = {}
         steps: Tensor | None = None  # of the tokens, in the order in which the stream now is
+        first, last = 0, self.depth if depth is None else depth
+        while first < last:
+            stop = last
+            for tap in taps:
+                if first <= tap and tap < stop:
+                    stop = tap + 1
+            if torch.jit.is_scripting():  # type: ignore[attr-defined]
+                x, steps, position_ids, shared = self.run_some(
+                    first, stop, x, cu_seqlens, grid, orders, steps, position_ids, shared
+                )
+            elif self.grad_checkpointing:
+                if self.checkpoint_steps > 0 and torch.is_grad_enabled() and last == self.depth and len(taps) == 0:
+                    return self._run_cells(x, cu_seqlens, orders, position_ids), tapped
+                stop = min(stop, first + self.checkpoint_layers)
+                x, steps, position_ids, shared = checkpoint(
+                    self.run_some, first, stop, x, cu_seqlens, grid, orders, steps, position_ids, shared,
+                    use_reentrant=False,
+                )  # fmt: skip
+            else:
+                x, steps, position_ids, shared = self.run_some(
+                    first, stop, x, cu_seqlens, grid, orders, steps, position_ids, shared
+                )
+            if stop - 1 in taps:
+                tapped.append(x if steps is None else x.index_select(1, steps))
+            first = stop
+        return x if steps is None else x.index_select(1, steps), tapped
+
+    def run_some(
+        self,
+        first: int,
+        stop: int,
+        x: Tensor,
+        cu_seqlens: Tensor | None,
+        grid: list[int] | None,
+        orders: list[Tensor] | None,
+        steps: Tensor | None,
+        position_ids: Tensor | None,
+        shared: dict[str, list[Tensor]],
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, dict[str, list[Tensor]]]:
+        """Run the blocks from `first` to before `stop`: the stream, the steps of its tokens, the positions and what
+        blocks share, each in the order of the last block."""
+        shared = shared.copy()
         for i, block in enumerate(self):
-            if depth is None or i < depth:
+            if first <= i and i < stop:
                 if orders is not None and (i == 0 or len(orders) > 1):
                     order = orders[i % len(orders)]
                     move = order[0] if steps is None else steps.index_select(0, order[0])
@@ -302,28 +358,23 @@ class Stack(nn.ModuleList):
                         shared[name] = [tensor.index_select(1, move) for tensor in shared[name]]
                 if block.shares:
                     name = self.pattern[i % len(self.pattern)]
-                    x, shared[name] = self._run_sharing(block, x, cu_seqlens, grid, shared.get(name, []))
-                elif self.grad_checkpointing and not torch.jit.is_scripting():  # type: ignore[attr-defined]
-                    x = checkpoint(block, x, cu_seqlens, grid, position_ids)
+                    x, *shared[name] = block(x, cu_seqlens, grid, *shared.get(name, []))
                 elif block.reads_positions:
                     x = block(x, cu_seqlens, grid, position_ids)
                 else:
                     x = block(x, cu_seqlens, grid)
-                if i in taps:
-                    tapped.append(x if steps is None else x.index_select(1, steps))
-        return x if steps is None else x.index_select(1, steps), tapped
+        return x, steps, position_ids, shared
 
-    def _run_sharing(
-        self,
-        block: nn.Module,
-        x: Tensor,
-        cu_seqlens: Tensor | None,
-        grid: list[int] | None,
-        shared: Sequence[Tensor],
-    ) -> tuple[Tensor, list[Tensor]]:
-        call = functools.partial(checkpoint, block) if self.grad_checkpointing else block
-        x, *passed_on = call(x, cu_seqlens, grid, *shared)
-        return x, passed_on
+    def _run_cells(
+        self, x: Tensor, cu_seqlens: Tensor | None, orders: list[Tensor] | None, position_ids: Tensor | None
+    ) -> Tensor:
+        for name, value in (("cu_seqlens", cu_seqlens), ("orders", orders)):
+            if value is not None:
+                raise ValueError(
+                    f"{name} does not go with steps={self.checkpoint_steps} of set_grad_checkpointing, which cuts all "
+                    "rows at the same steps; leave steps out"
+                )
+        return Cells(list(self), self.checkpoint_layers, self.checkpoint_steps)(x, position_ids=position_ids)[0]
 
     def prefill(
         self, x: Tensor, state: State | None = None, position_ids: Tensor | None = None
@@ -358,15 +409,10 @@ class Stack(nn.ModuleList):
                 f"state must be a tuple with a part for each of the {len(self)} blocks (got {length}); "
                 "give what initial_state or prefill returned"
             )
-        shared: dict[str, list[Tensor]] = {}
-        after, stream = [], x
         calls.check_stream(self, x)
         calls.check_positions(position_ids, x)
         try:
-            for name, block, before in zip(self._names(), self, state, strict=True):
-                more = shared.get(name, ()) if block.shares else (position_ids,)
-                stream, new, *shared[name] = getattr(block, call)(stream, before, *more)
-                after.append(new)
+            stream, after = carry(call, self, x, state, {}, position_ids)
         except Exception:
             if not torch.compiler.is_compiling():
                 calls.explain(self, x, 3 if call == "prefill" else 2)
@@ -390,58 +436,5 @@ class Stack(nn.ModuleList):
         return [self.pattern[i % len(self.pattern)] for i in range(len(self))]
 
 
-def drop_path_rates(depth: int, last: float) -> list[float]:
-    """Rates of stochastic depth for `depth` blocks, rising linearly from 0 at the first to `last`."""
-    check_range(0, 1, drop_path_rate=last)
-    rates: list[float] = torch.linspace(0, last, depth, device="cpu").tolist()
-    return rates
-
-
 def _no_state() -> NoReturn:
     raise NotImplementedError("this model looks at the future (causal=False) and has no state to carry; call forward")
-
-
-def _mixer(name: str, dim: int, options: dict[str, Any], causal: bool) -> Mixer:
-    if causal or not mixer_class(name).causal:
-        return build_mixer(name, dim, **options)
-    return Bidirectional(name, dim, **options)
-
-
-def _place(names: Sequence[str], i: int) -> dict[str, int]:
-    """Options that tell the mixer of block i where it stands among those of all blocks, if it has such options."""
-    known = {"block_index": i, "num_blocks": len(names), mixer_class(names[i]).shared_option: names[i] in names[:i]}
-    return {option: value for option, value in known.items() if option is not None and option in options_of(names[i])}
-
-
-def _mlp(kind: str, dim: int, hidden: int, options: dict[str, Any]) -> nn.Module | None:
-    if kind == "none":
-        return None
-    return MLPS[kind](dim, 2 * hidden if kind == "geglu" else hidden, **options)  # GluMlp counts both halves
-
-
-def _by_place(names: Sequence[str], options: Mapping[str, Any] | Sequence[Any]) -> list[Mapping[str, Any]]:
-    """Options of each place of a pattern."""
-    if isinstance(options, Mapping):
-        if strangers := sorted(set(options) - set(names)):
-            raise ValueError(
-                f"mixer_options has options for {', '.join(strangers)}, which the pattern {list(names)} lacks; "
-                "correct the name or leave them out"
-            )
-        return [options.get(name, {}) for name in names]
-    if len(options) != len(names):
-        raise ValueError(
-            f"mixer_options must have one entry for each of the {len(names)} places of the pattern (got {len(options)})"
-        )
-    return list(options)
-
-
-def _check_pattern(names: tuple[str, ...], mlps: Mapping[str, str], causal: bool) -> None:
-    if not names:
-        raise ValueError(f"pattern must name at least one mixer (got none); choose from {', '.join(list_mixers())}")
-    for name in mlps:
-        mixer_class(name)  # refuses a name that no mixer has
-    blind = [name for name in names if not mixer_class(name).causal]
-    if causal and blind:
-        raise ValueError(
-            f"mixer {blind[0]!r} looks at the future and the model is causal; choose another mixer or causal=False"
-        )

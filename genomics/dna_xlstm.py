@@ -18,13 +18,13 @@ need the same: `published_strands=True`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from sinuous.core import norms
-from sinuous.core.blocks import ResidualBlock
+from sinuous.core.blocks import ResidualBlock, SharingBlock
 from sinuous.core.checks import check_arguments, check_choice, described
 from sinuous.core.mixers import SLSTM, mixer_class
 from sinuous.core.norms import MultiHeadLayerNorm
@@ -115,6 +115,7 @@ class DNAXLSTM(StrandedModel):
             mixer_options={"mlstm": mlstm} if "mlstm" in names else {},
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
+            blocks=(TiedBlock, SharingBlock) if direction == "tied" else (ResidualBlock, SharingBlock),
             device=device,
             dtype=dtype,
             **XLSTM_STACK | {"mlp_ratio": 1.1, "mlp_multiple_of": 8, "mlp_rounding": "down"},
@@ -122,9 +123,6 @@ class DNAXLSTM(StrandedModel):
         self.direction, self.published_strands = direction, published_strands
         self.causal = self.causal and direction == "causal"
         self.absolute_pos_embeds = Sinusoids(dim, device=device, dtype=dtype) if sinusoidal else None
-        if direction == "tied":
-            for block in self.layers:
-                block.__class__ = TiedBlock  # which has the same parts
         for mixer in [m for m in self.modules() if isinstance(m, SLSTM)] if published_strands else []:
             norm = PublishedNorm(mixer.num_heads, mixer.head_dim, weight_from_one=True, device=device, dtype=dtype)
             mixer.group_norm = norm
@@ -194,6 +192,8 @@ class TiedBlock(ResidualBlock):
 
     Both terms hold the residual stream, which so doubles with every block, as published.
     """
+
+    looks_ahead: ClassVar[bool] = True
 
     def forward(
         self,

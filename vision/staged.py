@@ -34,8 +34,9 @@ from sinuous.core import norms
 from sinuous.core.checks import check_arguments, check_choice, check_indices, check_range, check_sizes, described
 from sinuous.core.mixers import list_mixers, mixer_class
 from sinuous.core.mixers.calls import check_output, check_place
+from sinuous.core.parts import drop_path_rates
 from sinuous.core.patches import Sides, check_images, sides
-from sinuous.core.stack import Stack, drop_path_rates
+from sinuous.core.stack import Stack
 
 __all__ = ["MergeDownsample", "StackStage", "Stage", "StagedBackbone", "Stem", "conv_downsample", "stage_rates"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from sinuous.core.data import TokenData
-from sinuous.core.tasks.task import Task, apply
+from sinuous.core.tasks.task import Task, apply, more_of
 
 IGNORED = -100
 """The target of positions that do not count."""
@@ -102,6 +102,13 @@ class LanguageModelling(Task):
 
 
 def nats(model: nn.Module, batch: Sequence[Any], reduction: str = "sum") -> Tensor:
-    """Cross entropy of a batch, summed or, with the reduction `none`, of each position in one row: 0 where ignored."""
+    """Cross entropy of a batch, summed or, with the reduction `none`, of each position in one row: 0 where ignored.
+
+    A model with a `loss` of its own, as `SequenceModel` has, computes it without the logits of all positions at once.
+    """
+    loss = getattr(model, "loss", None)
+    if callable(loss):
+        losses: Tensor = loss(batch[0], batch[1], ignore_index=IGNORED, reduction="none", **more_of(batch)).flatten()
+        return losses.sum() if reduction == "sum" else losses
     logits = apply(model, batch).float()
     return F.cross_entropy(logits.flatten(0, -2), batch[1].flatten(), ignore_index=IGNORED, reduction=reduction)

@@ -74,6 +74,11 @@ def apply(model: nn.Module, batch: Sequence[Any]) -> Tensor:
 
     That entry is `cu_seqlens`, or a dictionary of what the model is given by name, such as `position_ids`.
     """
-    more = batch[2] if len(batch) > 2 else {}
-    output: Tensor = model(batch[0], **(more if isinstance(more, Mapping) else {"cu_seqlens": more}))
+    output: Tensor = model(batch[0], **more_of(batch))
     return output
+
+
+def more_of(batch: Sequence[Any]) -> Mapping[str, Any]:
+    """What the third entry of a batch, where it has one, gives a model by name."""
+    more = batch[2] if len(batch) > 2 else {}
+    return more if isinstance(more, Mapping) else {"cu_seqlens": more}

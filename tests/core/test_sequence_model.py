@@ -18,8 +18,8 @@ from sinuous.core import mixers
 from sinuous.core.blocks import PLACEMENTS
 from sinuous.core.checkpoints import save_safetensors
 from sinuous.core.language.models import checkpoint_filter_fn
+from sinuous.core.parts import MLPS, NORMS
 from sinuous.core.sequence_model import SequenceModel
-from sinuous.core.stack import MLPS, NORMS
 
 VOCAB, DIM = 13, 24
 CAUSAL = [name for name in mixers.list_mixers() if mixers.mixer_class(name).causal]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from sinuous.core import mixers
 from sinuous.core.mixers import contract
-from sinuous.core.stack import MLPS, PLACE, Stack
+from sinuous.core.parts import MLPS, PLACE
+from sinuous.core.stack import Stack
 
 DIM = 24
 EDGES = [0, 5, 5, 12, 13]
