@@ -35,7 +35,7 @@ class TrainSchema:
     output_dir: str = "${hydra:runtime.output_dir}"
     schedule: str = "saved"
     ema_decay: float | None = None
-    checkpointing: bool = False
+    checkpointing: Any = False
     augment: bool = True
     test: bool = True
     model: Any = field(default_factory=dict)

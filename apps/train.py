@@ -26,6 +26,7 @@ from sinuous.apps.resuming import changed_settings, check_folder, enter, start_o
 from sinuous.apps.run_folder import WholeCheckpoints, describe, keep_metrics, keep_scores
 from sinuous.apps.threads import waiting
 from sinuous.apps.training import Training
+from sinuous.core.checkpointing import checkpointing_of, length_in, plan_memory, set_checkpointing
 from sinuous.core.data import lacking
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,8 @@ def make_run(config: DictConfig) -> tuple[Batches, Training]:
     """Seed every generator, then make the data and the training that `config` describes.
 
     Raises:
-        ValueError: if a part is missing, they do not go together, or the seed is out of range.
+        ValueError: if a part is missing, they do not go together, the seed is out of range, or `checkpointing` is
+            not for this model.
     """
     check_parts(config)
     if config.schedule not in ("saved", "new"):
@@ -146,6 +148,7 @@ def make_run(config: DictConfig) -> tuple[Batches, Training]:
             f"the task {type(training.task).__name__} needs data with {', '.join(missing)}, which "
             f"{type(batches.data).__name__} lacks; choose data=… and task=… that go together"
         )
+    checkpoint_blocks(training, batches, config.get("checkpointing"))
     return batches, training
 
 
@@ -176,18 +179,22 @@ def take_from_data(config: DictConfig, data: Any) -> None:
             config.task[name] = getattr(data, name)
 
 
-def checkpoint_blocks(model: torch.nn.Module) -> None:
-    """Let a model recompute its blocks in the backward pass.
+def checkpoint_blocks(training: Training, batches: Batches, option: Any) -> None:
+    """Let the model recompute its blocks as `checkpointing` says: `true`, `{layers, steps}` or `{strategy, budget}`.
 
     Raises:
-        ValueError: if it cannot.
+        ValueError: if the option is none of these, or the model cannot.
     """
-    try:
-        cast("Any", model).set_grad_checkpointing(True)
-    except (AttributeError, AssertionError, NotImplementedError) as error:  # timm's models without it assert
-        raise ValueError(
-            f"checkpointing=true asks for set_grad_checkpointing, which {type(model).__name__} lacks; leave it out"
-        ) from error
+    chosen = checkpointing_of(OmegaConf.to_container(option) if OmegaConf.is_config(option) else option)
+    if chosen is None:
+        return
+    if "strategy" not in chosen and "budget" not in chosen:
+        set_checkpointing(training.model, **chosen)
+        return
+    length = length_in(training.model, batches.data.example())
+    plan = plan_memory(training.model, batches.batch_size, length, **chosen)
+    plan.apply(training.model)
+    log.info("%s", str(plan).partition("\n")[0] + f", {plan.total / 1e6:,.0f} MB planned beside the weights")
 
 
 def make_training(config: DictConfig) -> Training:
@@ -196,8 +203,6 @@ def make_training(config: DictConfig) -> Training:
     parts = {name: _resolved(config[name]) for name in ("model", "task", "optimizer", "scheduler") if config.get(name)}
     parts["task"].pop("best", None)
     made = {name: hydra.utils.instantiate(options, _convert_="all") for name, options in parts.items()}
-    if config.get("checkpointing"):
-        checkpoint_blocks(made["model"])
     made["task"].augment = config.get("augment", True)
     return Training(**made, ema_decay=config.get("ema_decay"), new_schedule=config.get("schedule") == "new")
 

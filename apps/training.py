@@ -13,7 +13,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies import ModelParallelStrategy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from sinuous.apps import learning_rates
 from sinuous.core.registry import check_weights
@@ -128,6 +128,8 @@ class Training(L.LightningModule):
         for block in stacked or named:
             fully_shard(block, mesh=mesh["data_parallel"])
         fully_shard(self.model, mesh=mesh["data_parallel"])
+        if hasattr(self.model, "loss"):  # which gathers the weights outside the blocks as `forward` does
+            register_fsdp_forward_method(self.model, "loss")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)

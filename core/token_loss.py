@@ -51,6 +51,10 @@ class TokenLoss:
         losses_in_pieces: Tensor = _InPieces.apply(self, stream, targets, *self.weights)  # type: ignore[no-untyped-call]
         return losses_in_pieces
 
+    def rows(self, width: int) -> int:
+        """Steps of one piece, of a stream of `width` channels."""
+        return max(PIECE // self.vocab_size, width, 1)
+
     def counts(self, targets: Tensor) -> bool:
         """Whether any of the targets counts."""
         return bool((targets != self.ignore_index).any())
@@ -85,7 +89,7 @@ class TokenLoss:
     def _pieces(self, stream: Tensor, targets: Tensor) -> Iterator[Tensor]:
         """Places of the targets that count, a piece at a time."""
         index = (targets.flatten() != self.ignore_index).nonzero().squeeze(1)
-        yield from index.split(max(PIECE // self.vocab_size, stream.shape[-1], 1)) if len(index) else ()
+        yield from index.split(self.rows(stream.shape[-1])) if len(index) else ()
 
     def _losses(self, rows: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(norms.at_least_fp32(self.logits(rows)), targets.long(), reduction="none")

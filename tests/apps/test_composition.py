@@ -125,11 +125,23 @@ def test_checkpointing_is_an_option_of_the_run(sinuous: Sinuous, capsys: pytest.
     assert sinuous("train", *TINY, "test=false", "checkpointing=true") == 0
     own = ["model=language/bytes", "+model.dim=16", "+model.depth=2", "data.length=32", "debug=fast", "test=false"]
     losses = []
-    for value in ("false", "true"):
+    for value in ("false", "true", "{layers:2,steps:12}", "{strategy:multi_axis,budget:1e6}"):
         capsys.readouterr()
         assert sinuous("train", *own, f"checkpointing={value}") == 0
-        losses.append(re.findall(r"loss (\S+)", capsys.readouterr().out))
-    assert losses[0] == losses[1] != []
+        losses.append(re.findall(r"loss (\S+)", out := capsys.readouterr().out))
+        assert ("MB planned beside the weights" in out) is ("strategy" in value)
+    assert losses[1:] == [losses[0]] * 3 != [[]] * 3
+    for value, words in (
+        ("{layers:0}", "layers must be"),
+        ("{steps:4,strategy:time}", "checkpointing must be true, false"),
+        ("{strategy:most}", "strategy must be"),
+        ("{strategy:time,budget:100}", "budget must be at least"),
+    ):
+        assert sinuous("train", *own, f"checkpointing={value}") == 2
+        assert words in capsys.readouterr().err
+    assert sinuous("train", *TINY, "test=false", "checkpointing={layers:2}") == 0
+    assert sinuous("train", *TINY, "checkpointing={steps:8}") == 2
+    assert "leave steps out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("experiment", ["vision/fashion_mnist", "language/bytes"])
