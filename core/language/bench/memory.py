@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -148,7 +149,7 @@ def measured(
         model.zero_grad()
         loss = loss_of(ids, targets)
         loss.backward()
-        last["loss"] = float(loss)
+        last["loss"] = float(loss.detach())
 
     step(ids[:, :64], targets[:, :64])  # builds kernels
     seconds = []
@@ -224,8 +225,7 @@ def _slopes(rows: list[Row]) -> list[str]:
 
 def _slope(points: list[tuple[float, float]]) -> float:
     """Of the line through points that has the least squares."""
-    x, y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
 def _longest(options: argparse.Namespace, model: SequenceModel) -> list[str]:
@@ -238,6 +238,8 @@ def _longest(options: argparse.Namespace, model: SequenceModel) -> list[str]:
             fits = plan_memory(model, 1, 256 * middle, strategy=name).total <= budget
             low, high = (middle, high) if fits else (low, middle)
         plan = plan_memory(model, 1, 256 * low, strategy=name)
+        if plan.total > budget:
+            continue
         sizes = (True, plan.layers, plan.steps)
         found = measure.in_fresh_process(measured, vars(options), name, 256 * low, sizes, timeout=TIMEOUT)
         live = "" if found is None else f", {found[0] / 1.048576:.1f} MiB of them alive"
@@ -261,9 +263,11 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
         axes = figure.add_subplot(1, 2, index + 1)
         for k, name in enumerate(names):
             points = [(row["steps"], row[key]) for row in rows if row["strategy"] == name and row[key]]
-            style = {"marker": "o", "ms": 3.5, "lw": 2.6 if name == "multi_axis" else 1.4, "color": f"C{k}"}
+            style = "--" if name in (NESTED, MAMBAPY) else "-"
+            width = 2.6 if name == "multi_axis" else 1.4
             if points:
-                axes.plot(*zip(*points, strict=True), "--" if name in (NESTED, MAMBAPY) else "-", label=name, **style)
+                x, y = zip(*points, strict=True)
+                axes.plot(x, y, style, marker="o", ms=3.5, lw=width, color=f"C{k}", label=name)
         steps = sorted({row["steps"] for row in rows})
         axes.set(xscale="log", yscale="log", xlabel="steps", title=label)
         axes.set_xticks(steps, [f"{n // 1024}k" if n >= 1024 else str(n) for n in steps], minor=False)
