@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -446,3 +447,50 @@ def test_the_head_goes_in_pieces(steps: int | None, monkeypatch: pytest.MonkeyPa
     assert difference(gradients(model, ids, lambda x: model.loss(x, targets)), whole) < 1e-11
     assert max(rows) <= DIM
     assert sum(rows) == 2 * int((targets != -100).sum())
+
+
+class Trained(nn.Module):
+    """A model whose forward pass is its loss, as `DistributedDataParallel` wants it."""
+
+    def __init__(self, model: SequenceModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        return self.model.loss(ids, targets)
+
+
+def _two_steps(rank: int, folder: str) -> None:
+    """Two steps of training in one of two processes, the last gradients written to a file."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = build(HYBRID, 4)
+    model.set_grad_checkpointing(layers=2, steps=16)
+    parallel = nn.parallel.DistributedDataParallel(Trained(model))
+    ids = torch.randint(VOCAB, (2, 2, LENGTH))
+    for _ in range(2):
+        parallel.zero_grad()
+        parallel(ids[rank, :1], ids[rank, 1:]).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(0.1 * parameter.grad)
+    torch.save([p.grad for p in model.parameters()], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_agree_in_the_second_step(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_two_steps, (str(tmp_path),), nprocs=2)
+    model = build(HYBRID, 4)
+    ids = torch.randint(VOCAB, (2, 2, LENGTH))
+    for _ in range(2):
+        model.zero_grad()
+        sum(model.loss(pair[:1], pair[1:]) / 2 for pair in ids).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(0.1 * parameter.grad)
+    for rank in range(2):
+        grads = torch.load(tmp_path / f"{rank}.pt")
+        for ours, parameter in zip(grads, model.parameters(), strict=True):
+            torch.testing.assert_close(ours, parameter.grad, atol=1e-11, rtol=1e-11)
