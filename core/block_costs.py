@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from sinuous.core.blocks import carry
 from sinuous.core.live_memory import LiveStorages, peak_memory
+from sinuous.core.sequence_model import SequenceModel
 from sinuous.core.token_loss import TokenLoss
 
 STEPS = (128, 384)
@@ -121,8 +122,7 @@ def _kind(block: nn.Module) -> Any:
 def _embedded(model: nn.Module, stack: Any, weight: Tensor) -> Tensor:
     """A stream as the stack gets it, of one sequence."""
     x = torch.randn(1, STEPS[-1], stack.dim, device=weight.device, dtype=weight.dtype)
-    embed = getattr(model, "_embed", None)
-    return (x if embed is None else embed(x, 2)).detach()
+    return model._embed(x, 2).detach() if isinstance(model, SequenceModel) else x
 
 
 def _bytes(tree: Any) -> int:
@@ -201,9 +201,9 @@ def _leaf(t: Tensor) -> Tensor:
     return t.detach().clone().requires_grad_(t.is_floating_point() or t.is_complex())
 
 
-def _ends(model: Any, x: Tensor) -> tuple[Line, int, int]:
+def _ends(model: nn.Module, x: Tensor) -> tuple[Line, int, int]:
     """What the loss of a model needs, the rows of one piece, and bytes per step beside the blocks."""
-    if not (hasattr(model, "loss") and hasattr(model, "_logits_of")):
+    if not isinstance(model, SequenceModel):
         return Line(0, 0), 1, 0
     weights = [p for name, p in model.named_parameters() if not name.startswith("layers.")]
     loss = TokenLoss(model._logits_of, weights, -100, model.padded_vocab_size)
