@@ -3,8 +3,8 @@
     python tools/audio_floors.py [--music FOLDER] [--voices FOLDER]     # folders with the unpacked packages
 
 Hold music, bits a sample, codes of µ-law: a table of codes; one of codes by the code before; one by a linear prediction
-of order 32 from the samples themselves, fitted to the training blocks by least squares and rounded to a code. Tables
-start every count at one; each block is scored from its own start, silence standing before it.
+of order 32 from the codes' levels, which are all that a model sees, fitted to the training blocks by least squares and
+rounded to a code. Tables start every count at 0.02; each block is scored from its own start, silence before it.
 
 Voices and notes, accuracy: a linear classifier of the mean and the deviation over time of 40 mel bands in decibels.
 
@@ -28,6 +28,8 @@ from sinuous.audio.datasets import HoldMusic, Notes, Voices
 from sinuous.core.extras import package
 
 ORDER, BANDS = 32, 40
+START = 0.02
+"""Of every count: the tables have 65,536 of them."""
 SPLITS = ("train", "val", "test")
 CODES = NDArray[np.int64]
 
@@ -55,7 +57,7 @@ def predictor(waves: list[NDArray[np.float64]]) -> NDArray[np.float64]:
 
 def table(contexts: list[CODES], codes: list[CODES], kinds: int, vocab_size: int) -> NDArray[np.float64]:
     """Bits of each code behind each context, `[kinds, vocab_size]`."""
-    counts = np.ones((kinds, vocab_size))
+    counts = np.full((kinds, vocab_size), START)
     for context, code in zip(contexts, codes, strict=True):
         counts += np.bincount(context * vocab_size + code, minlength=counts.size).reshape(counts.shape)
     return np.log2(counts.sum(1, keepdims=True)) - np.log2(counts)
@@ -64,10 +66,9 @@ def table(contexts: list[CODES], codes: list[CODES], kinds: int, vocab_size: int
 def music(data: HoldMusic) -> None:
     """Print the floors of hold music."""
     codec: Codec = data.codec
-    waves = {split: data.waves(split) for split in SPLITS}
-    codes = {split: [codec.encode(wave).numpy() for wave in waves[split]] for split in SPLITS}
-    exact = {split: [wave.double().numpy() for wave in waves[split]] for split in SPLITS}
-    weights = predictor(exact["train"])
+    codes = {split: [codec.encode(wave).numpy() for wave in data.waves(split)] for split in SPLITS}
+    levels = {split: [codec.decode(torch.from_numpy(c)).double().numpy() for c in codes[split]] for split in SPLITS}
+    weights = predictor(levels["train"])
 
     def predicted(wave: NDArray[np.float64]) -> CODES:
         guess = torch.from_numpy(lagged(wave) @ weights).float().clamp(-1, 1)
@@ -76,7 +77,7 @@ def music(data: HoldMusic) -> None:
     contexts: dict[str, dict[str, list[CODES]]] = {
         "unigram": {split: [np.zeros_like(c) for c in codes[split]] for split in SPLITS},
         "bigram": {split: [before(c, codec.silence) for c in codes[split]] for split in SPLITS},
-        f"table on linear prediction of order {ORDER}": {s: [predicted(w) for w in exact[s]] for s in SPLITS},
+        f"table on linear prediction of order {ORDER}": {s: [predicted(wave) for wave in levels[s]] for s in SPLITS},
     }
     seconds = ", ".join(f"{split} {sum(map(len, codes[split])) / data.sample_rate:.1f} s" for split in SPLITS)
     print(f"hold music, {codec.name}: {seconds}")
