@@ -63,7 +63,8 @@ def logistic_logits(parameters: Tensor, level: Tensor, levels: Tensor) -> Tensor
         level: x(c_t), `[...]`.
         levels: x, `[V]`.
     """
-    with torch.autocast(parameters.device.type, enabled=False):  # differences of sums near one need all digits
+    kind = "cpu" if parameters.is_meta else parameters.device.type  # there is no autocast on the device meta
+    with torch.autocast(kind, enabled=False):  # differences of sums near one need all digits
         share, offset, log_scale = norms.at_least_fp32(parameters).chunk(3, -1)
         levels = levels.to(share.dtype)
         borders = (levels[1:] + levels[:-1]) / 2
