@@ -254,7 +254,7 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
         ModuleNotFoundError: if matplotlib is not installed.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     names = list(dict.fromkeys(row["strategy"] for row in rows))
     figure = Figure(figsize=(10.8, 4.4), layout="constrained")
@@ -272,6 +272,7 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="steps", title=label)
         axes.set_xticks(steps, [f"{n // 1024}k" if n >= 1024 else str(n) for n in steps], minor=False)
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
