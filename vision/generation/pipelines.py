@@ -47,7 +47,7 @@ class ClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
     def __init__(
-        self, transformer: Any, scheduler: Any, vae: Any = None, id2label: Mapping[int | str, str] | None = None
+        self, transformer: Any, scheduler: Any, vae: Any = None, id2label: dict[str, str] | dict[int, str] | None = None
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
