@@ -59,7 +59,7 @@ class PictureDenoising(Denoising):
         lines = super().report(model, data, seen, scores, folder, split)
         # Of another step than training's: the scheduler of the task keeps its own.
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        pipeline = ClassConditionalPipeline(model, scheduler, id2label=dict(enumerate(data.classes)))
+        pipeline: Any = ClassConditionalPipeline(model, scheduler, id2label=dict(enumerate(data.classes)))
         pipeline.set_progress_bar_config(disable=True)
         pipeline.save_pretrained(folder / "pipeline")
         labels = [label for label in range(self.rows) for _ in range(self.columns)]
