@@ -92,11 +92,12 @@ def test_every_data_set_has_a_twin_or_is_one() -> None:
     assert twins == set()
     # fashion_mnist_full is fashion_mnist from elsewhere, imagenet is image_folder with another augmentation, the other
     # two are what small and large pictures have in common, collages and arrows are made of what comes with the package,
-    # the novels, samples of sequences and of sounds come with it, and folders of either are made by their own tests.
+    # and the novels, clothing to draw and samples of sequences and of sounds come with it; folders of them are made by
+    # their own tests.
     without = {o for o in real if f"{o}_synthetic" not in options("data")}
     pictures = {f"vision/{name}" for name in ("fashion_mnist_full", "imagenet", "small_images", "large_images")}
     made = {"vision/collage", "vision/arrow_pointing", "video/moving_clips", "video/needle"}
-    others = {o for o in real if o.startswith(("genomics/", "audio/"))}
+    others = {o for o in real if o.startswith(("genomics/", "audio/", "generation/"))}
     assert without == pictures | made | others | {"language/austen"}
 
 
