@@ -7,9 +7,7 @@ Names of `__all__` are loaded on first use.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
+from sinuous.core.lazy import lazily
 from sinuous.video import videomamba
 
 _LAZY = {
@@ -24,15 +22,4 @@ _LAZY = {
 """Public names, and the modules that they are in."""
 
 __all__ = ["videomamba", *_LAZY]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(__name__, _LAZY)
