@@ -27,4 +27,6 @@ _LAZY = {
 """Public names, and the modules that they are in."""
 
 __all__ = ["diffusion_models", "sashimi", "wave_classifier", "wavenet", *_LAZY]
-__getattr__, __dir__ = lazily(__name__, _LAZY)
+__getattr__, __dir__ = lazily(
+    __name__, _LAZY, dict.fromkeys(("diffusion_pipeline", "diffwave"), ("diffusers", "diffusion"))
+)

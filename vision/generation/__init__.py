@@ -21,4 +21,4 @@ _LAZY = {
 """Public names, and the modules that they are in."""
 
 __all__ = ["models", *_LAZY]
-__getattr__, __dir__ = lazily(__name__, _LAZY)
+__getattr__, __dir__ = lazily(__name__, _LAZY, dict.fromkeys(_LAZY.values(), ("diffusers", "diffusion")))

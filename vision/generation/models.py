@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from sinuous.core.extras import package
 from sinuous.core.registry import register_model
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
 
 
 def _lamamba_diff(variant: str, **kwargs: Any) -> LaMambaDiff:
+    package("diffusers", "diffusion")
     from sinuous.vision.generation.lamamba_diff import LaMambaDiff
 
     model: LaMambaDiff = LaMambaDiff(**{**SIZES[variant], **kwargs})
@@ -118,6 +120,7 @@ def _lamamba_diff(variant: str, **kwargs: Any) -> LaMambaDiff:
 
 
 def _aim(variant: str, **kwargs: Any) -> AiM:
+    package("diffusers", "diffusion")
     from sinuous.vision.generation.aim import AiM
 
     model: AiM = AiM(**{**SIZES[variant], **kwargs})
