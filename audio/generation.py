@@ -32,8 +32,9 @@ __all__ = ["ClipState", "Clips", "generate", "score", "stream"]
 
 CHUNK = 2048
 """Samples that an engine makes at a time."""
-CANDIDATES_APART = 1 << 32
-"""Seeds between the candidates of a clip."""
+CANDIDATES_APART = 0x9E3779B1
+"""Seeds between the candidates of a clip: torch's generator on a CPU takes 32 bits of a seed, over which multiples of
+this number are spread evenly."""
 
 Codes = Sequence[int] | Sequence[Sequence[int]] | Tensor
 
@@ -86,7 +87,7 @@ def generate(
         engine: `"c"`, for SaShiMi with `s4` or `s4d` and for WaveNet on a CPU with a C compiler, or `"torch"`, which
             runs every model; None takes the first that can run, and the result says which did.
         best_of: of so many candidates for each clip, that which costs the fewest bits is kept. Candidate j of clip i
-            draws from `seed + i + 2^32 j`.
+            draws from `seed + i + 2654435761 j`.
         silence: the code before the first sample, which a codec knows; half of `vocab_size` if absent.
 
     Raises:

@@ -148,6 +148,7 @@ def test_the_best_of_several_candidates_is_kept(model: Any) -> None:
     best = generate(model, 20, num_clips=2, best_of=3, seed=1)
     for clip in range(2):
         candidates = [generate(model, 20, seed=1 + clip + j * CANDIDATES_APART) for j in range(3)]
+        assert not any(torch.equal(candidates[0].codes, other.codes) for other in candidates[1:])
         kept = min(candidates, key=lambda candidate: float(candidate.bits.mean()))
         assert torch.equal(best.codes[clip], kept.codes[0])
         alone = generate(model, 20, best_of=3, seed=1 + clip)
