@@ -97,6 +97,8 @@ def test_a_run_leaves_a_pipeline_and_a_sheet(tmp_path: Path) -> None:
     assert "6 pictures of 2 classes in" in lines[-1]
     with Image.open(tmp_path / "samples_test.png") as picture:
         assert picture.size == (3 * (8 * 12 + 4) + 4, 2 * (8 * 12 + 4) + 4)
+        first_row = {picture.crop((4 + 100 * k, 4, 100 + 100 * k, 100)).tobytes() for k in range(3)}
+    assert len(first_row) == 3  # each column has noise of its own
     loaded = load_pipeline(tmp_path / "pipeline")
     assert loaded.labels == {"Bag": 0, "Sneaker": 1}
     for name, parameter in model.state_dict().items():
