@@ -9,7 +9,7 @@ import sinuous
 
 pytest.importorskip("diffusers")
 
-from sinuous.vision.generation.peers import dit, dit_of  # noqa: E402
+from sinuous.vision.generation.peers import dit, dit_of
 
 
 def count(model: torch.nn.Module) -> int:
