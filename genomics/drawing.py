@@ -26,6 +26,7 @@ from sinuous.genomics.packages import package
 _INK, _FAINT, _PAPER = "#1c1c1e", "#8e8e93", "white"
 _GENE, _CODING, _GAP, _LINE = "#bcd4e6", "#1f5f8b", "#e5e5ea", "#d1d1d6"
 _FILLED = "#b5482a"
+_BEHIND_TEXT = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 1.5}
 
 Numbers = NDArray[np.float64]
 
@@ -122,7 +123,7 @@ def draw_annotation(profile: Profile, title: str, path: str | os.PathLike[str], 
     track.set_yticks([-1, -0.5, 0, 0.5, 1], ["1", "0.5", "0", "0.5", "1"])
     for strand, height in (("+ strand", 0.97), ("\N{MINUS SIGN} strand", 0.03)):
         anchor = "top" if height > 0.5 else "bottom"
-        track.text(0.004, height, strand, transform=track.transAxes, fontsize=8, color=_FAINT, va=anchor)
+        track.text(0.006, height, strand, fontsize=8, va=anchor, transform=track.transAxes, bbox=_BEHIND_TEXT)
     patches = [Patch(color=_GENE, label="gene"), Patch(color=_CODING, label="CDS")]
     patches += [Patch(color=_GAP, label="gap (N)")] if gaps.any() else []
     track.set_title(title, loc="left", fontsize=9, color=_FAINT)
