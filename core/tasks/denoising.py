@@ -10,10 +10,13 @@
 
 x are samples, n is normal noise, T the scheduler's number of training steps. A scheduler without betas, such as
 `FlowMatchEulerDiscreteScheduler`, is one of flow matching. The model is any `model(x_t, t, **conditions)` that returns
-a tensor or has it in `.sample`. Schedulers are objects that one is given: diffusers is not imported here.
+a tensor or has it in `.sample`. One that returns twice the channels learns the variance of diffusion's steps, too: the
+bound of `sinuous.core.tasks.learned_variance` times T / 1000 is added, as in IDDPM. Schedulers are objects that one is
+given: diffusers is not imported here.
 
 Source: Ho, Jain and Abbeel (arXiv 2006.11239), equation 14; Salimans and Ho (2202.00512), appendix D, for v; Esser et
-al. (2403.03206), section 3.1, for flows; Hang et al. (2303.09556), equation 10, for min-SNR weights.
+al. (2403.03206), section 3.1, for flows; Hang et al. (2303.09556), equation 10, for min-SNR weights; Nichol and
+Dhariwal (2102.09672), equation 16, for the sum of both losses.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from torchmetrics import MeanMetric
 from sinuous.core.checks import check_choice, check_positive, check_range, check_sizes, described
 from sinuous.core.data import Data
 from sinuous.core.norms import at_least_fp32
+from sinuous.core.tasks.learned_variance import bound
 from sinuous.core.tasks.task import Task
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -47,7 +51,8 @@ def denoising_loss(
     generator: torch.Generator | None = None,
     **conditions: Any,
 ) -> Tensor:
-    """Mean squared error of a model's prediction for each sample, `[B]`, in at least fp32.
+    """Mean squared error of a model's prediction for each sample, `[B]`, in at least fp32; with the variational bound,
+    if the model learns variances.
 
     Args:
         model: called with noisy samples, steps `[B]`, `class_labels` unless they are None, and the conditions.
@@ -57,14 +62,14 @@ def denoising_loss(
         noise: like `images`; normal if absent.
         timesteps: `[B]`; drawn if absent.
         min_snr_gamma: γ, the largest weight of a step in terms of its signal-to-noise ratio: min(SNR, γ) / SNR for
-            epsilon, over SNR + 1 for v, times 1 for samples. None weighs all steps alike.
+            epsilon, over SNR + 1 for v, times 1 for samples. None weighs all steps alike. The bound is not weighed.
         generator: from which noise and steps are drawn, on its device.
         **conditions: further arguments of the model, such as a mel spectrogram.
 
     Raises:
         ValueError: if the scheduler predicts something else, noise or steps have another shape, a step is not the
-            scheduler's, γ is not positive or is given for flow matching, or the output has another shape than the
-            target.
+            scheduler's, γ is not positive or is given for flow matching, the output has another shape than the
+            target, or learned variances are not those between two bounds.
     """
     check_positive(min_snr_gamma=min_snr_gamma)
     flow = is_flow(scheduler)
@@ -80,12 +85,23 @@ def denoising_loss(
     labels = {} if class_labels is None else {"class_labels": class_labels}
     output = model(noisy, steps, **labels, **conditions)
     prediction = at_least_fp32(output if isinstance(output, Tensor) else output.sample)
+    learns_variance = not flow and prediction.shape[1:2] == (2 * target.shape[1],)
+    prediction, share = prediction.chunk(2, 1) if learns_variance else (prediction, None)
     if prediction.shape != target.shape:
+        twice = "" if flow else ", or twice as many to learn variances"
         raise ValueError(
-            f"the model must return as many channels as the samples have, {list(target.shape)} (got "
+            f"the model must return as many channels as the samples have, {list(target.shape)}{twice} (got "
             f"{list(prediction.shape)}); build it with out_channels={target.shape[1]}"
         )
-    return (prediction - at_least_fp32(target)).square().flatten(1).mean(1) * weight
+    losses = (prediction - at_least_fp32(target)).square().flatten(1).mean(1) * weight
+    if share is None:
+        return losses
+    if scheduler.config.get("variance_type") == "learned":
+        raise ValueError("variance_type must be 'learned_range' to learn variances (got 'learned')")
+    total = scheduler.config.num_train_timesteps
+    return losses + total / 1000 * bound(
+        at_least_fp32(images), at_least_fp32(noisy), prediction, share, steps, scheduler
+    )
 
 
 def is_flow(scheduler: Any) -> bool:

@@ -38,6 +38,7 @@ def composed(*overrides: str, name: str = "train") -> DictConfig:
 def test_every_experiment_builds(experiment: str) -> None:
     bare = composed(f"experiment={experiment}")
     given = ["data.root=nowhere"] if OmegaConf.is_missing(bare.data, "root") else []
+    given += ["data.num_classes=7"] if OmegaConf.is_missing(bare.data, "num_classes") else []
     given += ["model.checkpoint_path=null"] if OmegaConf.is_missing(bare.model, "checkpoint_path") else []
     config = composed(f"experiment={experiment}", *given)
     task_name = experiment.rpartition("/")[2]
@@ -50,7 +51,9 @@ def test_every_experiment_builds(experiment: str) -> None:
     assert lacking(data, training.task.takes) == []
     logits = training.model(data.example().to("meta"))
     if isinstance(training.task, Denoising):
-        assert logits.sample.shape == data.example().shape
+        learned = config.noise.get("variance_type") == "learned_range"
+        batch, channels, *sides = data.example().shape
+        assert logits.sample.shape == (batch, channels * (1 + learned), *sides)
     elif isinstance(data, MaskedImages):
         assert logits.shape == (1, data.num_classes, *data.img_size)
     else:

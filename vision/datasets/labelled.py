@@ -28,6 +28,8 @@ from sinuous.core.data import SPLITS, check_split
 from sinuous.vision.io import MODES, PictureTransform, read_image
 
 BUNDLED_FASHION_MNIST = Path(__file__).parents[1] / "samples" / "fashion_mnist"
+INNER_FASHION_MNIST = ("FashionMNIST/raw", "usr/share/datasets/fashion-mnist")
+"""Where the files of Fashion-MNIST lie in a folder of torchvision's, and in Debian's package, unpacked."""
 
 Transform = Callable[..., Any]
 
@@ -224,7 +226,8 @@ def fashion_mnist(
     Args:
         split: `train`, `val` (the last sixth of the training file) or `test`.
         source: `bundled`, the subset of 10,000 + 2,000 + 2,000 images that comes with the package; `folder`, the IDX
-            files in `root`, 50,000 + 10,000 + 10,000 in the full set; `download`, fetched into `root` by torchvision.
+            files in `root`, 50,000 + 10,000 + 10,000 in the full set, also where torchvision or Debian's package
+            dataset-fashion-mnist puts them below it; `download`, fetched into `root` by torchvision.
         root: the folder for `folder` and `download`.
         transform: applied to each PIL image.
 
@@ -243,8 +246,8 @@ def fashion_mnist(
         folder = Path(str(root)).expanduser() / "FashionMNIST" / "raw"
     else:
         folder = _root(root)
-        inner = folder / "FashionMNIST" / "raw"
-        folder = inner if inner.is_dir() else folder
+        inside = [folder / inner for inner in INNER_FASHION_MNIST if (folder / inner).is_dir()]
+        folder = inside[0] if inside else folder
     part = "t10k" if split == "test" else "train"
     images = read_idx(folder, f"{part}-images-idx3-ubyte")
     labels = read_idx(folder, f"{part}-labels-idx1-ubyte")

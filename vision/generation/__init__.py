@@ -15,8 +15,10 @@ _LAZY = {
     "AiMPipeline": "aim_pipeline",
     "ClassConditionalPipeline": "pipelines",
     "LaMambaDiff": "lamamba_diff",
+    "denoising_loss": "objectives",
     "load_pipeline": "pipelines",
     "load_vq_tokenizer": "tokenizers",
+    "score": "scores",
 }
 """Public names, and the modules that they are in."""
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel
+from torch import nn
 
 from sinuous.core.checks import check_choice, check_positive, check_sizes
 
@@ -89,7 +90,7 @@ def with_options(
     num_classes: int = 1000,
     patch_size: int = 2,
 ) -> DiTTransformer2DModel:
-    """diffusers' DiT with random weights, whose own dropout of labels is 0.
+    """diffusers' DiT with the paper's random start, whose own dropout of labels is 0.
 
     Args:
         num_layers: blocks.
@@ -113,7 +114,30 @@ def with_options(
     )
     for block in model.transformer_blocks:
         block.norm1.emb.class_embedder.dropout_prob = 0.0
+    _start(model)
     return model
+
+
+def _start(model: Any) -> None:
+    """Fill the weights anew as the paper's code does, which diffusers leaves out: blocks are identities, the output is
+    zero, and no other layer starts as torch has it."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    patches = model.pos_embed.proj
+    nn.init.xavier_uniform_(patches.weight.view(patches.out_channels, -1))
+    nn.init.zeros_(patches.bias)
+    zero = [model.proj_out_1, model.proj_out_2]
+    for block in model.transformer_blocks:
+        embedder = block.norm1.emb
+        nn.init.normal_(embedder.class_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(embedder.timestep_embedder.linear_1.weight, std=0.02)
+        nn.init.normal_(embedder.timestep_embedder.linear_2.weight, std=0.02)
+        zero.append(block.norm1.linear)
+    for layer in zero:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
 
 
 @functools.cache

@@ -1,13 +1,14 @@
-"""Task of pictures from noise: a run leaves a diffusers pipeline and a sheet of what it draws."""
+"""Task of pictures from noise: a run leaves a diffusers pipeline, a sheet of what it draws, and scores of it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sinuous.core.checks import check_range, check_sizes
 from sinuous.core.tasks.denoising import Denoising
@@ -17,7 +18,8 @@ class PictureDenoising(Denoising):
     """`Denoising` of pictures `[B, C, h, w]` from -1 to 1, which leaves a pipeline and a sheet in the run's folder.
 
     The sheet, `samples_SPLIT.png`, has a row for each of the first `rows` classes. Picture i of a row is drawn from
-    seed + i, so that rows begin from the same noise.
+    seed + i, so that rows begin from the same noise. With a judge, more pictures are drawn, of all classes in turn, and
+    `picture_scores.json` holds what `sinuous.vision.generation.scores` finds of them beside the pictures of the split.
 
     Args:
         scheduler: as of `Denoising`.
@@ -26,7 +28,9 @@ class PictureDenoising(Denoising):
         columns: of the sheet.
         steps: of each picture.
         guidance_scale: of each picture.
-        seed: of the first column.
+        seed: of the first column, and of the first picture that is scored.
+        judge: name of a classifier of the data, by which pictures are scored; None scores none.
+        pictures: that are scored.
         **options: further arguments of `Denoising`.
 
     Raises:
@@ -42,13 +46,16 @@ class PictureDenoising(Denoising):
         steps: int = 20,
         guidance_scale: float = 1.5,
         seed: int = 0,
+        judge: str | None = None,
+        pictures: int = 1000,
         **options: Any,
     ) -> None:
         super().__init__(scheduler, num_classes, **options)
-        check_sizes(**{"task.rows": rows, "task.columns": columns, "task.steps": steps})
+        check_sizes(**{"task.rows": rows, "task.columns": columns, "task.steps": steps, "task.pictures": pictures})
         check_range(0, float("inf"), **{"task.guidance_scale": guidance_scale})
         self.rows, self.columns = min(rows, num_classes), columns
         self.steps, self.guidance_scale, self.seed = steps, guidance_scale, seed
+        self.judge, self.pictures = judge, pictures
 
     def report(
         self, model: nn.Module, data: Any, seen: Sequence[Any], scores: Mapping[str, float], folder: Path, split: str
@@ -64,16 +71,31 @@ class PictureDenoising(Denoising):
         pipeline.save_pretrained(folder / "pipeline")
         labels = [label for label in range(self.rows) for _ in range(self.columns)]
         seeds = [self.seed + column for _ in range(self.rows) for column in range(self.columns)]
-        pictures = pipeline(
-            labels,
-            guidance_scale=self.guidance_scale,
-            num_inference_steps=self.steps,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type="pt",
-        ).images
+        pictures = self._draw(pipeline, labels, seeds)
         sheet = folder / f"samples_{split}.png"
         save_rows(pictures, sheet, self.columns)
-        return [
-            *lines,
-            f"{len(pictures)} pictures of {self.rows} classes in {sheet}, the pipeline in {folder / 'pipeline'}",
-        ]
+        lines.append(
+            f"{len(pictures)} pictures of {self.rows} classes in {sheet}, the pipeline in {folder / 'pipeline'}"
+        )
+        return lines if self.judge is None else [*lines, self._scored(pipeline, data.split(split), folder, split)]
+
+    def _draw(self, pipeline: Any, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:
+        from sinuous.vision.generation.drawing import draw
+
+        options = {"guidance_scale": self.guidance_scale, "num_inference_steps": self.steps}
+        return draw(pipeline, labels, seeds, **options)
+
+    def _scored(self, pipeline: Any, real: Any, folder: Path, split: str) -> str:
+        """A line on scores, which go into `folder`. The run is over: where there can be none, the line says why."""
+        from sinuous.vision.generation.scores import score
+
+        labels = torch.arange(self.pictures) % (self.num_classes or 1)
+        made = 2 * self._draw(pipeline, labels.tolist(), range(self.seed, self.seed + self.pictures)) - 1
+        try:
+            values = score(made, labels, real=torch.stack([real[i][0] for i in range(len(real))]), judge=self.judge)
+        except ValueError as error:
+            return f"{split} pictures are not scored: {error}"
+        path = folder / "picture_scores.json"
+        path.write_text(json.dumps({split: values}, indent=2) + "\n")
+        told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        return f"{split} {self.pictures} pictures beside {len(real):,} real ones: {told}"

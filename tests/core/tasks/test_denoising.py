@@ -193,13 +193,26 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> 
         denoising_loss(Recorded(), samples(), None, **arguments)
 
 
-def test_a_model_of_other_channels_is_refused() -> None:
-    class Twice(nn.Module):
-        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
-            return torch.cat([x, x], 1)
+class Times(nn.Module):
+    """Returns its input so many times, one behind the other."""
 
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return torch.cat([x] * self.count, 1)
+
+
+def test_a_model_of_other_channels_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"as many channels .*\[3, 1, 20\].* \(got \[3, 3, 20\]\); build it with out_ch"
+    ):
+        denoising_loss(Times(3), samples(), None, scheduler_for("epsilon"))
     with pytest.raises(ValueError, match=r"as many channels .*\[3, 1, 20\] \(got \[3, 2, 20\]\); build it with out_ch"):
-        denoising_loss(Twice(), samples(), None, scheduler_for("epsilon"))
+        denoising_loss(Times(2), samples(), None, scheduler_for("flow"))
+    with pytest.raises(ValueError, match="variance_type must be 'learned_range'"):
+        denoising_loss(Times(2), samples(), None, scheduler_for("epsilon", variance_type="learned"))
 
 
 @pytest.mark.parametrize("options", [{"class_dropout": 1.5}, {"min_snr_gamma": -1.0}, {"draws": 0}, {"num_classes": 0}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sinuous.apps import cli
 
 diffusers = pytest.importorskip("diffusers")
 
+from sinuous.vision.datasets import fashion_mnist  # noqa: E402
 from sinuous.vision.generation import ClassConditionalPipeline, load_pipeline  # noqa: E402
 from sinuous.vision.generation.tasks import PictureDenoising  # noqa: E402
 
@@ -103,3 +105,39 @@ def test_a_run_leaves_a_pipeline_and_a_sheet(tmp_path: Path) -> None:
     assert loaded.labels == {"Bag": 0, "Sneaker": 1}
     for name, parameter in model.state_dict().items():
         assert torch.equal(parameter, loaded.transformer.state_dict()[name])
+
+
+class _Clothing(_Bundled):
+    """150 bundled pictures padded to 32 pixels."""
+
+    classes = tuple(map(str, range(10)))
+
+    def split(self, name: str) -> Any:
+        data = fashion_mnist(name)
+        padded = torch.nn.functional.pad(torch.tensor(data.images[:150])[:, None] / 127.5 - 1, (2, 2, 2, 2), value=-1.0)
+        return list(zip(padded, data.labels.tolist(), strict=False))
+
+
+def test_with_a_judge_a_run_scores_its_pictures_or_says_why_not(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = sinuous.create_model(
+        "test_lamamba_diff", in_channels=1, out_channels=1, sample_size=32, patch_size=8, depths=[1, 1]
+    )
+    for pictures, message in (
+        (70, "test 70 pictures beside 150 real ones: fd "),
+        (20, "are not scored: images must be"),
+    ):
+        task = PictureDenoising(
+            diffusers.FlowMatchEulerDiscreteScheduler(),
+            10,
+            rows=1,
+            columns=1,
+            steps=1,
+            judge="vim_nano.fashion_mnist",
+            pictures=pictures,
+        )
+        lines = task.report(model, _Clothing(), [2], {"loss": 1.0}, tmp_path, "test")
+        assert message in lines[-1]
+    values = json.loads((tmp_path / "picture_scores.json").read_text())["test"]
+    assert set(values) == {"fd", "kid", "precision", "recall", "accuracy"}
+    assert values["fd"] > 10

@@ -47,3 +47,11 @@ def test_a_peer_has_the_size_of_the_smallest_denoiser() -> None:
     assert count(theirs) == pytest.approx(count(ours), rel=0.05)
     x = torch.zeros(2, 1, 32, 32)
     assert theirs(x, torch.tensor([1, 2]), torch.tensor([3, 10])).sample.shape == ours(x, 1).sample.shape
+
+
+def test_it_starts_as_the_papers_does() -> None:
+    model = dit_of(60_000, sample_size=8, in_channels=1, num_classes=10)
+    x, step, label = torch.randn(2, 1, 8, 8), torch.tensor([1, 900]), torch.tensor([3, 10])
+    assert model(x, step, label).sample.count_nonzero() == 0
+    tokens = torch.randn(2, 16, model.inner_dim)
+    assert torch.equal(model.transformer_blocks[0](tokens, timestep=step, class_labels=label), tokens)
