@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel
-from torch import nn
+from torch import Tensor, nn
 
 from sinuous.core.checks import check_choice, check_positive, check_sizes
 
@@ -31,6 +31,24 @@ DITS: dict[str, dict[str, int]] = {
 
 WIDTH_PER_LAYER = 32
 """Of DiT-S, the smallest: width 384 in 12 layers. What is searched for comes near it."""
+
+
+class DiT(DiTTransformer2DModel):  # type: ignore[misc]
+    """diffusers' DiT, called as `LaMambaDiff` is: a step may be a number, and without one, or without classes, it is 0
+    and none."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float | None = None,
+        class_labels: Tensor | int | None = None,
+        **options: Any,
+    ) -> Any:
+        batch, device = hidden_states.shape[0], hidden_states.device
+        none = self.config.num_embeds_ada_norm
+        step = torch.as_tensor(0 if timestep is None else timestep, device=device).expand(batch)
+        label = torch.as_tensor(none if class_labels is None else class_labels, device=device).expand(batch)
+        return super().forward(hidden_states, step, label, **options)
 
 
 def dit(name: str, **options: Any) -> Any:
@@ -89,7 +107,7 @@ def with_options(
     out_channels: int | None = None,
     num_classes: int = 1000,
     patch_size: int = 2,
-) -> DiTTransformer2DModel:
+) -> DiT:
     """diffusers' DiT with the paper's random start, whose own dropout of labels is 0.
 
     Args:
@@ -102,7 +120,7 @@ def with_options(
         num_classes: of the condition; one more row is for no class.
         patch_size: side of the patches that are the tokens.
     """
-    model = DiTTransformer2DModel(
+    model = DiT(
         num_layers=num_layers,
         num_attention_heads=num_attention_heads,
         attention_head_dim=attention_head_dim,

@@ -53,5 +53,6 @@ def test_it_starts_as_the_papers_does() -> None:
     model = dit_of(60_000, sample_size=8, in_channels=1, num_classes=10)
     x, step, label = torch.randn(2, 1, 8, 8), torch.tensor([1, 900]), torch.tensor([3, 10])
     assert model(x, step, label).sample.count_nonzero() == 0
+    assert model(x).sample.shape == (2, 2, 8, 8)
     tokens = torch.randn(2, 16, model.inner_dim)
     assert torch.equal(model.transformer_blocks[0](tokens, timestep=step, class_labels=label), tokens)
