@@ -98,10 +98,8 @@ def denoising_loss(
         return losses
     if scheduler.config.get("variance_type") == "learned":
         raise ValueError("variance_type must be 'learned_range' to learn variances (got 'learned')")
-    total = scheduler.config.num_train_timesteps
-    return losses + total / 1000 * bound(
-        at_least_fp32(images), at_least_fp32(noisy), prediction, share, steps, scheduler
-    )
+    scale: float = scheduler.config.num_train_timesteps / 1000
+    return losses + scale * bound(at_least_fp32(images), at_least_fp32(noisy), prediction, share, steps, scheduler)
 
 
 def is_flow(scheduler: Any) -> bool:

@@ -22,5 +22,10 @@ _LAZY = {
 }
 """Public names, and the modules that they are in."""
 
+_NEEDS = {
+    **dict.fromkeys(_LAZY.values(), ("diffusers", "diffusion")),
+    **dict.fromkeys(("objectives", "scores"), ("torchmetrics", "train")),
+}
+
 __all__ = ["models", *_LAZY]
-__getattr__, __dir__ = lazily(__name__, _LAZY, dict.fromkeys(_LAZY.values(), ("diffusers", "diffusion")))
+__getattr__, __dir__ = lazily(__name__, _LAZY, _NEEDS)

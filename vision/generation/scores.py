@@ -17,6 +17,7 @@ et al. (1904.06991) for precision and recall.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -94,7 +95,9 @@ def _of_metric(metric: Any, made: Tensor, known: Tensor) -> float:
 
 def _kid(made: Tensor, known: Tensor) -> float:
     size = min(len(made), len(known), SUBSET)
-    metric = KernelInceptionDistance(feature=_Features(made.shape[1]), subsets=SUBSETS, subset_size=size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that features are kept, which they are here anyway
+        metric = KernelInceptionDistance(feature=_Features(made.shape[1]), subsets=SUBSETS, subset_size=size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return _of_metric(metric, made, known)

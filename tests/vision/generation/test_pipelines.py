@@ -222,6 +222,24 @@ def test_learned_variance_needs_its_channels_and_pictures_that_are_not_finite_ar
         quiet(ClassConditionalPipeline(broken, ddim()))(1, num_inference_steps=1)
 
 
+def test_a_decoder_that_overflows_gives_no_black_picture(denoiser: Any, vae: Any) -> None:
+    broken = diffusers.AutoencoderKL.from_config(vae.config)
+    nn.init.constant_(broken.decoder.conv_out.bias, float("inf"))
+    with pytest.raises(ValueError, match="the decoded pictures are not finite"):
+        quiet(ClassConditionalPipeline(denoiser, ddim(), broken))(1, num_inference_steps=1)
+
+
+@pytest.mark.parametrize("sides", [(28, 28), (20, 36), (13, 7)])
+def test_ten_classes_of_any_sides_under_guidance(sides: tuple[int, int]) -> None:
+    sizes: dict[str, Any] = {"embed_dim": 8, "depths": (1, 1), "bottleneck_depth": 1, "num_heads": 2, "d_state": 1}
+    model = LaMambaDiff(sample_size=28, in_channels=1, out_channels=1, num_classes=10, patch_size=4, **sizes)
+    pipeline = quiet(ClassConditionalPipeline(model, SCHEDULERS["flow"]()))
+    options: dict[str, Any] = {"guidance_scale": 4.0, "num_inference_steps": 2, "output_type": "pt"}
+    pictures = pipeline(list(range(10)), height=sides[0], width=sides[1], **options).images
+    assert pictures.shape == (10, 1, *sides)
+    assert 0 <= float(pictures.min()) < float(pictures.max()) <= 1
+
+
 def test_folders_that_are_no_pipelines_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not there"):
         load_pipeline(tmp_path / "nowhere")
