@@ -77,22 +77,24 @@ class PictureDenoising(Denoising):
         lines.append(
             f"{len(pictures)} pictures of {self.rows} classes in {sheet}, the pipeline in {folder / 'pipeline'}"
         )
-        return lines if self.judge is None else [*lines, self._scored(pipeline, data.split(split), folder, split)]
+        if self.judge is not None:
+            lines.append(self._scored(pipeline, data.split(split), self.judge, folder, split))
+        return lines
 
     def _draw(self, pipeline: Any, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:
         from sinuous.vision.generation.drawing import draw
 
-        options = {"guidance_scale": self.guidance_scale, "num_inference_steps": self.steps}
+        options: dict[str, Any] = {"guidance_scale": self.guidance_scale, "num_inference_steps": self.steps}
         return draw(pipeline, labels, seeds, **options)
 
-    def _scored(self, pipeline: Any, real: Any, folder: Path, split: str) -> str:
+    def _scored(self, pipeline: Any, real: Any, judge: str, folder: Path, split: str) -> str:
         """A line on scores, which go into `folder`. The run is over: where there can be none, the line says why."""
         from sinuous.vision.generation.scores import score
 
         labels = torch.arange(self.pictures) % (self.num_classes or 1)
         made = 2 * self._draw(pipeline, labels.tolist(), range(self.seed, self.seed + self.pictures)) - 1
         try:
-            values = score(made, labels, real=torch.stack([real[i][0] for i in range(len(real))]), judge=self.judge)
+            values = score(made, labels, real=torch.stack([real[i][0] for i in range(len(real))]), judge=judge)
         except ValueError as error:
             return f"{split} pictures are not scored: {error}"
         path = folder / "picture_scores.json"
