@@ -56,7 +56,7 @@ def _write_idx(folder: Path, name: str, array: np.ndarray, *, packed: bool) -> N
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("inner", ["", "FashionMNIST/raw"])
+@pytest.mark.parametrize("inner", ["", "FashionMNIST/raw", "usr/share/datasets/fashion-mnist"])
 def test_a_folder_of_idx_files(tmp_path: Path, packed: bool, inner: str) -> None:
     images = np.arange(12 * 28 * 28).reshape(12, 28, 28) % 251
     for part in ("train", "t10k"):
