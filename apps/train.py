@@ -236,8 +236,8 @@ def make_trainer(config: DictConfig) -> L.Trainer:
 
 
 def name_of(model_config: DictConfig) -> str:
-    """Name of the model: sinuous and timm name the argument differently."""
-    name: str = model_config.get("name") or model_config.get("model_name")
+    """Name of the model: sinuous and timm name the argument differently, and another maker has a name itself."""
+    name: str = model_config.get("name") or model_config.get("model_name") or model_config["_target_"].split(".")[-1]
     return name
 
 

@@ -16,7 +16,7 @@ import functools
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, ModelMixin
 from torch import Tensor, nn
 
 from sinuous.core.checks import check_choice, check_positive, check_sizes
@@ -33,7 +33,8 @@ WIDTH_PER_LAYER = 32
 """Of DiT-S, the smallest: width 384 in 12 layers. What is searched for comes near it."""
 
 
-class DiT(DiTTransformer2DModel):  # type: ignore[misc]
+# A pipeline loads a part only if the module of its class has the name ModelMixin, too.
+class DiT(DiTTransformer2DModel, ModelMixin):  # type: ignore[misc]
     """diffusers' DiT, called as `LaMambaDiff` is: a step may be a number, and without one, or without classes, it is 0
     and none."""
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sinuous.core.checks import check_range, check_sizes
 from sinuous.core.tasks.denoising import Denoising
+from sinuous.vision.io import MODES
 
 
 class PictureDenoising(Denoising):
@@ -20,6 +21,7 @@ class PictureDenoising(Denoising):
     The sheet, `samples_SPLIT.png`, has a row for each of the first `rows` classes. Picture i of a row is drawn from
     seed + i, so that rows begin from the same noise. With a judge, more pictures are drawn, of all classes in turn, and
     `picture_scores.json` holds what `sinuous.vision.generation.scores` finds of them beside the pictures of the split.
+    Of latents nothing is drawn.
 
     Args:
         scheduler: as of `Denoising`.
@@ -58,7 +60,7 @@ class PictureDenoising(Denoising):
         self.judge, self.pictures = judge, pictures
 
     def report(
-        self, model: nn.Module, data: Any, seen: Sequence[Any], scores: Mapping[str, float], folder: Path, split: str
+        self, model: Any, data: Any, seen: Sequence[Any], scores: Mapping[str, float], folder: Path, split: str
     ) -> list[str]:
         from sinuous.vision.generation.drawing import save_rows
         from sinuous.vision.generation.pipelines import ClassConditionalPipeline
@@ -69,6 +71,8 @@ class PictureDenoising(Denoising):
         pipeline: Any = ClassConditionalPipeline(model, scheduler, id2label=dict(enumerate(data.classes)))
         pipeline.set_progress_bar_config(disable=True)
         pipeline.save_pretrained(folder / "pipeline")
+        if model.config.in_channels not in MODES:
+            return [*lines, f"the pipeline in {folder / 'pipeline'}; it draws with the VAE that made these latents"]
         labels = [label for label in range(self.rows) for _ in range(self.columns)]
         seeds = [self.seed + column for _ in range(self.rows) for column in range(self.columns)]
         pictures = self._draw(pipeline, labels, seeds)

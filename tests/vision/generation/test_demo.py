@@ -107,6 +107,14 @@ def test_a_run_leaves_a_pipeline_and_a_sheet(tmp_path: Path) -> None:
         assert torch.equal(parameter, loaded.transformer.state_dict()[name])
 
 
+def test_latents_are_not_drawn(tmp_path: Path) -> None:
+    task = PictureDenoising(diffusers.FlowMatchEulerDiscreteScheduler(), 2, steps=2)
+    model = sinuous.create_model("test_lamamba_diff", out_channels=4, num_classes=2)
+    lines = task.report(model, _Bundled(), [2], {"loss": 1.0}, tmp_path, "test")
+    assert "it draws with the VAE that made these latents" in lines[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
+
+
 class _Clothing(_Bundled):
     """150 bundled pictures padded to 32 pixels."""
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import sinuous
 
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 
-from sinuous.vision.generation.peers import dit, dit_of
+from sinuous.vision.generation import ClassConditionalPipeline, load_pipeline  # noqa: E402
+from sinuous.vision.generation.peers import dit, dit_of  # noqa: E402
 
 
 def count(model: torch.nn.Module) -> int:
@@ -56,3 +59,16 @@ def test_it_starts_as_the_papers_does() -> None:
     assert model(x).sample.shape == (2, 2, 8, 8)
     tokens = torch.randn(2, 16, model.inner_dim)
     assert torch.equal(model.transformer_blocks[0](tokens, timestep=step, class_labels=label), tokens)
+
+
+def test_its_pipeline_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = dit_of(60_000, sample_size=8, in_channels=1, out_channels=1, num_classes=10)
+    torch.nn.init.normal_(model.proj_out_2.weight)
+    pipeline = ClassConditionalPipeline(model, diffusers.FlowMatchEulerDiscreteScheduler())
+    pipeline.save_pretrained(tmp_path)
+    options = {"num_inference_steps": 2, "output_type": "latent"}
+    first, second = (
+        made([3, None], generator=torch.Generator().manual_seed(0), **options).images
+        for made in (pipeline, load_pipeline(tmp_path))
+    )
+    assert torch.equal(first, second)
