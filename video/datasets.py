@@ -17,14 +17,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sinuous.core.checks import check_positive, check_sizes, is_whole
+from sinuous.core.checks import check_positive, check_range, check_sizes, is_whole
 from sinuous.core.data import SPLITS, check_split
-
-Frames = NDArray[np.uint8]
+from sinuous.video.backgrounds import FilmFrames, Frames, Texture
 
 ITEM = 14
 """Side of an item in pixels: pictures of 28 at half their size."""
@@ -50,9 +48,12 @@ class MovingClips(Dataset[tuple[Tensor, int]]):
         length: number of clips; 20,000, 1,000 and 2,000 if absent.
         seed: of the collection.
         root: a film that takes the place of the texture, in parts of its own for each split.
+        still: share of the clips whose background stands still, so that nothing moves but the item; a model that has
+            learned those finds the others easier.
 
     Raises:
-        ValueError: for an unknown split, a frame smaller than an item, or a file that is no film.
+        ValueError: for an unknown split, a frame smaller than an item, a share outside [0, 1], or a file that is no
+            film.
     """
 
     DIRECTIONS: ClassVar[Mapping[str, tuple[int, int]]] = {
@@ -79,8 +80,11 @@ class MovingClips(Dataset[tuple[Tensor, int]]):
         length: int | None = None,
         seed: int = 0,
         root: str | os.PathLike[str] | None = None,
+        still: float = 0.0,
     ) -> None:
         self.length = _checked(split, num_frames, img_size, length, seed)
+        check_range(0, 1, still=still)
+        self.still = still
         self.num_frames, self.img_size, self.seed = num_frames, img_size, (seed, SPLITS.index(split), 0)
         self.items = [item for of_class in _items(pictures, split).values() for item in of_class]
         self.background = _background(split, img_size, root)
@@ -96,6 +100,8 @@ class MovingClips(Dataset[tuple[Tensor, int]]):
         item = self.items[rng.integers(len(self.items))]
         top, left = rng.integers(self.img_size, size=2)
         frames = self.background(rng, self.num_frames)
+        if self.still and rng.random() < self.still:
+            frames[:] = frames[0]
         for step, frame in enumerate(frames):
             rows = (top + step * down + np.arange(ITEM)) % self.img_size
             columns = (left + step * right + np.arange(ITEM)) % self.img_size
@@ -151,12 +157,7 @@ class NeedleInVideo(Dataset[tuple[Tensor, int]]):
         if num_frames < 2:
             raise ValueError(f"num_frames must be at least 2, one for each item (got {num_frames}); give more")
         self.num_frames, self.img_size, self.seed = num_frames, img_size, (seed, SPLITS.index(split), 1)
-        items = _items(pictures, split)
-        if absent := [kind for kind in self.KINDS if kind not in items]:
-            raise ValueError(
-                f"pictures must have the classes {', '.join(self.KINDS)} (got none of {', '.join(absent)})"
-            )
-        self.items = {kind: items[kind] for kind in self.KINDS}
+        self.items = _of_kinds(pictures, split, self.KINDS)
         self.background = _background(split, img_size, root)
 
     def __len__(self) -> int:
@@ -175,13 +176,55 @@ class NeedleInVideo(Dataset[tuple[Tensor, int]]):
         needle = self._draw(rng)
         frames = self.background(rng, self.num_frames)
         for number, kind in zip(needle.frames, needle.kinds, strict=True):
-            item = self.items[kind][rng.integers(len(self.items[kind]))].astype(np.int32)
-            percent = rng.integers(round(100 * self.OPACITY[0]), round(100 * self.OPACITY[1]), endpoint=True)
-            top, left = rng.integers(self.img_size - ITEM, size=2, endpoint=True)
-            part = frames[number, top : top + ITEM, left : left + ITEM]
-            mixed = (part * (100 - percent) + item * percent + 50) // 100
-            part[:] = np.where(item > 0, mixed, part)
+            _hide(rng, frames[number], self.items[kind], self.OPACITY)
         return torch.from_numpy(frames)[None], self.PAIRS.index(needle.kinds)
+
+
+class NeedleFrames(Dataset[tuple[Tensor, int]]):
+    """One frame alone, with an item in every second one: `(clip, nothing or which kind)`, 5 classes.
+
+    Frames and items are those of `NeedleInVideo`; an encoder of frames learns here what to look for.
+
+    Args:
+        split: `train`, `val` or `test`.
+        pictures, seed, img_size, root: as of `NeedleInVideo`.
+        length: number of frames; 20,000, 1,000 and 2,000 if absent.
+        num_frames: 1.
+
+    Raises:
+        ValueError: as `NeedleInVideo`, and for more than one frame.
+    """
+
+    classes: ClassVar[tuple[str, ...]] = ("nothing", *NeedleInVideo.KINDS)
+
+    def __init__(
+        self,
+        split: str = "train",
+        *,
+        pictures: Callable[..., Any],
+        seed: int = 0,
+        length: int | None = None,
+        num_frames: int = 1,
+        img_size: int = 32,
+        root: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.length = _checked(split, num_frames, img_size, length, seed)
+        if num_frames != 1:
+            raise ValueError(f"num_frames must be 1, as each example is one frame (got {num_frames}); leave it out")
+        self.seed = (seed, SPLITS.index(split), 2)
+        self.items = _of_kinds(pictures, split, NeedleInVideo.KINDS)
+        self.background = _background(split, img_size, root)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        rng = _rng(self, index)
+        label = int(rng.integers(2) and rng.integers(1, len(self.classes)))
+        frames = self.background(rng, 1)
+        if label:
+            _hide(rng, frames[0], self.items[self.classes[label]], NeedleInVideo.OPACITY)
+        return torch.from_numpy(frames)[None], label
 
 
 class LabelledClips:
@@ -255,65 +298,21 @@ class _Normalised(Dataset[tuple[Tensor, int]]):
         return (clip.float() / 255 - self.mean) / self.std, label
 
 
-class Texture:
-    """Frames `[T, size, size]` of a smooth random texture that drifts by whole pixels, over and over from side to side,
-    with a little noise; every `scene` frames there is another one.
-
-    All arithmetic is in whole numbers, so that it gives the same bytes everywhere."""
-
-    CELLS = 8
-
-    def __init__(self, size: int, scene: int = 16) -> None:
-        self.size, self.scene = size, scene
-
-    def __call__(self, rng: np.random.Generator, frames: int) -> Frames:
-        made = np.empty((frames, self.size, self.size), np.uint8)
-        for start in range(0, frames, self.scene):
-            texture, drift = self._texture(rng), rng.integers(-1, 2, size=2)
-            for frame in range(start, min(start + self.scene, frames)):
-                made[frame] = np.roll(texture, (frame - start) * drift, (0, 1))
-        made += rng.integers(0, 16, made.shape, np.uint8)
-        return made
-
-    def _texture(self, rng: np.random.Generator) -> NDArray[np.int64]:
-        """Random values of a grid on a torus, interpolated linearly, from 0 to 200."""
-        coarse = rng.integers(0, 201, (self.CELLS, self.CELLS))
-        cell, share = np.divmod(np.arange(self.size) * self.CELLS, self.size)
-        after = (cell + 1) % self.CELLS
-        rows = coarse[cell] * (self.size - share)[:, None] + coarse[after] * share[:, None]
-        smooth: NDArray[np.int64] = (rows[:, cell] * (self.size - share) + rows[:, after] * share) // self.size**2
-        return smooth
+def _of_kinds(pictures: Callable[..., Any], split: str, kinds: Sequence[str]) -> dict[str, list[Frames]]:
+    items = _items(pictures, split)
+    if absent := [kind for kind in kinds if kind not in items]:
+        raise ValueError(f"pictures must have the classes {', '.join(kinds)} (got none of {', '.join(absent)})")
+    return {kind: items[kind] for kind in kinds}
 
 
-class FilmFrames:
-    """Frames `[T, size, size]` of a film, gray, from a random place in a part of it; a shorter part is repeated.
-
-    Args:
-        path: of the film.
-        span: of the part, in shares of the film.
-        size: height and width to resize to.
-        fps: frames per second.
-
-    Raises:
-        ValueError: if the file is no film.
-        FileNotFoundError: if there is no such file.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], span: tuple[float, float], size: int, fps: float = 8.0) -> None:
-        from sinuous.video.io import clip_info
-
-        duration = clip_info(path).duration
-        self.path, self.size, self.fps = path, size, fps
-        self.start, self.length = span[0] * duration, (span[1] - span[0]) * duration
-
-    def __call__(self, rng: np.random.Generator, frames: int) -> Frames:
-        from sinuous.video.io import read_frames
-
-        times = self.start + (rng.random() * self.length + np.arange(frames) / self.fps) % max(self.length, 1e-9)
-        moments, back = np.unique(times, return_inverse=True)
-        colour = read_frames(self.path, times=moments.tolist(), size=self.size)[0].numpy().astype(np.uint32)
-        gray = (299 * colour[:, 0] + 587 * colour[:, 1] + 114 * colour[:, 2] + 500) // 1000
-        return gray.astype(np.uint8)[back]
+def _hide(rng: np.random.Generator, frame: Frames, items: Sequence[Frames], opacity: tuple[float, float]) -> None:
+    """Put one of the items anywhere into a frame `[H, W]`, as opaque as `opacity` allows, from least to most."""
+    item = items[rng.integers(len(items))].astype(np.int32)
+    percent = rng.integers(round(100 * opacity[0]), round(100 * opacity[1]), endpoint=True)
+    top, left = rng.integers(len(frame) - ITEM, size=2, endpoint=True)
+    part = frame[top : top + ITEM, left : left + ITEM]
+    mixed = (part * (100 - percent) + item * percent + 50) // 100
+    part[:] = np.where(item > 0, mixed, part)
 
 
 def _background(split: str, size: int, root: Any) -> Callable[[np.random.Generator, int], Frames]:

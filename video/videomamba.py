@@ -53,7 +53,16 @@ SIZES: dict[str, dict[str, Any]] = {
     "videomamba_tiny": {"embed_dim": 192, "depth": 24},
     "videomamba_small": {"embed_dim": 384, "depth": 24},
     "videomamba_middle": {"embed_dim": 576, "depth": 32},
-    "videomamba_nano": {"img_size": 32, "patch_size": 8, "in_chans": 1, "embed_dim": 64, "depth": 6},
+    "videomamba_nano": {
+        "img_size": 32,
+        "patch_size": 8,
+        "tubelet_size": 8,
+        "in_chans": 1,
+        "embed_dim": 128,
+        "depth": 4,
+        "class_token": "none",
+        "global_pool": "avg",
+    },
     "test_videomamba": {"num_frames": 4, "patch_size": 8, "embed_dim": 32, "depth": 4},
 }
 

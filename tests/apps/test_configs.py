@@ -99,7 +99,7 @@ def test_every_data_set_has_a_twin_or_is_one() -> None:
     # their own tests.
     without = {o for o in real if f"{o}_synthetic" not in options("data")}
     pictures = {f"vision/{name}" for name in ("fashion_mnist_full", "imagenet", "small_images", "large_images")}
-    made = {"vision/collage", "vision/arrow_pointing", "video/moving_clips", "video/needle"}
+    made = {"vision/collage", "vision/arrow_pointing", "video/moving_clips", "video/needle", "video/needle_frames"}
     others = {o for o in real if o.startswith(("genomics/", "audio/", "generation/"))}
     assert without == pictures | made | others | {"language/austen"}
 

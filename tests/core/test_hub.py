@@ -53,6 +53,7 @@ def build(case: str) -> nn.Module:
 EXAMPLES = {
     "test_aim": lambda model: torch.randint(model.config.vocab_size, (2, model.config.num_tokens)),
     "test_diffwave": lambda _: torch.randn(2, 1, 64),
+    "test_frame_reader": lambda _: torch.randn(2, 1, 5, 16, 16),
     "test_lamamba_diff": lambda model: torch.randn(2, model.config.in_channels, 8, 8),
     "test_videomamba": lambda model: torch.randn(2, 3, *model.patch_embed.img_size),
     "test_wave_classifier": lambda _: torch.randn(2, 1, 800),

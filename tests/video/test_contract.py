@@ -35,7 +35,7 @@ def build(name: str, **options: object) -> object:
 
 
 built, contract.build, contract.images = contract.build, build, clips
-MODELS = registry.list_models("test_*", domain="video")
+MODELS = [name for name in registry.list_models("test_*", domain="video") if registry.find_entry(name)[2].in_timm]
 pytestmark = pytest.mark.parametrize("name", MODELS)
 globals().update(
     {

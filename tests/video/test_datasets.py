@@ -13,7 +13,7 @@ import torch
 from made_films import make_clip
 from torch import nn
 
-from sinuous.video.datasets import LENGTHS, LabelledClips, MovingClips, NeedleInVideo
+from sinuous.video.datasets import LENGTHS, LabelledClips, MovingClips, NeedleFrames, NeedleInVideo
 from sinuous.vision.datasets import fashion_mnist
 
 
@@ -190,3 +190,32 @@ def test_data_of_clips_is_normalised_and_of_one_size() -> None:
     assert data.model_options() == {"num_classes": 16, "num_frames": 4, "img_size": 24, "in_chans": 1}
     with pytest.raises(ValueError, match="num_classes must be 16"):
         LabelledClips(dataset, num_classes=12, **options)
+
+
+def test_single_frames_hide_what_the_needle_hides(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = NeedleFrames("train", pictures=pictures, length=400)
+    monkeypatch.setattr(data, "background", lambda rng, frames: np.full((frames, 32, 32), 100, np.uint8))
+    labels = Counter()
+    for index in range(400):
+        clip, label = data[index]
+        assert clip.shape == (1, 1, 32, 32)
+        assert bool((clip != 100).any()) is bool(label)
+        labels[data.classes[label]] += 1
+    assert set(labels) == {"nothing", *NeedleInVideo.KINDS}
+    assert 150 < labels["nothing"] < 250
+    with pytest.raises(ValueError, match="num_frames must be 1"):
+        NeedleFrames("train", pictures=pictures, num_frames=2)
+
+
+def test_a_still_background_moves_under_no_item() -> None:
+    drifting, still = moving(length=40), moving(length=40, still=1.0)
+    for index in range(10):
+        changed = [(clip[0, 1:] != clip[0, :-1]).float().mean() for clip, _ in (drifting[index], still[index])]
+        # The item, 14 pixels by 14 of 32 by 32, leaves and enters.
+        assert changed[1] < 2 * 14**2 / 32**2 < changed[0]
+        assert drifting[index][1] == still[index][1]
+    half = moving(length=200, still=0.5)
+    calm = sum(bool((half[i][0][0, 1:] == half[i][0][0, :-1]).float().mean() > 0.5) for i in range(200))
+    assert 70 < calm < 130
+    with pytest.raises(ValueError, match="still must"):
+        moving(still=1.5)

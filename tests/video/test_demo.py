@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from made_films import make_clip
 from PIL import Image
 
+import sinuous
 from sinuous.apps import cli
 
 pytest.importorskip("av")
 pytest.importorskip("matplotlib")
+
+from sinuous.video.datasets import NeedleInVideo
+from sinuous.video.demo import CLIP
+from sinuous.video.evidence import Evidence, read_evidence, reader_of, turning_points
+from sinuous.video.io import read_frames
+from sinuous.vision.datasets import fashion_mnist
 
 
 def film(path: Path) -> Path:
@@ -37,5 +47,68 @@ def test_what_is_no_film_ends_with_one_sentence(tmp_path: Path, capsys: pytest.C
     text.write_text("no film\n" * 100)
     assert cli.main(["demo", "video", "--video", str(text)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    assert cli.main(["demo", "video"]) == 2
-    assert "--video PATH" in capsys.readouterr().err
+    assert cli.main(["demo", "video", "--model", "nobody"]) == 2
+    assert "nobody" in capsys.readouterr().err
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    torch.manual_seed(0)
+    sinuous.save(sinuous.create_model("test_frame_reader"), tmp_path / "reader")
+    return str(tmp_path / "reader")
+
+
+def test_the_clip_is_the_one_that_its_seed_makes() -> None:
+    clips = NeedleInVideo("test", 256, pictures=functools.partial(fashion_mnist, source="bundled"), seed=1)
+    clip, label = clips[0]
+    pixels, times = read_frames(CLIP)
+    assert torch.equal(pixels, clip.transpose(0, 1).expand(-1, 3, -1, -1))
+    assert times.tolist() == pytest.approx([number / 8 for number in range(256)], abs=1e-3)
+    facts = json.loads(CLIP.with_suffix(".json").read_text())
+    assert (tuple(facts["frames"]), tuple(facts["kinds"])) == clips.needle(0)
+    assert facts["answer"] == clips.classes[label]
+
+
+def test_answers_come_after_each_frame(model: str) -> None:
+    reader = reader_of(model)
+    evidence = read_evidence(reader, CLIP)
+    assert evidence.probabilities.shape == (256, 12)
+    clip = NeedleInVideo("test", 256, pictures=functools.partial(fashion_mnist, source="bundled"), seed=1)[0][0]
+    with torch.no_grad():
+        for stop in (1, 100, 256):
+            logits = reader((clip[None, :, :stop].float() / 255 - 0.4) / 0.2)
+            torch.testing.assert_close(evidence.probabilities[stop - 1], logits[0].softmax(-1), rtol=0, atol=1e-5)
+
+
+def test_minds_change_where_probabilities_do() -> None:
+    p = torch.full((9, 4), 0.25)
+    p[3:] = torch.tensor([0.7, 0.1, 0.1, 0.1])
+    p[6:] = torch.tensor([0.1, 0.8, 0.05, 0.05])
+    assert turning_points(Evidence("film", [], p, [])) == [3, 6]
+    assert turning_points(Evidence("film", [], p[3:], []), 1) == [3]
+    assert turning_points(Evidence("film", [], p[3:5], [])) == [0, 1]
+
+
+def test_the_clip_is_read_and_drawn(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["demo", "video", "--model", model]) == 0
+    printed = capsys.readouterr().out
+    assert "hidden are: trouser, then dress, at 20.00 s and 29.38 s" in printed
+    assert printed.rstrip().endswith("needle.png")
+    assert np.asarray(Image.open("needle.png").convert("RGB")).std() > 10
+    assert cli.main(["demo", "video", "--model", model, "--video", str(film(tmp_path / "film.mp4"))]) == 0
+    assert "hidden" not in capsys.readouterr().out
+
+
+def test_without_weights_the_scenes_of_the_clip_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sinuous.video.demo.all_weights", dict)
+    assert cli.main(["demo", "video"]) == 0
+    printed = capsys.readouterr().out
+    assert "do not come with this version" in printed
+    assert "--model" in printed
+    assert printed.rstrip().endswith("scenes.png")

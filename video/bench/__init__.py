@@ -1,0 +1,1 @@
+"""Measurements of films and models of clips."""
