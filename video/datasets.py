@@ -307,7 +307,7 @@ def _of_kinds(pictures: Callable[..., Any], split: str, kinds: Sequence[str]) ->
 
 def _hide(rng: np.random.Generator, frame: Frames, items: Sequence[Frames], opacity: tuple[float, float]) -> None:
     """Put one of the items anywhere into a frame `[H, W]`, as opaque as `opacity` allows, from least to most."""
-    item = items[rng.integers(len(items))].astype(np.int32)
+    item = items[int(rng.integers(len(items)))].astype(np.int32)
     percent = rng.integers(round(100 * opacity[0]), round(100 * opacity[1]), endpoint=True)
     top, left = rng.integers(len(frame) - ITEM, size=2, endpoint=True)
     part = frame[top : top + ITEM, left : left + ITEM]
