@@ -40,8 +40,8 @@ POOLS = ("last", "avg")
 GROUP = 512
 """Frames that are encoded together, so that memory does not grow with the film."""
 
-OPTIONS: dict[str, dict[str, Any]] = {"mamba2": {"d_state": 32, "headdim": 16}}
-"""Of mixers, where none are given: many small heads, each with a decay of its own."""
+OPTIONS: dict[str, dict[str, Any]] = {"mamba2": {"d_state": 32, "headdim": 16, "A_init_range": (0.1, 2.0)}}
+"""Of mixers, where none are given: many small heads, each with a decay of its own, slow ones at the start."""
 
 
 class FrameEncoder(nn.Module):
