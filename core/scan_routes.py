@@ -37,6 +37,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sinuous.core.checks import check_arguments, check_grid, check_range, check_sizes, described, is_whole
 from sinuous.core.ops import permutations  # noqa: F401  (registers torch.ops.sinuous)
@@ -270,7 +271,7 @@ def to_sequences(cells: Tensor, routes: tuple[str, ...], height: int, width: int
         ValueError: for an unknown route, naming the closest.
     """
     _check_cells(cells, height, width)
-    order, step = _orders(routes, height, width, cells.device)
+    order, step = _orders(routes, height, width, cells)
     sequences: Tensor = torch.ops.sinuous.take_orders(cells, order, step)
     return sequences
 
@@ -282,7 +283,7 @@ def sum_to_cells(sequences: Tensor, routes: tuple[str, ...], height: int, width:
         ValueError: for an unknown route, naming the closest.
     """
     _check_cells(sequences, height, width)
-    order, step = _orders(routes, height, width, sequences.device)
+    order, step = _orders(routes, height, width, sequences)
     cells: Tensor = torch.ops.sinuous.sum_orders(sequences, order, step)
     return cells
 
@@ -308,11 +309,31 @@ def _order(route: str, height: int, width: int) -> tuple[Tensor, Tensor]:
     return scan_route(route, height, width)
 
 
-def _orders(routes: tuple[str, ...], height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _orders(routes: tuple[str, ...], height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cells at the steps, and steps of the cells, of all routes: `[H·W, K]` each, where `like` is."""
     if torch.compiler.is_compiling() and all(route in _SERPENTINES for route in routes):
-        cells = torch.arange(height * width, device=device)
+        cells = torch.arange(height * width, device=like.device)
         pairs = [_SERPENTINES[route] for route in routes]
         order = torch.stack([cell(cells, height, width) for cell, _ in pairs], 1)
         return order, torch.stack([step(cells, height, width) for _, step in pairs], 1)
+    if keeps_tensors(like):
+        return _kept_orders(routes, height, width, like.device)
+    return _new_orders(routes, height, width, like.device)
+
+
+def _new_orders(routes: tuple[str, ...], height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     both = [_order(route, height, width) for route in routes]
     return torch.stack([one[0] for one in both], 1).to(device), torch.stack([one[1] for one in both], 1).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_orders(routes: tuple[str, ...], height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # a tensor of inference would be refused by a later training
+        return _new_orders(routes, height, width, device)
+
+
+def keeps_tensors(like: Tensor) -> bool:
+    """Whether tensors that depend on sizes alone may be kept for later calls beside `like`: not under a tracer, under
+    fake tensors or on the meta device, whose tensors are not those of other calls."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return not (traced or like.is_meta or isinstance(like, FakeTensor))

@@ -143,9 +143,9 @@ class LaMambaBlock(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         modulation = self.adaLN_modulation(self.condition_projection(condition))[:, None, None]
         b1, a1, g1, b2, a2, g2, b3, a3, g3 = modulation.chunk(9, -1)
-        x = x + g1 * self._mix(self.norm(x) * (1 + a1) + b1)
-        x = x + g2 * self.attn(self.norm_swin(x) * (1 + a2) + b2)
-        return cast("Tensor", x + g3 * self.mlp(self.norm2(x) * (1 + a3) + b3))
+        x = torch.addcmul(x, g1, self._mix(torch.addcmul(b1, self.norm(x), 1 + a1)))
+        x = torch.addcmul(x, g2, self.attn(torch.addcmul(b2, self.norm_swin(x), 1 + a2)))
+        return torch.addcmul(x, g3, self.mlp(torch.addcmul(b3, self.norm2(x), 1 + a3)))
 
     def _mix(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]

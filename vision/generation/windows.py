@@ -6,6 +6,7 @@ microsoft/Swin-Transformer.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core.patches import resize_pos_embed
+from sinuous.core.scan_routes import keeps_tensors
 
 Sides = tuple[int, int]
 
@@ -58,8 +60,9 @@ class WindowAttention(nn.Module):
         q, k, v = self.qkv(cells).unflatten(-1, [3, self.num_heads, -1]).permute(2, 0, 3, 1, 4).unbind(0)
         bias = self._bias(window).unsqueeze(0)
         if any(shift) or below or beside:
-            apart = _mask((height, width), window, shift, (below, beside), x.device)
-            bias = (bias + apart.unsqueeze(1)).repeat(batch, 1, 1, 1)
+            mask = _kept_mask if keeps_tensors(x) else _mask
+            apart = mask((height, width), window, (shift[0], shift[1]), (below, beside), x.device)
+            bias = (bias + apart.unsqueeze(1)).expand(batch, -1, -1, -1, -1).flatten(0, 1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
         y = self.proj(y.transpose(1, 2).flatten(2))
         y = y.view(batch, rows, columns, *window, dim).transpose(2, 3).reshape(x.shape)
@@ -91,7 +94,13 @@ def resampled(table: Tensor, sides: Sequence[int]) -> Tensor:
     return fitted
 
 
-def _mask(sides: Sides, window: Sides, shift: Sequence[int], padding: Sides, device: torch.device) -> Tensor:
+@functools.lru_cache(maxsize=64)
+def _kept_mask(sides: Sides, window: Sides, shift: Sides, padding: Sides, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a tensor of inference would be refused by a later training
+        return _mask(sides, window, shift, padding, device)
+
+
+def _mask(sides: Sides, window: Sides, shift: Sides, padding: Sides, device: torch.device) -> Tensor:
     """Summands between the cells of each window, `[windows, N, N]`: cells that only the way round the edges brings
     together are kept apart, and padding from all others."""
     regions, padded = [], []
