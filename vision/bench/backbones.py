@@ -199,9 +199,9 @@ def _write_page(rows: list[Row], starts: list[Row], path: Path, title: str, meth
             )
 
 
-def crossings(rows: list[Row]) -> list[Row]:
+def crossings(rows: list[Row], unit: str = "px") -> list[Row]:
     """For each model of ours and each other row: from what size on it is faster and needs less memory, `None` where it
-    is not at the largest, and the ratios there."""
+    is not at the largest, and the ratios there; sizes are in `unit`."""
     sizes = list(dict.fromkeys(row["size"] for row in rows))
     lines: dict[str, dict[str, list[Any]]] = {}
     for row in rows:
@@ -214,8 +214,8 @@ def crossings(rows: list[Row]) -> list[Row]:
         for label in [label for label in lines if label in mine]:
             starts: dict[str, Any] = {}
             for key, (start, ratio) in {
-                "median_ms": ("faster_from_px", "ratio_at_largest"),
-                "peak_mb": ("leaner_from_px", "memory_ratio_at_largest"),
+                "median_ms": (f"faster_from_{unit}", "ratio_at_largest"),
+                "peak_mb": (f"leaner_from_{unit}", "memory_ratio_at_largest"),
             }.items():
                 a, b = lines[label][key], lines[peer][key]
                 known = all(a) and all(b)
@@ -240,8 +240,8 @@ def crossing(sizes: list[int], ours: list[float], theirs: list[float]) -> float 
     return math.exp(math.log(sizes[ahead - 1]) + share * math.log(sizes[ahead] / sizes[ahead - 1]))
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """Time and memory against image size, one line per model; marks the size from which the first model is ahead.
+def draw(rows: list[Row], path: Path, axis: str = "image size, pixels", unit: str = "px") -> None:
+    """Time and memory against size, one line per model; marks the size from which the first model is ahead.
 
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
@@ -269,7 +269,7 @@ def draw(rows: list[Row], path: Path) -> None:
                 axes.axvspan(start, sizes[-1], color=colours[first], alpha=0.07, lw=0)
                 late = math.log(start / sizes[0]) > 0.6 * math.log(sizes[-1] / sizes[0])
                 axes.annotate(
-                    f"{first.split('_patch')[0]} is ahead\nfrom {start:.0f} px",
+                    f"{first.split('_patch')[0]} is ahead\nfrom {start:.0f} {unit}",
                     (start, 0.03),
                     xycoords=("data", "axes fraction"),
                     xytext=(-4 if late else 4, 0),
@@ -278,7 +278,7 @@ def draw(rows: list[Row], path: Path) -> None:
                     fontsize=8,
                     color=colours[first],
                 )
-        axes.set(xscale="log", yscale="log", xlabel="image size, pixels", title=title)
+        axes.set(xscale="log", yscale="log", xlabel=axis, title=title)
         axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
         axes.minorticks_off()
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
