@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,14 @@ from torch import Tensor
 from sinuous.core.checks import check_choice, described, is_number
 from sinuous.core.modes import evaluating
 from sinuous.core.sampling import Sampling
-from sinuous.vision.generation.pipelines import Labels, as_images, check_generators, label_numbers
+from sinuous.vision.generation.pipelines import (
+    Labels,
+    as_images,
+    check_generators,
+    class_names,
+    label_numbers,
+    with_defaults,
+)
 
 OUTPUTS = ("pil", "np", "pt", "codes")
 
@@ -24,15 +31,27 @@ class AiMPipeline(DiffusionPipeline):  # type: ignore[misc]
     Args:
         transformer: an `AiM`.
         vqvae: diffusers' `VQModel`, as `load_vq_tokenizer` reads it.
+        id2label: names of the classes by their numbers; several names of one are divided by commas.
+        defaults: arguments of a call that hold where it does not give them, such as those of its scores.
     """
 
     model_cpu_offload_seq = "transformer->vqvae"
 
-    def __init__(self, transformer: Any, vqvae: Any) -> None:
+    def __init__(
+        self,
+        transformer: Any,
+        vqvae: Any,
+        id2label: dict[str, str] | dict[int, str] | None = None,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, vqvae=vqvae)
+        names = {str(number): name for number, name in (id2label or {}).items()}
+        self.register_to_config(id2label=names, defaults=dict(defaults or {}))
+        self.labels = class_names(names)
 
     @torch.no_grad()
+    @with_defaults
     def __call__(
         self,
         class_labels: Labels,
@@ -47,7 +66,7 @@ class AiMPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Make one square picture for each class.
 
         Args:
-            class_labels: numbers; `None` for no class.
+            class_labels: numbers or names; `None` for no class.
             guidance_scale: s of `u + s (c - u)`, of the logits with (c) and without the class (u); 1 for c alone.
             temperature: logits are divided by it; 0 takes the most probable code.
             top_k: keep the k most probable codes.
@@ -68,6 +87,7 @@ class AiMPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    @with_defaults
     def stream(
         self,
         class_labels: Labels,
@@ -85,7 +105,7 @@ class AiMPipeline(DiffusionPipeline):  # type: ignore[misc]
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         if not is_number(guidance_scale) or not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number (got {described(guidance_scale)}); 1 is none")
-        numbers = label_numbers(class_labels, {}, self.transformer.num_classes)
+        numbers = label_numbers(class_labels, self.labels, self.transformer.num_classes)
         generators = check_generators(generator, len(numbers))
         return self._drawn(numbers, float(guidance_scale), sampling, generators)
 

@@ -1,9 +1,10 @@
 """Make pictures of a class, and show one of them as it comes out of noise.
 
-sinuous demo generation --model FOLDER --class sneaker --n 16 --out grid.png
-sinuous demo generation --model FOLDER --class 3 --strip strip.png --steps 20 --guidance 1.5 --size 32x48
+sinuous demo generation --class sneaker --n 16 --out grid.png --strip strip.png
+sinuous demo generation --model aim_nano --class bag --guidance 1.5
+sinuous demo generation --model FOLDER --class 3 --steps 20 --size 32x48
 
-FOLDER is what a pipeline's `save_pretrained` wrote, ours or diffusers'.
+FOLDER is what a pipeline's `save_pretrained` wrote, ours or diffusers', such as the pipeline/ that a training leaves.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from sinuous.core.checks import check_range, check_sizes
 from sinuous.core.demo_parts import check_output, progress_bar
 from sinuous.core.extras import package
 from sinuous.core.files import written_whole
-from sinuous.core.weights import all_weights
 
 MODEL = "lamamba_diff_nano.fashion_mnist"
 OUT = Path("sinuous_generated.png")
+STEPS = 20
 FRAMES = 10
 """Moments that a strip shows."""
 
@@ -38,10 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=OUT, metavar="PNG", help="all of them in rows")
     parser.add_argument("--strip", type=Path, metavar="PNG", help="also the first one, from noise to its end")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the others count up")
-    parser.add_argument("--steps", type=int, default=20, help="calls of the denoiser")
-    parser.add_argument("--guidance", type=float, default=1.5, help="scale of the guidance by the class; 1 for none")
+    parser.add_argument("--steps", type=int, help=f"calls of the denoiser (default: as scored, or {STEPS})")
+    parser.add_argument(
+        "--guidance", type=float, help="scale of the guidance by the class, 1 for none (default: as scored, or 1.5)"
+    )
     parser.add_argument("--size", type=size, metavar="HxW", help="of the pictures, in pixels (default: as trained)")
-    parser.add_argument("--model", metavar="FOLDER", help=f"a pipeline (default: {MODEL})")
+    parser.add_argument(
+        "--model", default=MODEL, metavar="NAME", help="a pipeline: weights by name, or a folder (default: %(default)s)"
+    )
 
 
 def size(text: str) -> tuple[int, int]:
@@ -62,20 +67,15 @@ def run(options: argparse.Namespace) -> list[Path]:
         ValueError: for what cannot be made or written, or if there are no weights.
         ModuleNotFoundError: if diffusers is missing.
     """
-    check_sizes(**{"--n": options.n, "--steps": options.steps})
+    check_sizes(**{"--n": options.n, "--steps": STEPS if options.steps is None else options.steps})
     check_range(-(2**62), 2**62, **{"--seed": options.seed})
     check_output("--out", options.out, (".png",), [options.strip])
     check_output("--strip", options.strip, (".png",))
-    if options.model is None and MODEL not in all_weights():
-        raise ValueError(
-            f"the weights {MODEL} do not come with this version of the package; give a pipeline of your own with "
-            "--model, a folder that its save_pretrained wrote"
-        )
     package("diffusers", "diffusion").utils.logging.disable_progress_bar()
     from sinuous.vision.generation.drawing import save_rows
     from sinuous.vision.generation.pipelines import load_pipeline
 
-    pipeline: Any = load_pipeline(options.model or MODEL)
+    pipeline: Any = load_pipeline(options.model)
     pipeline.set_progress_bar_config(disable=True)
     moments: list[Tensor] = []
     began = time.perf_counter()
@@ -112,12 +112,19 @@ def arguments_of(pipeline: Any, options: argparse.Namespace, moments: list[Tenso
         ValueError: if a strip or a size is wanted, and it makes none.
     """
     known = inspect.signature(type(pipeline).__call__).parameters
-    for flag, wanted, name in (("--strip", options.strip, "callback_on_step_end"), ("--size", options.size, "height")):
+    for flag, wanted, name in (
+        ("--strip", options.strip, "callback_on_step_end"),
+        ("--size", options.size, "height"),
+        ("--steps", options.steps, "num_inference_steps"),
+    ):
         if wanted is not None and name not in known:
             raise ValueError(f"{flag} is for denoisers, and this is a {type(pipeline).__name__}; leave it out")
 
+    own = pipeline.config.get("defaults") or {}
+    steps = options.steps or own.get("num_inference_steps", STEPS)
+
     def watch(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
-        tell("steps", step + 1, options.steps)
+        tell("steps", step + 1, steps)
         if options.strip is not None:
             moments.append(pipeline._decoded(values["latents"][:1], "pt"))
         return values
@@ -125,11 +132,11 @@ def arguments_of(pipeline: Any, options: argparse.Namespace, moments: list[Tenso
     height, width = options.size or (None, None)
     given = {
         "guidance_scale": options.guidance,
-        "num_inference_steps": options.steps,
+        "num_inference_steps": steps,
         "generator": [torch.Generator().manual_seed(options.seed + i) for i in range(options.n)],
         "height": height,
         "width": width,
         "output_type": "pt",
         "callback_on_step_end": watch,
     }
-    return {name: value for name, value in given.items() if name in known}
+    return {name: value for name, value in given.items() if name in known and value is not None}

@@ -7,13 +7,15 @@ parameters are about those of DiT at each size.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from sinuous.core.extras import package
-from sinuous.core.registry import register_model
+from sinuous.core.registry import check_weights, register_model
+from sinuous.core.weights import shipped_cfgs
 
 if TYPE_CHECKING:
     from sinuous.vision.generation.aim import AiM
@@ -60,6 +62,20 @@ SIZES: dict[str, dict[str, Any]] = {
         "adaln_groups": 2,
         "mixer_options": {"d_state": 32, "headdim": 32},
     },
+    "vq_nano": {
+        "in_channels": 1,
+        "out_channels": 1,
+        "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3,
+        "block_out_channels": [16, 32, 64],
+        "latent_channels": 64,
+        "sample_size": 28,
+        "num_vq_embeddings": 256,
+        "norm_num_groups": 8,
+        "vq_embed_dim": 4,
+        "scaling_factor": 1.0,
+        "mid_block_add_attention": False,
+    },
     "test_aim": {
         "vocab_size": 16,
         "num_tokens": 9,
@@ -72,7 +88,19 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+WEIGHTS = Path(__file__).parent / "weights"
+
+
 def _cfg(name: str) -> dict[str, Any]:
+    if name == "vq_nano":
+        sizes = SIZES[name]
+        return {
+            "input_size": (sizes["in_channels"], sizes["sample_size"], sizes["sample_size"]),
+            "first_conv": "encoder.conv_in",
+            "license": "apache-2.0",
+            "paper_name": "Neural Discrete Representation Learning",
+            "paper_ids": "arXiv:1711.00937",
+        }
     if "aim" in name:
         sizes = {"num_tokens": 256, **SIZES[name]}
         return {
@@ -98,7 +126,9 @@ def _cfg(name: str) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg(name) for name in SIZES})
+default_cfgs = generate_default_cfgs(
+    {tag: cfg for name in SIZES for tag, cfg in shipped_cfgs(WEIGHTS, name, _cfg(name)).items()}
+)
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -107,6 +137,12 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     Raises:
         ValueError: if the weights are of another model.
     """
+    if not hasattr(model, "fit_weights"):  # diffusers' VQModel
+        from sinuous.vision.generation.tokenizers import of_tokenizer
+
+        state = of_tokenizer(state_dict)
+        check_weights(state, model)
+        return state
     fit: Callable[[Mapping[str, Any]], dict[str, Tensor]] = cast("Any", model).fit_weights
     return fit(state_dict)
 
@@ -124,6 +160,14 @@ def _aim(variant: str, **kwargs: Any) -> AiM:
     from sinuous.vision.generation.aim import AiM
 
     model: AiM = AiM(**{**SIZES[variant], **kwargs})
+    return model
+
+
+def _vq(variant: str, **kwargs: Any) -> nn.Module:
+    package("diffusers", "diffusion")
+    from diffusers import VQModel
+
+    model: nn.Module = VQModel(**{**SIZES[variant], **kwargs})
     return model
 
 
@@ -185,6 +229,12 @@ def aim_xl(pretrained: bool = False, **kwargs: Any) -> AiM:
 def aim_nano(pretrained: bool = False, **kwargs: Any) -> AiM:
     """For 7 x 7 codes of gray pictures of 28 pixels; ours, not the paper's."""
     return _aim("aim_nano", **kwargs)
+
+
+@register_model(domain="generation")
+def vq_nano(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """diffusers' VQModel of gray pictures of 28 pixels as 7 x 7 codes, for `aim_nano`."""
+    return _vq("vq_nano", **kwargs)
 
 
 @register_model(domain="generation")

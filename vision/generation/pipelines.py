@@ -9,13 +9,14 @@ denoiser of 2 C channels, those of the variance are the class's own.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -24,11 +25,29 @@ from torch import Tensor
 
 from sinuous.core.checks import check_choice, check_range, check_sizes, described, is_number, is_whole
 from sinuous.core.modes import evaluating
+from sinuous.core.weights import Weights, all_weights
+from sinuous.vision.generation.models import SIZES
 
 Labels = int | str | None | Sequence[int | str | None]
 
 OUTPUTS = ("pil", "np", "pt", "latent")
 LEARNED = ("learned", "learned_range")
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def with_defaults(call: Call) -> Call:
+    """Decorator of a pipeline's method: arguments that a call leaves out are those of `pipeline.config.defaults`, where
+    it has them, and the signature's otherwise."""
+    signature = inspect.signature(call)
+
+    @functools.wraps(call)
+    def complete(self: Any, *args: Any, **kwargs: Any) -> Any:
+        there = signature.bind_partial(self, *args, **kwargs).arguments
+        known = (self.config.get("defaults") or {}).items()
+        return call(self, *args, **{k: v for k, v in known if k not in there and k in signature.parameters}, **kwargs)
+
+    return cast("Call", complete)
 
 
 class ClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
@@ -40,6 +59,7 @@ class ClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
             the channels.
         vae: decodes what was denoised; without one, that is the picture, from -1 to 1.
         id2label: names of the classes by their numbers; several names of one are divided by commas.
+        defaults: arguments of a call that hold where it does not give them, such as those of its scores.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -47,12 +67,17 @@ class ClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
     def __init__(
-        self, transformer: Any, scheduler: Any, vae: Any = None, id2label: dict[str, str] | dict[int, str] | None = None
+        self,
+        transformer: Any,
+        scheduler: Any,
+        vae: Any = None,
+        id2label: dict[str, str] | dict[int, str] | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         names = {str(number): name for number, name in (id2label or {}).items()}
-        self.register_to_config(id2label=names)
+        self.register_to_config(id2label=names, defaults=dict(defaults or {}))
         self.labels = class_names(names)
 
     @property
@@ -62,6 +87,7 @@ class ClassConditionalPipeline(DiffusionPipeline):  # type: ignore[misc]
         return int(config.get("num_classes") or config.get("num_embeds_ada_norm") or 0)
 
     @torch.no_grad()
+    @with_defaults
     def __call__(
         self,
         class_labels: Labels,
@@ -224,8 +250,9 @@ def _number(label: Any, names: Mapping[str, int], num_classes: int) -> int:
     if label is None:
         return num_classes
     if isinstance(label, str):
-        if label in names:
-            return names[label]
+        alike = [name for name in names if name.casefold() == label.casefold()]
+        if label in names or len(alike) == 1:
+            return names[label if label in names else alike[0]]
         near = difflib.get_close_matches(label, names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "give its number"
         raise ValueError(f"there is no class {label!r}; {hint}")
@@ -252,24 +279,37 @@ def check_generators(generator: Any, count: int) -> Any:
 
 
 def load_pipeline(name_or_folder: str | os.PathLike[str], **kwargs: Any) -> DiffusionPipeline:
-    """A pipeline from the folder that its `save_pretrained` wrote, whatever wrote its parts.
+    """A pipeline by the name of weights that come with the package, or from a folder of `save_pretrained`.
+
+        pipeline = load_pipeline("aim_nano.fashion_mnist")
+        pipeline("sneaker").images[0]
+
+    What a call of a shipped pipeline leaves out is as it was when the weights were scored.
 
     Args:
-        name_or_folder: a folder with a model_index.json.
-        **kwargs: for diffusers' `from_pretrained`, such as `torch_dtype`.
+        name_or_folder: a folder with a model_index.json, whatever wrote its parts; or a name such as
+            "lamamba_diff_nano.fashion_mnist", of which the model's part is enough.
+        **kwargs: for diffusers' `from_pretrained`, such as `torch_dtype`, the only one that a name takes.
 
     Raises:
-        ValueError: if there is no such folder, or it holds no pipeline of ours or of diffusers'.
+        ValueError: if there is no such folder and no such name, or the folder holds no pipeline of ours or of
+            diffusers'.
     """
     import diffusers
 
     from sinuous.vision import generation
 
     folder = Path(name_or_folder)
+    if not folder.exists() and (weights := weights_of(os.fspath(name_or_folder))) is not None:
+        from sinuous.vision.generation.shipped import shipped_pipeline
+
+        if unknown := sorted(kwargs.keys() - {"torch_dtype"}):
+            raise ValueError(f"{weights.name} comes with the package and takes torch_dtype alone (got {unknown[0]})")
+        return cast("DiffusionPipeline", shipped_pipeline(weights, kwargs.get("torch_dtype")))
     index = folder / "model_index.json"
     if not index.is_file():
         what = "has no model_index.json" if folder.is_dir() else "is not there"
-        raise ValueError(f"{folder} {what}; give the folder that a pipeline's save_pretrained wrote")
+        raise ValueError(f"{folder} {what}; give the folder that a pipeline's save_pretrained wrote{_or_a_name()}")
     try:
         parts = json.loads(index.read_text(encoding="utf-8"))
         name = parts["_class_name"]
@@ -282,6 +322,29 @@ def load_pipeline(name_or_folder: str | os.PathLike[str], **kwargs: Any) -> Diff
     _import_parts(parts)
     pipeline: DiffusionPipeline = cast("Any", cls).from_pretrained(folder, **kwargs)
     return pipeline
+
+
+def weights_of(name: str) -> Weights | None:
+    """Weights of a model of pictures that come with the package, by their name or their model's; None if there are
+    none.
+
+    Raises:
+        ValueError: if there is such a model and it comes without weights.
+    """
+    known = [weights for weights in all_weights().values() if weights.architecture in SIZES]
+    chosen = next((weights for weights in known if name in (weights.name, weights.architecture)), None)
+    if chosen is None and name.partition(".")[0] in SIZES:
+        raise ValueError(
+            f"the weights {name} do not come with this version of the package; give a pipeline of your own, such as "
+            "the folder pipeline/ that `sinuous train experiment=generation/fashion_mnist` leaves in its run"
+            f"{_or_a_name()}"
+        )
+    return chosen
+
+
+def _or_a_name() -> str:
+    names = [name for name, weights in all_weights().items() if weights.architecture in SIZES]
+    return f", or a name of those that come with the package ({', '.join(names)})" if names else ""
 
 
 def _import_parts(parts: Mapping[str, Any]) -> None:
