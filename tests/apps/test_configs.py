@@ -20,6 +20,7 @@ from sinuous.core.tasks.denoising import Denoising
 from sinuous.core.tasks.labelling import Labelling
 from sinuous.core.tasks.language_modelling import LanguageModelling
 from sinuous.vision.datasets import MaskedImages
+from sinuous.vision.generation.code_tasks import Tokenizing
 
 
 def options(group: str) -> list[str]:
@@ -54,6 +55,8 @@ def test_every_experiment_builds(experiment: str) -> None:
         learned = config.noise.get("variance_type") == "learned_range"
         batch, channels, *sides = data.example().shape
         assert logits.sample.shape == (batch, channels * (1 + learned), *sides)
+    elif isinstance(training.task, Tokenizing):
+        assert logits.sample.shape == data.example().shape
     elif isinstance(data, MaskedImages):
         assert logits.shape == (1, data.num_classes, *data.img_size)
     else:
