@@ -20,7 +20,8 @@ from sinuous.vision.bench.backbones import crossings, draw
 
 METHOD = """Models have random weights and are built for the size, the side of the latents, an eighth of that of the
 picture. They take turns in one process, so that a disturbance of the machine meets all of them alike; times are medians
-of one call with a step and a class, by the {clock} clock. Peak memory is what one call needs beyond weights and
+of one call with a step and a class, by the {clock} clock; freed memory stays with the process, so that calls do not
+wait for the system's pages. Peak memory is what one call needs beyond weights and
 latents, read in a fresh process per row. GFLOPs are multiply-adds, counted once, of the definitions, for one picture.
 Ratios above 1 speak for the row. DiT is diffusers', with patches of 2; its blocks have an embedding of step and class
 each, which is why it has more parameters than the paper's."""
@@ -115,6 +116,7 @@ def run(options: argparse.Namespace) -> list[Row]:
         ModuleNotFoundError: if diffusers is missing.
     """
     torch.set_num_threads(options.threads)
+    measure.keep_memory()
     device = torch.device(options.device)
     sizes = positive_integers("--sizes", options.sizes)
     names = [name.strip() for name in options.models.split(",")]
