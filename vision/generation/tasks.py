@@ -21,7 +21,7 @@ class PictureDenoising(Denoising):
     The sheet, `samples_SPLIT.png`, has a row for each of the first `rows` classes. Picture i of a row is drawn from
     seed + i, so that rows begin from the same noise. With a judge, more pictures are drawn, of all classes in turn, and
     `picture_scores.json` holds what `sinuous.vision.generation.scores` finds of them beside the pictures of the split.
-    Of latents nothing is drawn.
+    Of latents nothing is drawn. Steps and scale of the guidance are the pipeline's defaults.
 
     Args:
         scheduler: as of `Denoising`.
@@ -56,7 +56,8 @@ class PictureDenoising(Denoising):
         check_sizes(**{"task.rows": rows, "task.columns": columns, "task.steps": steps, "task.pictures": pictures})
         check_range(0, float("inf"), **{"task.guidance_scale": guidance_scale})
         self.rows, self.columns = min(rows, num_classes), columns
-        self.steps, self.guidance_scale, self.seed = steps, guidance_scale, seed
+        self.drawing: dict[str, Any] = {"guidance_scale": guidance_scale, "num_inference_steps": steps}
+        self.seed = seed
         self.judge, self.pictures = judge, pictures
 
     def report(
@@ -68,7 +69,8 @@ class PictureDenoising(Denoising):
         lines = super().report(model, data, seen, scores, folder, split)
         # Of another step than training's: the scheduler of the task keeps its own.
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        pipeline: Any = ClassConditionalPipeline(model, scheduler, id2label=dict(enumerate(data.classes)))
+        names = dict(enumerate(data.classes))
+        pipeline: Any = ClassConditionalPipeline(model, scheduler, id2label=names, defaults=self.drawing)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.save_pretrained(folder / "pipeline")
         if model.config.in_channels not in MODES:
@@ -88,8 +90,7 @@ class PictureDenoising(Denoising):
     def _draw(self, pipeline: Any, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:
         from sinuous.vision.generation.drawing import draw
 
-        options: dict[str, Any] = {"guidance_scale": self.guidance_scale, "num_inference_steps": self.steps}
-        return draw(pipeline, labels, seeds, **options)
+        return draw(pipeline, labels, seeds, **self.drawing)
 
     def _scored(self, pipeline: Any, real: Any, judge: str, folder: Path, split: str) -> str:
         """A line on scores, which go into `folder`. The run is over: where there can be none, the line says why."""

@@ -103,6 +103,7 @@ def test_a_run_leaves_a_pipeline_and_a_sheet(tmp_path: Path) -> None:
     assert len(first_row) == 3  # each column has noise of its own
     loaded = load_pipeline(tmp_path / "pipeline")
     assert loaded.labels == {"Bag": 0, "Sneaker": 1}
+    assert dict(loaded.config.defaults) == {"guidance_scale": 1.5, "num_inference_steps": 2}
     for name, parameter in model.state_dict().items():
         assert torch.equal(parameter, loaded.transformer.state_dict()[name])
 
