@@ -28,6 +28,7 @@ from torch import Tensor
 
 from sinuous.core.checks import check_arguments, check_sizes, described
 from sinuous.core.mixers import positions
+from sinuous.core.mixers.mlstm import FORGET_BIAS
 from sinuous.core.registry import register_model
 from sinuous.core.stack import State
 from sinuous.genomics.heads import HeadedModel, tokenizer_for
@@ -39,7 +40,9 @@ __all__ = ["ProtXLSTM", "checkpoint_filter_fn", "config_options"]
 SIZES: dict[str, dict[str, Any]] = {
     "prot_xlstm_26m": {},
     "prot_xlstm_102m": {"dim": 1024},
-    "prot_xlstm_nano": {"dim": 192, "depth": 4},
+    # A relative ends hundreds of residues before the same place of the next one: heads that forget within 20 to 400
+    # steps at the start, as published, do not learn to look it up in the little that a small model reads.
+    "prot_xlstm_nano": {"dim": 192, "depth": 4, "forget_bias": (8.0, 8.0)},
 }
 
 
@@ -56,6 +59,7 @@ class ProtXLSTM(HeadedModel):
         num_classes: of the last two heads.
         rotary_theta: base of the rotary positions.
         max_position_embeddings: number of positions; later ones are read as the last, as in the published models.
+        forget_bias: of the memory's forget gates at the start, see `sinuous.core.mixers.mlstm.MLSTM`.
         drop_rate: dropout after the embedding and inside the MLPs.
 
     Raises:
@@ -74,6 +78,7 @@ class ProtXLSTM(HeadedModel):
         num_classes: int = 0,
         rotary_theta: float = 5e5,
         max_position_embeddings: int = 2048,
+        forget_bias: Sequence[float] = FORGET_BIAS,
         drop_rate: float = 0.0,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -88,7 +93,7 @@ class ProtXLSTM(HeadedModel):
             head,
             num_classes,
             tokenizer_for(vocab_size, ProteinTokenizer),
-            {"mlstm": {"rotary": "inner", "rotary_theta": rotary_theta}},
+            {"mlstm": {"rotary": "inner", "rotary_theta": rotary_theta, "forget_bias": forget_bias}},
             drop_rate=drop_rate,
             device=device,
             dtype=dtype,

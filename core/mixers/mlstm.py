@@ -17,6 +17,7 @@ in the `mLSTMLayer` of its `xlstm_large`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -36,6 +37,8 @@ from sinuous.core.ops import causal_conv1d, mlstm  # noqa: F401  (registers torc
 CELL_EPS = 1e-6
 INPUT_ACTIVATIONS = ("exp", "sigmoid")
 ROTARY = ("head", "inner")
+FORGET_BIAS = (3.0, 6.0)
+"""Of the forget gate at the start: memories of 20 steps in the first head to 400 in the last."""
 
 
 @register_state
@@ -127,6 +130,8 @@ class MLSTM(MemoryMixer):
         rotary: rotate pairs of neighbouring channels of q and k by their positions: `"head"`, in each head and after
             the gates, or `"inner"`, over the whole width E and ahead of the gates; `None` for neither.
         rotary_theta: base θ of the rotary positions.
+        forget_bias: of the forget gate at the start, from the first head to the last: a head keeps what it reads for
+            about e^bias steps, whatever the input, until it has learned otherwise.
 
     Positions count from 0 in each sequence, packed ones too, unless `position_ids` are given; a state goes on from the
     last position.
@@ -151,12 +156,18 @@ class MLSTM(MemoryMixer):
         num_blocks: int = 1,
         rotary: str | None = None,
         rotary_theta: float = 5e5,
+        forget_bias: Sequence[float] = FORGET_BIAS,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         check_choice("input_activation", input_activation, INPUT_ACTIVATIONS)
         check_sizes(conv_size=conv_size)
+        if len(forget_bias) != 2:
+            raise ValueError(
+                f"forget_bias must be two numbers, for the first and the last head (got {list(forget_bias)}); "
+                f"give {FORGET_BIAS}"
+            )
         check_positive(rotary_theta=rotary_theta)
         if rotary is not None:
             check_choice("rotary", rotary, ROTARY)
@@ -174,6 +185,7 @@ class MLSTM(MemoryMixer):
         self.rotates_heads, self.rotates_inner = rotary == "head", rotary == "inner"
         self.reads_positions = rotary is not None
         self.rotary_theta = rotary_theta
+        self.forget_bias = (float(forget_bias[0]), float(forget_bias[1]))
         self.input_activation = input_activation
         self.eps = CELL_EPS
         self.proj_up = nn.Linear(dim, 2 * inner, bias=bias, **dd)
@@ -197,7 +209,7 @@ class MLSTM(MemoryMixer):
         nn.init.ones_(self.learnable_skip)
         nn.init.zeros_(self.mlstm_cell.igate.weight)
         nn.init.normal_(self.mlstm_cell.igate.bias, std=0.1)
-        init_forget_gate(self.mlstm_cell.fgate)
+        init_forget_gate(self.mlstm_cell.fgate, self.forget_bias)
 
     def forward(
         self,
@@ -368,8 +380,8 @@ def soft_cap(x: Tensor, cap: float | None) -> Tensor:
     return x if cap is None else cap * torch.tanh(x / cap)
 
 
-def init_forget_gate(layer: nn.Linear) -> None:
-    """Start with a memory of 20 steps in the first head to 400 in the last, whatever the input."""
+def init_forget_gate(layer: nn.Linear, bias: tuple[float, float] = FORGET_BIAS) -> None:
+    """Start with a memory of about e^bias steps, whatever the input, from the first head to the last."""
     nn.init.zeros_(layer.weight)
     with torch.no_grad():
-        layer.bias.copy_(torch.linspace(3, 6, layer.out_features))
+        layer.bias.copy_(torch.linspace(*bias, layer.out_features))

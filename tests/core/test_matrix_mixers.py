@@ -368,6 +368,7 @@ def test_norms_of_heads_and_groups() -> None:
         ("gated_delta_net", {"num_heads": 4, "num_v_heads": 6}, "num_v_heads must be a positive multiple"),
         ("gated_delta_product", {"num_householder": 0}, "num_householder must be at least 1"),
         ("mlstm", {"input_activation": "relu"}, "input_activation must be 'exp' or 'sigmoid'"),
+        ("mlstm", {"forget_bias": (3.0,)}, r"forget_bias must be two numbers, .* \(got \[3.0\]\)"),
         ("mlstm", {"qkv_block_size": 5}, "width of a block-diagonal layer must be a positive multiple"),
         ("mlstm_large", {"num_heads": 5}, "width of the keys must be a positive multiple"),
     ],

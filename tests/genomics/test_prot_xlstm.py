@@ -58,6 +58,13 @@ def test_the_nano_model_is_small_enough_to_ship_and_reads_proteins() -> None:
     assert small(vocab_size=30).tokenizer is None
 
 
+@pytest.mark.parametrize(("name", "first", "last"), [("prot_xlstm_nano", 8.0, 8.0), ("prot_xlstm_26m", 3.0, 6.0)])
+def test_memories_of_the_small_model_outlast_a_protein_at_the_start(name: str, first: float, last: float) -> None:
+    model = sinuous.create_model(name, depth=1)
+    (bias,) = (p for n, p in model.named_parameters() if n.endswith("fgate.bias"))
+    assert torch.equal(bias, torch.linspace(first, last, len(bias)))
+
+
 def test_positions_begin_anew_with_each_protein_and_end_with_the_last_one_published() -> None:
     model = small(max_position_embeddings=9)
     ids, places = proteins()
