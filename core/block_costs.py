@@ -89,13 +89,17 @@ class Costs:
 
 
 def measured_costs(model: nn.Module, stack: Any) -> Costs:
-    """Measure the blocks of a stack, one of each kind, and the ends of a model that has a loss."""
+    """Measure the blocks of a stack, one of each kind, and the ends of a model that has a loss, or of one inside it
+    that is given embeddings."""
     weight = next(stack.parameters())
     known: dict[Any, BlockCost] = {}
     blocks: list[BlockCost] = []
     devices = [weight.device] if weight.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():
-        embedded = _embedded(model, stack, weight)
+        language = model
+        if callable(getattr(model, "loss", None)):
+            language = next((part for part in model.modules() if isinstance(part, SequenceModel)), model)
+        embedded = _embedded(language, stack, weight)
         shared: dict[type, list[Tensor]] = {}
         for block in stack:
             before = {kind: list(tensors) for kind, tensors in shared.items()}
@@ -106,11 +110,12 @@ def measured_costs(model: nn.Module, stack: Any) -> Costs:
             if stack.causal and getattr(block, "shares", False):
                 with torch.no_grad():
                     carry("prefill", [block], embedded, [None], shared)
-        head, rows, ends = _ends(model, embedded)
+        head, rows, ends = _ends(language, embedded)
     per_step = _bytes([embedded]) // embedded.shape[1]
     of_shared = sum(_bytes(tensors) for tensors in shared.values()) // embedded.shape[1]
     trained = [p for p in model.parameters() if p.requires_grad]
-    return Costs(blocks, per_step, of_shared, _bytes(trained), ends or 3 * per_step, head, rows)
+    beside = ends if ends and language is model else 3 * per_step
+    return Costs(blocks, per_step, of_shared, _bytes(trained), beside, head, rows)
 
 
 def _kind(block: nn.Module) -> Any:

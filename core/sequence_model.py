@@ -299,17 +299,26 @@ class SequenceModel(nn.Module):
                 raise ValueError(f"ids must be {'[B, T]' if ndim == 2 else '[B]'} (got {list(x.shape)})")
             if x.dtype not in (torch.int64, torch.int32):
                 raise ValueError(f"ids must be int64 or int32 (got {x.dtype}); convert them with .long()")
-            if x.is_meta and not self.embedding.weight.is_meta:
-                raise ValueError(f"ids are on meta, without data (got {list(x.shape)}); give ids on the model's device")
-            try:
-                x = self.embedding(x)
-            except IndexError:
-                raise ValueError(
-                    f"ids must lie between 0 and {self.padded_vocab_size - 1} (got {int(x.min())} to {int(x.max())}); "
-                    "use the tokenizer that the model was trained with"
-                ) from None
+            x = self.look_up(x)
         x = self.drop(x)
         return norms.at_least_fp32(x) if self.residual_in_fp32 else x
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding, `[..., dim]` of ids `[...]`.
+
+        Raises:
+            ValueError: if an id is none of the vocabulary's.
+        """
+        if ids.is_meta and not self.embedding.weight.is_meta:
+            raise ValueError(f"ids are on meta, without data (got {list(ids.shape)}); give ids on the model's device")
+        try:
+            rows: Tensor = self.embedding(ids)
+        except IndexError:
+            raise ValueError(
+                f"ids must lie between 0 and {self.padded_vocab_size - 1} (got {int(ids.min())} to {int(ids.max())}); "
+                "use the tokenizer that the model was trained with"
+            ) from None
+        return rows
 
     def _finish(self, x: Tensor) -> Tensor:
         normed: Tensor = self.norm_f(x)

@@ -8,7 +8,7 @@ Names of `__all__` are loaded on first use.
 from __future__ import annotations
 
 from sinuous.core.lazy import lazily
-from sinuous.video import frame_reader, videomamba
+from sinuous.video import frame_reader, ma2mba, videomamba
 
 _LAZY = {
     "MovingClips": "datasets",
@@ -22,5 +22,5 @@ _LAZY = {
 }
 """Public names, and the modules that they are in."""
 
-__all__ = ["frame_reader", "videomamba", *_LAZY]
+__all__ = ["frame_reader", "ma2mba", "videomamba", *_LAZY]
 __getattr__, __dir__ = lazily(__name__, _LAZY)

@@ -79,6 +79,15 @@ def _status(field: str) -> float:
     raise OSError(f"/proc/self/status has no {field}")
 
 
+def resident() -> float:
+    """Bytes of this process that are in memory now.
+
+    Raises:
+        OSError: where the system does not say (anything but Linux).
+    """
+    return _status("VmRSS")
+
+
 def _restart_peak() -> None:
     """Give freed memory back to the system and let the peak (VmHWM) start again from what is resident now."""
     gc.collect()
@@ -115,11 +124,11 @@ def peak_growth(calls: Mapping[str, Callable[[], object]], device: torch.device)
         return peaks
     try:
         _restart_peak()
-        resident = _status("VmRSS")
+        before = resident()
         for name, call in calls.items():
             _restart_peak()
             call()
-            peaks[name] = max(0.0, _status("VmHWM") - resident)
+            peaks[name] = max(0.0, _status("VmHWM") - before)
     except OSError:
         return None
     return peaks

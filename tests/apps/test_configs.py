@@ -103,6 +103,7 @@ def test_every_data_set_has_a_twin_or_is_one() -> None:
     without = {o for o in real if f"{o}_synthetic" not in options("data")}
     pictures = {f"vision/{name}" for name in ("fashion_mnist_full", "imagenet", "small_images", "large_images")}
     made = {"vision/collage", "vision/arrow_pointing", "video/moving_clips", "video/needle", "video/needle_frames"}
+    made |= {"video/film_captions", "video/film_scenes", "video/film_questions"}
     others = {o for o in real if o.startswith(("genomics/", "audio/", "generation/"))}
     assert without == pictures | made | others | {"language/austen"}
 
