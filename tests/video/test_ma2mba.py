@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,7 +154,7 @@ def test_pieces_and_steps_are_the_whole() -> None:
             counts = (ids[:, :stop] == FRAME).sum(1)
             if bool((counts % 4 == 0).all()) and int(counts[0]) == int(counts[1]):
                 cuts.append(stop)
-        for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+        for start, stop in itertools.pairwise(cuts):
             part = ids[:, start:stop]
             count = int((part == FRAME).sum(1)[0]) // 4
             if count == 0 and stop - start == 1 and state is not None:
@@ -249,7 +250,7 @@ def test_files_of_state_spaces_load_into_the_language_model(tmp_path: Path) -> N
     again: Any = sinuous.create_model("test_video_ma2mba", checkpoint_path=tmp_path / "own.safetensors")
     frames = FRAMES.float() / 255
     assert torch.equal(again(IDS, frames), model(IDS, frames))
-    with pytest.raises(ValueError, match="the checkpoint is for another SequenceModel: embedding.weight has shape"):
+    with pytest.raises(ValueError, match=r"the checkpoint is for another SequenceModel: embedding\.weight has shape"):
         load_parts(build(dim=32), language=tmp_path / "pytorch_model.bin")
 
 
