@@ -78,7 +78,7 @@ class FilmTexts:
             ValueError: if its frames alone have more tokens than a row, or nothing of it is learned.
         """
         script = Script(self.tokens, self.vocab_size, self.tokens_per_frame)
-        speak = {
+        speak: dict[str, Callable[[Any], None]] = {
             "watch": script.watch,
             "read": script.read,
             "ask": script.ask,

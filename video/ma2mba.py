@@ -113,7 +113,7 @@ class VideoMa2mba(nn.Module):
         self.vision_lr: float | None = None
 
     def no_weight_decay(self) -> set[str]:
-        of_vision = getattr(self.vision, "no_weight_decay", set)()
+        of_vision: set[str] = getattr(self.vision, "no_weight_decay", set)()
         return {f"vision.{n}" for n in of_vision} | {f"language.{n}" for n in self.language.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -176,8 +176,7 @@ class VideoMa2mba(nn.Module):
         return self._project(self.reading.features(self.vision, frames))
 
     def _project(self, features: Tensor) -> Tensor:
-        weight = self.projector[0].weight
-        tokens: Tensor = self.projector(features.to(weight.dtype))
+        tokens: Tensor = self.projector(features.to(next(self.projector.parameters()).dtype))
         return tokens.to(self.language.embedding.weight.dtype)
 
     def forward(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -45,8 +46,8 @@ def load_parts(model: Any, *, language: Place | None = None, vision: Place | boo
     Args:
         model: to be filled.
         language: a file of state-spaces' Mamba-2, of transformers, or of our own language models.
-        vision: a file of the model of pictures, as timm, OpenAI or transformers publish it; `True` for timm's own from
-            the Hugging Face Hub. Positions are resampled to the model's frames.
+        vision: a file of the model of pictures, in the names of timm or of open_clip; `True` for timm's own from the
+            Hugging Face Hub. Positions are resampled to the model's frames.
 
     Raises:
         ValueError: if a file is of another model.
@@ -55,24 +56,28 @@ def load_parts(model: Any, *, language: Place | None = None, vision: Place | boo
     """
     if language is not None:
         model.language.load_state_dict(_language_state(load_state_dict(language), model))
-    if vision is None or vision is False:
-        return
-    reading = model.reading
+    if vision is not None and vision is not False:
+        _load_vision(model, vision)
+
+
+def _load_vision(model: Any, source: Place | bool) -> None:
+    reading, wanted = model.reading, model.vision.state_dict()
     cfg = timm.models.get_pretrained_cfg(reading.name)
-    sized = {"img_size": reading.sides} if cfg is not None and cfg.fixed_input_size else {}
-    file = {} if vision is True else {"pretrained_cfg_overlay": {"state_dict": load_state_dict(vision)}}
-    try:
-        whole: Any = reaching_the_hub(
-            reading.name,
-            lambda: timm.create_model(reading.name, pretrained=True, num_classes=0, **sized, **file),
-        )
-    except (KeyError, RuntimeError) as error:  # from timm and from load_state_dict: of names and of shapes
-        if vision is True:
-            raise
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"{vision} is no file of {reading.name} ({reason}); choose that of this model") from error
-    wanted = model.vision.state_dict()
-    model.vision.load_state_dict({name: tensor for name, tensor in whole.state_dict().items() if name in wanted})
+    options: dict[str, Any] = {"num_classes": 0}
+    if cfg is not None and cfg.fixed_input_size:
+        options["img_size"] = reading.sides
+    if isinstance(source, bool):
+        whole = reaching_the_hub(reading.name, lambda: timm.create_model(reading.name, pretrained=True, **options))
+        state = whole.state_dict()
+    else:
+        state = load_state_dict(source)
+        whole = timm.create_model(reading.name, **options)
+        # timm's own loading only logs names that do not fit.
+        if (to_timm := getattr(sys.modules[type(whole).__module__], "checkpoint_filter_fn", None)) is not None:
+            state = to_timm(state, whole)
+    state = {name: tensor for name, tensor in state.items() if name in wanted}
+    check_weights(state, model.vision)
+    model.vision.load_state_dict(state)
 
 
 def _language_state(state_dict: Mapping[str, Tensor], model: Any) -> Mapping[str, Tensor]:
