@@ -69,7 +69,7 @@ def watch(model: Any, frames: Iterable[tuple[Tensor, float]], tokens: Tokens, sy
         script.ids.clear()
         waiting.clear()
         with torch.inference_mode(), evaluating(model):
-            _, after = model.prefill(ids, group.to(device), state, last_only=True)
+            _, after = model.prefill(ids, group, state, last_only=True)
         return tuple(after)
 
     for pixels, time in frames:

@@ -290,7 +290,7 @@ class VideoMa2mba(nn.Module):
         is_frame = is_frame.flatten()
         text, places = (~is_frame).nonzero().squeeze(1), is_frame.nonzero().squeeze(1)
         rows = [self.language.look_up(ids.flatten()[text])]
-        rows += [tokens.flatten(0, 1) for tokens in self._groups(frames.flatten(0, 1).to(ids.device))]
+        rows += [tokens.flatten(0, 1) for tokens in self._groups(frames.flatten(0, 1))]
         order = torch.empty_like(is_frame, dtype=torch.long)
         order[torch.cat([text, places])] = torch.arange(len(order), device=order.device)
         return torch.cat(rows).index_select(0, order).view(*ids.shape, self.dim)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +47,9 @@ class Reading:
 
     def features(self, vision: nn.Module, frames: Tensor) -> Tensor:
         """Pooled features `[F, tokens, width]` of frames `[F, 3, H, W]`."""
-        dtype = next(vision.parameters()).dtype
-        wide = torch.promote_types(dtype, torch.float32)
+        weight = next(vision.parameters())
+        dtype, wide = weight.dtype, torch.promote_types(weight.dtype, torch.float32)
+        frames = frames.to(weight.device)  # a group at a time: those of an hour are a gigabyte
         x = frames.to(wide) if frames.is_floating_point() else frames.to(wide) / 255
         mean, std = (torch.tensor(row, dtype=wide, device=x.device)[:, None, None] for row in (self.mean, self.std))
         call: Any = vision.forward_intermediates
@@ -68,7 +70,7 @@ def build_vision(
             frame.
     """
     check_sizes(pooled=pooled)
-    sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+    sides = (img_size[0], img_size[1]) if isinstance(img_size, Sequence) else (img_size, img_size)
     check_sizes(**{"img_size[0]": sides[0], "img_size[1]": sides[1]})
     if ":" not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)

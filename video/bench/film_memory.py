@@ -25,9 +25,9 @@ from sinuous.video.io import stream_frames
 from sinuous.video.text_tokens import ByteTokens
 
 COLUMNS = ("frames", "film_minutes", "resident_mb", "state_kb", "cpu_s")
-METHOD = """`{model}` with random weights reads a film at {fps:g} frames a second, {group} frames at a time, as
-`answer` does: decoded, encoded, and read by the language model with its state carried on. Resident memory is that of
-the whole process (VmRSS); the state is what is kept of all frames so far."""
+METHOD = """`{model}` with random weights reads a film, {fps:g} frame(s) a second and {group} at a time, as `answer`
+does: decoded, encoded, and read by the language model with its state carried on. Resident memory is that of the whole
+process (VmRSS); the state is what is kept of all frames so far."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,23 +80,22 @@ def run(options: argparse.Namespace) -> list[Row]:
 
 
 def readings(model: Any, path: Path, fps: float, every: int) -> list[Row]:
-    """Resident memory after the first group of frames, and after every so many frames."""
+    """Resident memory after the first group of frames, after every so many frames, and after the last."""
     rows: list[Row] = []
-    start, upcoming = time.process_time(), 0
+    start, upcoming, row = time.process_time(), 0, None
     for watched in watch(model, stream_frames(path, fps=fps, size=model.reading.sides), ByteTokens()):
+        tensors = torch.utils._pytree.tree_leaves(watched.state)
+        row = {
+            "frames": watched.frames,
+            "film_minutes": watched.time / 60,
+            "resident_mb": measure.resident() / 1e6,
+            "state_kb": sum(t.numel() * t.element_size() for t in tensors) / 1e3,
+            "cpu_s": time.process_time() - start,
+        }
         if watched.frames >= upcoming:
-            tensors = torch.utils._pytree.tree_leaves(watched.state)
-            rows.append(
-                {
-                    "frames": watched.frames,
-                    "film_minutes": watched.time / 60,
-                    "resident_mb": measure.resident() / 1e6,
-                    "state_kb": sum(t.numel() * t.element_size() for t in tensors) / 1e3,
-                    "cpu_s": time.process_time() - start,
-                }
-            )
+            rows.append(row)
             upcoming = watched.frames + every
-    return rows
+    return rows if row is None or row is rows[-1] else [*rows, row]
 
 
 def growth(rows: list[Row]) -> str:
