@@ -9,8 +9,9 @@ Of the film, the state alone is kept, whose size does not depend on the film's l
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +124,9 @@ def answer(
     """
     asked = _checked(questions)
     tokens = load_tokens(tokenizer_file, model.vocab_size, end_of_text)
-    rules = sampling or Sampling(max_new_tokens=MOST_TOKENS)
+    rules = Sampling(max_new_tokens=MOST_TOKENS) if sampling is None else sampling
+    if not isinstance(rules, Sampling):
+        raise ValueError(f"sampling must be a Sampling (got {described(rules)}); give Sampling(temperature=0.7)")
     frames = stream_frames(path, fps=fps, start=start, stop=stop, size=model.reading.sides)
     if progress:
         frames = _shown(frames, path, fps, start, stop)
@@ -134,8 +137,8 @@ def answer(
         script = Script(tokens, model.frame_id, model.tokens_per_frame)
         script.ask(question)
         prompts.append(script.ids)
-    ends = {"stop_tokens": (*rules.stop_tokens, tokens.end)}
-    found = generate(_After(model.language, state), prompts, Sampling(**{**vars(rules), **ends}))  # type: ignore[arg-type]
+    rules = replace(rules, stop_tokens=(*rules.stop_tokens, tokens.end))
+    found = generate(cast("SequenceModel", _After(model.language, state)), prompts, rules)
     return [tokens.decode(ids.tolist()) for ids in found.tokens]
 
 

@@ -341,6 +341,7 @@ def test_a_film_shorter_than_a_group(film: Path) -> None:
         ({"tokenizer_file": "no.json"}, FileNotFoundError, "there is no tokenizer no.json"),
         ({"path": "no.mp4"}, FileNotFoundError, r"no\.mp4"),
         ({"start": 90.0}, ValueError, "ends at 19.00 s"),
+        ({"sampling": {"temperature": 1.0}}, ValueError, "sampling must be a Sampling"),
     ],
 )
 def test_mishaps_of_questions_are_told(film: Path, given: dict[str, Any], error: type, sentence: str) -> None:
