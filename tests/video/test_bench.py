@@ -18,6 +18,10 @@ def off_by_two(path: str, times: list[float]) -> Any:
     return clips.by_sinuous(path, [time + 2 / 25 for time in times])
 
 
+def broken(path: str, times: list[float]) -> Any:
+    raise RuntimeError("Could not load it.\nA library is missing.")
+
+
 def test_pictures_tell_their_number() -> None:
     for number, picture in enumerate(clips.numbered(70)):
         assert clips.number_of(np.repeat(picture[:, :, None], 3, 2)) == number
@@ -32,12 +36,14 @@ def test_uneven_films_have_fewer_pictures_in_every_second_part() -> None:
 def test_wrong_pictures_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    others = (clips.Reader("off", "sinuous", off_by_two), clips.Reader("absent", "no_such", off_by_two))
-    monkeypatch.setattr(clips, "READERS", (clips.READERS[0], *others))
+    others = {"off": ("sinuous", off_by_two), "absent": ("no_such", off_by_two), "broken": ("sinuous", broken)}
+    readers = [clips.Reader(name, *other) for name, other in others.items()]
+    monkeypatch.setattr(clips, "READERS", (clips.READERS[0], *readers))
     page = tmp_path / "clips.md"
     small = ["--seconds", "20", "--pictures", "4", "--group", "50", "--repeats", "1"]
     assert cli.main(["bench", "clips", *small, "--markdown", str(page)]) == 0
-    told = capsys.readouterr().out
+    told, errors = capsys.readouterr()
+    assert "broken is left out: Could not load it.\n" in errors
     rows = [line.split("|")[1:6] for line in page.read_text().splitlines() if line.startswith(("| even", "| uneven"))]
     assert [[cell.strip() for cell in row[:2] + row[3:]] for row in rows] == [
         ["even", "sinuous", "0", "0"],

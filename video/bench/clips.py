@@ -157,7 +157,8 @@ def run(options: argparse.Namespace) -> list[Row]:
             measure.say(f"making the {name} film")
             begins = times_of(options.seconds, options.rate, name == "uneven")
             film = Path(folder) / f"{name}.mp4"
-            write_frames(film, numbered(len(begins)), begins, group=options.group, options={"preset": "veryfast"})
+            encoding: Any = {"group": options.group, "ticks": options.rate, "options": {"preset": "veryfast"}}
+            write_frames(film, numbered(len(begins)), begins, **encoding)
             rows += _of_film(options, name, film, begins)
     title = f"Pictures of a film: {measure.machine(torch.device('cpu'))}, one thread"
     show(rows, COLUMNS, title=title, group=("film",))
@@ -176,12 +177,12 @@ def run(options: argparse.Namespace) -> list[Row]:
 def _of_film(options: argparse.Namespace, name: str, film: Path, begins: list[float]) -> list[Row]:
     times = [(k + 0.5) * options.seconds / options.pictures for k in range(options.pictures)]
     shown = np.searchsorted(np.array(begins), np.array(times) + 1e-6, side="right") - 1
-    readers = [reader for reader in READERS if importlib.util.find_spec(reader.package) is not None]
+    readers = [reader for reader in READERS if _works(reader, film, times)]
     first: dict[str, list[float]] = {reader.name: [] for reader in readers}
     again: dict[str, list[float]] = {reader.name: [] for reader in readers}
     errors: dict[str, NDArray[np.int64]] = {}
     now = measure.CLOCKS[options.clock]
-    for repeat in range(options.repeats + 1):
+    for repeat in range(options.repeats):
         for place, reader in enumerate(readers):
             link = str(film.with_name(f"{name}-{repeat}-{place}.mp4"))
             os.link(film, link)
@@ -190,8 +191,7 @@ def _of_film(options: argparse.Namespace, name: str, film: Path, begins: list[fl
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     pictures = reader.read(link, times)
-                if repeat:  # the first calls import and warm up
-                    seen[reader.name].append(now() - began)
+                seen[reader.name].append(now() - began)
             errors[reader.name] = np.abs(np.array([number_of(picture) for picture in pictures]) - shown)
     rows: list[Row] = [
         {
@@ -207,6 +207,18 @@ def _of_film(options: argparse.Namespace, name: str, film: Path, begins: list[fl
         for reader in readers
     ]
     return [{**row, "ratio": row["ms"] / rows[0]["ms"]} for row in rows]
+
+
+def _works(reader: Reader, film: Path, times: list[float]) -> bool:
+    """Whether a reader is installed and can be loaded; the call warms it up."""
+    if importlib.util.find_spec(reader.package) is None:
+        return False
+    try:
+        reader.read(str(film), times)
+    except (ImportError, OSError, RuntimeError) as error:  # of a library of the system that is missing
+        measure.say(f"{reader.name} is left out: {str(error).partition(chr(10))[0]}")
+        return False
+    return True
 
 
 def _version(package: str) -> str:
