@@ -265,39 +265,39 @@ INLINE vec logarithm(vec x) {
     return splat(2) * s * series + __builtin_convertvector(exponent, vec) * splat(1 / LOG2E) + (x - x);
 }
 
-/* log((1 - ε) (F(b_c) - F(b_{c-1})) + ε / n), F = Σ π σ((b - x - δ) / s), x the level of the code that was read; of
- * `in` are the logits of π, then δ, then log s. w: ε, least and most of log s; levels and borders b, `padded` each, from
- * the second vector on. */
+/* log((1 - ε) Σ π (σ(z_c) - σ(z_{c-1})) + ε / n), z_c = (b_c - x - δ) / s, x the level of the code that was read; each
+ * difference is σ(z_c) σ(-z_{c-1}) (1 - e^{-(b_c - b_{c-1}) / s}). Of `in` are the logits of π, then δ, then log s. w: ε,
+ * least and most of log s; from the second vector on levels, borders b, what rounding took from these, and gaps between
+ * them, `padded` each. */
 static void logistic(const instruction *o, const real *w, const real *in, real *out, int64_t code, real *e) {
     enum { MOST = 64 };
     int64_t n = o->n, padded = (n + LANES - 1) / LANES * LANES;
-    const real *levels = w + LANES, *borders = levels + padded;
-    real share[MOST], mean[MOST], rate[MOST], largest = in[0], total = 0;
+    const real *levels = w + LANES, *borders = levels + padded, *rest = borders + padded, *gaps = rest + padded;
+    real share[MOST], rate[MOST], largest = in[0], total = 0;
     for (int64_t k = 1; k < o->m; k++) largest = in[k] > largest ? in[k] : largest;
     for (int64_t k = 0; k < o->m; k++) {
         real s = in[2 * o->m + k];
         s = s < w[1] ? w[1] : s > w[2] ? w[2] : s;
         total += share[k] = expf(in[k] - largest);
-        mean[k] = levels[code] + in[o->m + k];
         rate[k] = expf(-s);
     }
+    vec level = splat(levels[code]);
     real *below = e + LANES, *above = below + padded + LANES;
-    put(below - LANES, splat(0));
     put(above - LANES, splat(1));
     for (int64_t i = 0; i < padded; i += LANES) put(out + i, splat(w[0] / (real)n));
     for (int64_t k = 0; k < o->m; k++) {
-        vec center = splat(mean[k]), steep = splat(rate[k]), p = splat((1 - w[0]) * share[k] / total);
+        vec offset = splat(in[o->m + k]), steep = splat(rate[k]), p = splat((1 - w[0]) * share[k] / total);
         for (int64_t i = 0; i < padded; i += LANES) {
-            vec z = (at(borders + i) - center) * steep, tail = exp_minus_abs(z);
+            vec z = (at(borders + i) - level + at(rest + i) - offset) * steep, tail = exp_minus_abs(z);
             vec inner = reciprocal(splat(1) + tail), outer = tail * inner;
             put(below + i, choose(z < splat(0), outer, inner));
             put(above + i, choose(z < splat(0), inner, outer));
         }
         below[n - 1] = 1;
         above[n - 1] = 0;
-        for (int64_t i = 0; i < padded; i += LANES) { /* differences of the smaller numbers */
-            vec left = at(below + i) - at(below + i - 1), right = at(above + i - 1) - at(above + i);
-            put(out + i, at(out + i) + p * choose(at(below + i) < splat(0.5f), left, right));
+        for (int64_t i = 0; i < padded; i += LANES) {
+            vec share_of_gap = -exp2_less_one(at(gaps + i) * steep * splat(-LOG2E));
+            put(out + i, at(out + i) + p * at(below + i) * at(above + i - 1) * share_of_gap);
         }
     }
     for (int64_t i = 0; i < padded; i += LANES) put(out + i, logarithm(at(out + i)));

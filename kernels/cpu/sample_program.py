@@ -26,6 +26,8 @@ _FIELDS = fields(
 )
 MOST_LOGISTICS = 64
 """Logistics that a mixture may have at most."""
+FAR = 1e6
+"""Where the border of the last code lies, and the gaps between the first and the last border and their neighbours."""
 LARGEST_RANK = 2
 """Ranks that the interpreter's linear systems may have at most."""
 
@@ -359,9 +361,15 @@ class Assembler:
         if components > MOST_LOGISTICS:
             raise ValueError(f"a mixture must have at most {MOST_LOGISTICS} logistics (got {components})")
         spare = -len(levels) % self.lanes
-        borders = F.pad((levels[1:] + levels[:-1]).float() / 2, (0, spare + 1), value=1e6)
+        borders = (levels[1:].double() + levels[:-1].double()) / 2
         head = F.pad(torch.tensor([floor, *bounds]), (0, self.lanes - 3))
-        w = self._keep(torch.cat([head, F.pad(levels.float(), (0, spare)), borders]))
+        parts = (
+            F.pad(levels, (0, spare)),
+            F.pad(borders, (0, spare + 1), value=FAR),
+            F.pad(borders - borders.float(), (0, spare + 1)),
+            F.pad(borders.diff(), (1, spare + 1), value=FAR),
+        )
+        w = self._keep(torch.cat([head, *(part.float() for part in parts)]))
         self._emit("logistic", logits.begin, parameters.begin, w=w, n=len(levels), m=components)
 
     def sample(self, logits: Place) -> None:

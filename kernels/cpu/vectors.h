@@ -162,11 +162,15 @@ INLINE vec sigmoid(vec x) {
     return choose(x < splat(0), e, splat(1)) * reciprocal(splat(1) + e);
 }
 
-/* With d = exp(-2 |x|) - 1, which does not lose the small x: tanh |x| = -d / (2 + d). */
+/* 2^x - 1 for x ≤ 0, which does not lose the small x. */
+INLINE vec exp2_less_one(vec x) {
+    vec whole, least = splat(-64), f = split(choose(x < least, least, x), &whole), power = scale(splat(1), whole);
+    return power * f * exp2_slope(f) + (power - splat(1));
+}
+
+/* With d = exp(-2 |x|) - 1: tanh |x| = -d / (2 + d). */
 INLINE vec hyperbolic_tangent(vec x) {
-    vec whole, least = splat(-64), exponent = absolute(x) * (splat(-2) * LOG2E);
-    vec f = split(choose(exponent < least, least, exponent), &whole), power = scale(splat(1), whole);
-    vec d = power * f * exp2_slope(f) + (power - splat(1));
+    vec d = exp2_less_one(absolute(x) * (splat(-2) * LOG2E));
     return choose(x < splat(0), d, -d) * reciprocal(splat(2) + d);
 }
 

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from sinuous.audio import sashimi, wavenet
 from sinuous.audio.lowering import NotLowered, Program, lower
+from sinuous.audio.wave_codes import logistic_logits
 from sinuous.core.ragged import select_rows
 from sinuous.core.sampling import Sampling
 from sinuous.kernels import cpu
@@ -80,10 +81,8 @@ def check_engines(model: Any, rows: int, prefix: int, steps: int = 23, **options
     program = lower(model)
     drawn = program.run(current, numbers, temperature=sampling.temperature, top_p=sampling.top_p, state=state)
     codes, bits, after = by_torch(model, current, numbers, sampling, state)
-    # A mixture's rare codes have probabilities that torch takes as differences of numbers near 1.
-    rounding = 1e-3 if getattr(model, "logistic", False) else 1e-5
     assert torch.equal(drawn.codes, codes)
-    torch.testing.assert_close(drawn.bits, bits, rtol=0, atol=rounding)
+    torch.testing.assert_close(drawn.bits, bits, rtol=0, atol=1e-5)
     torch.testing.assert_close(drawn.state, after, rtol=0, atol=1e-5)
     # torch goes on from here
     goes_on = by_torch(model, codes[:, -1], numbers, sampling, drawn.state)
@@ -149,6 +148,23 @@ def test_told_codes_have_the_bits_of_forward() -> None:
             nats = -model(told[:, :-1]).double().log_softmax(-1).gather(2, told[:, 1:, None])[..., 0]
         assert torch.equal(drawn.codes, told[:, 1:])
         torch.testing.assert_close(drawn.bits, nats / math.log(2), rtol=0, atol=1e-5)
+
+
+@needs_compiler
+def test_bits_of_rare_codes_are_those_of_double_precision() -> None:
+    torch.manual_seed(0)
+    model: Any = sashimi.test_sashimi(vocab_size=256, head="logistic").eval()
+    head, levels = model.decoder[0].output_transform, model.levels
+    nn.init.zeros_(head.weight)
+    told = torch.randint(256, (64, 65))
+    for widest in (-9.0, -5.0, 0.0, 2.0):  # every mixture has a logistic of the least scale, and rare codes
+        with torch.no_grad():
+            head.bias.normal_()
+            head.bias[16:] = torch.linspace(-9.0, widest, 8)
+        drawn = lower(model).run(told[:, 0], uniforms(64, 64), codes=told[:, 1:])
+        logits = logistic_logits(head.bias.detach().double().expand(64, 64, -1), levels[told[:, :-1]].double(), levels)
+        bits = -logits.gather(2, told[:, 1:, None])[..., 0] / math.log(2)
+        torch.testing.assert_close(drawn.bits, bits, rtol=0, atol=3e-4)
 
 
 @needs_compiler

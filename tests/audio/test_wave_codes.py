@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,8 +10,17 @@ import torch
 from torch import nn
 
 import sinuous
+from sinuous.audio import wave_codes
 from sinuous.audio.codecs import codec
-from sinuous.audio.wave_codes import COMPONENTS, FLOOR, levels_of, logistic_logits, start_logistics
+from sinuous.audio.wave_codes import (
+    COMPONENTS,
+    FLOOR,
+    LARGEST,
+    SMALLEST,
+    levels_of,
+    logistic_logits,
+    start_logistics,
+)
 from sinuous.core.generation import Sampling, generate
 
 
@@ -59,6 +69,72 @@ def test_extreme_parameters_give_finite_logits_and_gradients() -> None:
     assert logits.min() >= torch.log(torch.tensor(FLOOR / 256)) - 1e-4
     assert parameters.grad is not None
     assert parameters.grad.isfinite().all()
+
+
+def mixtures(rows: int) -> torch.Tensor:
+    """Parameters of mixtures from the narrowest to the widest logistics, near the last sample and far away."""
+    share = torch.randn(rows, COMPONENTS)
+    offset = torch.randn(rows, COMPONENTS) * torch.logspace(-2, 1, rows)[:, None]
+    return torch.cat([share, offset, torch.empty(rows, COMPONENTS).uniform_(SMALLEST - 1, LARGEST + 1)], 1)
+
+
+def bits_in_double(parameters: torch.Tensor, level: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Bits of all codes by the definition, each mass as the difference of the smaller tails."""
+    share, offset, log_scale = parameters.double().chunk(3, -1)
+    levels = levels.double()
+    borders = nn.functional.pad((levels[1:] + levels[:-1]) / 2, (1, 1), value=torch.inf)
+    borders[0] = -torch.inf
+    mean = level.double()[:, None] + offset * 0.1
+    z = (borders - mean[..., None]) / log_scale.clamp(SMALLEST, LARGEST).exp()[..., None]
+    left, right = torch.sigmoid(z).diff(dim=-1), -torch.sigmoid(-z).diff(dim=-1)
+    mass = torch.where(z[..., 1:] < 0, left, right)
+    p = (1 - FLOOR) * (share.softmax(-1)[..., None] * mass).sum(-2) + FLOOR / len(levels)
+    return -p.log2()
+
+
+@pytest.mark.parametrize("name", ["mu_law", "linear"])
+def test_bits_of_all_codes_are_those_of_double_precision(name: str) -> None:
+    levels = levels_of(name, 256)
+    parameters, codes = mixtures(256), torch.randperm(256)
+    bits = logistic_logits(parameters, levels[codes], levels) / -math.log(2)
+    expected = bits_in_double(parameters, levels[codes], levels)
+    assert expected.max() > 17.5
+    torch.testing.assert_close(bits.double(), expected, rtol=0, atol=3e-4)
+
+
+def test_gradients_are_those_of_the_logits() -> None:
+    levels = levels_of("mu_law", 16)
+    parameters = torch.randn(2, 3, 3 * COMPONENTS, dtype=torch.float64, requires_grad=True)
+    level = torch.rand(2, 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda p: logistic_logits(p, level, levels), (parameters,))
+
+
+def test_gradients_of_rare_codes_are_those_of_double_precision() -> None:
+    levels = levels_of("mu_law", 256)
+    codes, rare = torch.randperm(256), torch.randint(256, (256,))
+    gradients = []
+    drawn = mixtures(256)
+    for dtype in (torch.float32, torch.float64):
+        parameters = drawn.to(dtype, copy=True).requires_grad_()
+        logits = logistic_logits(parameters, levels[codes].to(dtype), levels)
+        logits.gather(1, rare[:, None]).sum().backward()
+        assert parameters.grad is not None
+        gradients.append(parameters.grad.double())
+    scale = gradients[1].square().mean(1, keepdim=True).sqrt() + 1e-6
+    assert ((gradients[0] - gradients[1]) / scale).abs().max() < 1e-2
+
+
+def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels, results = levels_of("mu_law", 16), []
+    codes = torch.randint(16, (3, 5))
+    for block in (1, 2**18):
+        monkeypatch.setattr(wave_codes, "BLOCK", (block, block))
+        parameters = torch.linspace(-6, 1, 3 * 5 * 24).reshape(3, 5, 24).requires_grad_()
+        logits = logistic_logits(parameters, levels[codes], levels)
+        logits.square().sum().backward()
+        results.append((logits.detach(), parameters.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
+    assert logistic_logits(torch.zeros(2, 0, 24), torch.zeros(2, 0), levels).shape == (2, 0, 16)
 
 
 @pytest.mark.parametrize("name", ["mu_law", "linear", "mu_law_s4", "linear_s4"])
