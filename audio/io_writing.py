@@ -15,6 +15,7 @@ from torch import Tensor
 from sinuous.audio.io_reading import BLOCK, FilePath
 from sinuous.core.checks import check_choice, check_sizes, described
 from sinuous.core.extras import package
+from sinuous.core.files import ended_in_order
 
 FORMATS = {
     ".wav": ("WAV", "PCM_16"),
@@ -62,8 +63,8 @@ class AudioWriter:
             for part in parts:
                 writer.write(part)
 
-    An exception within `with`, such as Ctrl-C, closes the file with what has been written; if that is nothing, or the
-    disk is full, no file is left.
+    An exception within `with`, such as Ctrl-C, closes the file with what has been written, and so does SIGTERM, which
+    ends the process then; if that is nothing, or the disk is full, no file is left.
 
     Args:
         path: as of `write_audio`.
@@ -93,6 +94,7 @@ class AudioWriter:
         whole = self.path.resolve()
         self._part = whole.with_name(f".{whole.stem}.{os.getpid()}.part{whole.suffix}")
         self._file = self._open()
+        self._order = contextlib.ExitStack()
 
     def _format_of(self) -> tuple[str, str]:
         if self.path.is_dir():
@@ -165,6 +167,9 @@ class AudioWriter:
                 os.replace(self._part, self.path.resolve())
         except (self._soundfile.SoundFileError, OSError) as error:
             self._give_up(error)
+        except BaseException:  # told to end while it is finished
+            self._discard()
+            raise
         self._file = None
         if not self.frames:
             self._remove()
@@ -176,14 +181,16 @@ class AudioWriter:
             raise OSError("it is shorter than what was written")
 
     def __enter__(self) -> AudioWriter:
+        self._order.enter_context(ended_in_order())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not self.frames:
-            self._discard()
-        self.close()
+        with self._order:
+            if error is not None and not self.frames:
+                self._discard()
+            self.close()
 
     def _discard(self) -> None:
         with contextlib.suppress(self._soundfile.SoundFileError, OSError):

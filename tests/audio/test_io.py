@@ -79,10 +79,10 @@ def test_silence_is_sound(tmp_path: Path) -> None:
     assert not read_audio(write_audio(tmp_path / "silent.flac", torch.zeros(100), 8000))[0].any()
 
 
-def wav(samples: int, data: int) -> bytes:
+def wav(samples: int, data: int, rate: int = 8000, channels: int = 1) -> bytes:
     """A WAV of 16 bits whose header says that it has `data` bytes."""
-    head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", min(data + 36, 2**32 - 1), b"WAVE", b"fmt ", 16, 1, 1,
-                       8000, 16000, 2, 16, b"data", data)  # fmt: skip
+    head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", min(data + 36, 2**32 - 1), b"WAVE", b"fmt ", 16, 1, channels,
+                       rate, 2 * channels * rate % 2**32, 2 * channels, 16, b"data", data)  # fmt: skip
     return head + np.arange(samples, dtype="<i2").tobytes()
 
 
@@ -93,6 +93,61 @@ def test_what_is_there_counts_and_not_the_header(tmp_path: Path) -> None:
         assert read_audio(path)[0].shape == (1, 300)
     path.write_bytes(wav(300, 0))
     with pytest.raises(ValueError, match=r"piped\.wav has no sound: its header promises none"):
+        read_audio(path)
+
+
+def test_chunks_of_odd_length_and_extensible_headers_are_read(tmp_path: Path) -> None:
+    path, content = tmp_path / "odd.wav", wav(300, 600)
+    odd = b"LIST" + struct.pack("<I", 5) + b"INFOx\0"
+    path.write_bytes(content[:36] + odd + content[36:] + b"junk" + struct.pack("<I", 3) + b"abc\0")
+    assert torch.equal(read_audio(path)[0][0] * 2**15, torch.arange(300.0))
+    kind = bytes.fromhex("0100000000001000800000aa00389b71")  # whole numbers
+    extensible = struct.pack("<HHIIHHHHI16s", 0xFFFE, 2, 8000, 32000, 4, 16, 22, 16, 3, kind)
+    path.write_bytes(content[:16] + struct.pack("<I", len(extensible)) + extensible + content[36:])
+    assert torch.equal(read_audio(path)[0].mT.flatten() * 2**15, torch.arange(300.0))
+
+
+def test_the_mean_of_four_channels_is_one(sweep: torch.Tensor, tmp_path: Path) -> None:
+    path = write_audio(tmp_path / "four.wav", sweep.repeat(2, 1) * torch.tensor([[1.0], [1.0], [-1.0], [3.0]]), RATE,
+                       subtype="FLOAT")  # fmt: skip
+    wave, _ = read_audio(path, mono=True)
+    torch.testing.assert_close(wave[0], sweep[1])
+
+
+def test_content_counts_and_not_the_ending_of_the_name(sweep: torch.Tensor, tmp_path: Path) -> None:
+    for ending in ("flac", "mp3"):
+        path = write_audio(tmp_path / f"sweep.{ending}", sweep, RATE)
+        expected, _ = read_audio(path)
+        assert torch.equal(read_audio(path.rename(tmp_path / "other.wav"))[0], expected)
+
+
+def test_headers_without_a_rate_channels_or_samples_are_sentences(tmp_path: Path) -> None:
+    facts = (4096 << 128 + 128) | (4096 << 112 + 128) | (8000 << 44 + 128) | (15 << 36 + 128)
+    empty = {
+        "rate.wav": wav(300, 600, rate=0),
+        "fast.wav": wav(300, 600, rate=2**32 - 1),
+        "channels.wav": wav(300, 600, channels=0),
+        "none.flac": b"fLaC" + bytes([0x80, 0, 0, 34]) + facts.to_bytes(34, "big"),
+    }
+    for name, content in empty.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name) as caught:
+            read_audio(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_may_not_be_read_is_a_sentence(
+    sweep: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_audio(tmp_path / "secret.wav", sweep, RATE)
+
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refused)  # chmod does not stop the superuser
+    with pytest.raises(
+        ValueError, match=r"secret\.wav cannot be opened \(Permission denied\); give a file that may be"
+    ):
         read_audio(path)
 
 
@@ -201,6 +256,33 @@ def test_nothing_is_left_where_nothing_was_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"finite numbers, to be written to .*a\.wav"):
         write_audio(tmp_path / "a.wav", torch.full((1, 3), float("nan")), RATE)
     assert os.listdir(tmp_path) == []
+
+
+ENDED = """
+import sys, torch
+from sinuous.audio.io import AudioWriter
+with AudioWriter(sys.argv[1], 8000) as writer:
+    if sys.argv[2] == "written":
+        writer.write(torch.rand(1, 20_000) - 0.5)
+    print("begun", flush=True)
+    while True:
+        if sys.argv[2] == "written":
+            writer.write(torch.rand(1, 100) - 0.5)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+@pytest.mark.parametrize("state", ["written", "empty"])
+def test_a_process_that_is_told_to_end_leaves_a_whole_file_or_none(state: str, tmp_path: Path) -> None:
+    path = tmp_path / "song.wav"
+    with subprocess.Popen([sys.executable, "-c", ENDED, path, state], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        process.terminate()
+        assert process.wait(120) == 143
+    assert os.listdir(tmp_path) == ([path.name] if state == "written" else [])
+    if state == "written":
+        assert read_audio(path)[0].shape[1] == audio_info(path).frames >= 20_000
 
 
 FULL = """
