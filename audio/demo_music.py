@@ -36,6 +36,8 @@ class Piece:
         codes: of the prompt and of what came after it.
         bits: of all codes.
         prompt: how many codes the prompt has.
+        recording: codes with which the recording itself goes on behind the prompt, as far as it does.
+        recording_bits: of those.
         seconds: that the model took for the others.
         engine: what made them.
     """
@@ -44,6 +46,8 @@ class Piece:
     codes: list[Tensor] = field(default_factory=list)
     bits: list[Tensor] = field(default_factory=list)
     prompt: int = 0
+    recording: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    recording_bits: Tensor = field(default_factory=lambda: torch.zeros(0))
     seconds: float = 0.0
     engine: str = ""
 
@@ -52,8 +56,12 @@ class Piece:
         return torch.cat([self.sound.codec.decode(codes) for codes in self.codes])
 
     @property
-    def bits_per_sample(self) -> Tensor:
-        bits = torch.cat(self.bits)
+    def recorded(self) -> Tensor:
+        """The recording as a wave, from the prompt on."""
+        return self.sound.codec.decode(torch.cat([*self.codes[: self.prompt > 0], self.recording]))
+
+    def per_sample(self, bits: Tensor) -> Tensor:
+        """Bits of samples from those of codes."""
         return bits.view(-1, self.sound.codec.codes_per_sample).sum(1)
 
 
@@ -76,7 +84,8 @@ def run(options: argparse.Namespace) -> list[Path]:
         raise ValueError(f"--model must be a model of codes (got {options.model}); give sashimi_nano")
     sound = sound_of(options.model or MODEL, model, options.codec, options.rate)
     piece = Piece(sound)
-    prompt = sound.codec.encode(_prompt(options, sound.rate))
+    prompt = sound.codec.encode(_heard(options, sound.rate, options.prompt_seconds))
+    recording = _recording(options, sound, len(prompt))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     stopped: KeyboardInterrupt | None = None
     with AudioWriter(options.out, sound.rate) as writer:
@@ -88,6 +97,14 @@ def run(options: argparse.Namespace) -> list[Path]:
             stopped = stop
         if stopped is not None and not piece.codes:
             raise stopped
+    piece.recording = recording[: sum(map(len, piece.codes)) - piece.prompt]
+    piece.recording_bits = torch.full(piece.recording.shape, math.nan)
+    if stopped is None and len(piece.recording):
+        whole = torch.cat([prompt, piece.recording])
+        try:
+            piece.recording_bits = score(model, whole, silence=sound.codec.silence)[len(prompt) :]
+        except KeyboardInterrupt as stop:
+            stopped = stop
     written = [options.out, *_drawn(piece, options, figure)]
     _tell(piece)
     if stopped is not None:
@@ -108,19 +125,27 @@ def _checked(options: argparse.Namespace) -> Path:
     return figure
 
 
-def _prompt(options: argparse.Namespace, rate: int) -> Tensor:
-    """The wave `[T]` to go on from."""
+def _heard(options: argparse.Namespace, rate: int, seconds: float) -> Tensor:
+    """The clip's wave `[T]` from the prompt's beginning on, for so many seconds or as long as it lasts."""
     if options.prompt_seconds == 0:
         return torch.zeros(0)
     if options.clip is None:
         wave, own = bundled()
-        wave = wave[int(options.start * own) :][: round(options.prompt_seconds * own)]
+        wave = wave[int(options.start * own) :][: round(seconds * own)]
         if not len(wave):
             raise ValueError(f"--start must lie in the bundled clip (got {options.start}); give 0")
         return resample(wave, own, rate)
-    seconds = options.prompt_seconds
     wave, _ = read_audio(options.clip, sample_rate=rate, mono=True, start=options.start, seconds=seconds)
     return wave[0, : round(seconds * rate)]
+
+
+def _recording(options: argparse.Namespace, sound: Sound, prompt: int) -> Tensor:
+    """Codes with which the clip goes on behind the prompt, which was read alone and knows nothing of them."""
+    try:
+        wave = _heard(options, sound.rate, options.prompt_seconds + options.seconds)
+    except ValueError:  # it is damaged behind the prompt, which was read
+        wave = torch.zeros(0)
+    return sound.codec.encode(wave)[prompt:]
 
 
 def bundled() -> tuple[Tensor, int]:
@@ -173,7 +198,10 @@ def _drawn(piece: Piece, options: argparse.Namespace, path: Path) -> list[Path]:
     title = f"{options.model or MODEL} goes on from {source}, temperature {options.temperature:g}, seed {options.seed}"
     with written_whole(path) as unfinished:
         prompt = piece.prompt // codec.codes_per_sample
-        draw_continuation(piece.wave, rate, prompt, piece.bits_per_sample, title, unfinished)
+        bits = piece.per_sample(torch.cat(piece.bits))
+        recorded = piece.per_sample(torch.cat([*piece.bits[: piece.prompt > 0], piece.recording_bits]))
+        recording = (piece.recorded, recorded) if len(piece.recording) else None
+        draw_continuation(piece.wave, rate, prompt, bits, title, unfinished, recording)
     return [path]
 
 
@@ -181,7 +209,7 @@ def _tell(piece: Piece) -> None:
     """Print what prompt and continuation cost the model, and how fast it was."""
     codec, rate = piece.sound
     prompt = piece.prompt // codec.codes_per_sample
-    bits = piece.bits_per_sample
+    bits = piece.per_sample(torch.cat(piece.bits))
     if prompt:
         heard = f"{float(bits[:prompt].mean()):.3f} bits a sample"
         print(f"prompt: {prompt / rate:.1f} s, {heard if not bits[:prompt].isnan().any() else 'not scored'}")
@@ -192,3 +220,6 @@ def _tell(piece: Piece) -> None:
             f"made: {made / rate:.1f} s, {float(bits[prompt:].mean()):.3f} bits a sample ({codec.name}), "
             f"{speed / rate:.2f} × real time by engine {piece.engine} ({speed:,.0f} samples/s)"
         )
+    real = piece.per_sample(piece.recording_bits)
+    if len(real) and not real.isnan().any():
+        print(f"the recording goes on: {len(real) / rate:.1f} s, {float(real.mean()):.3f} bits a sample")

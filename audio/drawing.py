@@ -25,12 +25,25 @@ RANGE = 80.0
 Numbers = NDArray[np.float32]
 
 
-def spectrogram(wave: Tensor, rate: int) -> Numbers:
+def spectrogram(wave: Tensor, rate: int, loudest: float | None = None) -> Numbers:
     """Power in decibels below the loudest, at most `RANGE`, of a wave `[T]`: `[frequencies, columns]`.
 
-    Frequencies are evenly spaced from 0 to half the rate. Windows are of `WINDOW` seconds, eight of them in the time
-    of one, and more often than `COLUMNS` their powers are averaged.
+    The loudest is the wave's own, or a power from `loudest_of`. Frequencies are evenly spaced from 0 to half the rate.
+    Windows are of `WINDOW` seconds, eight of them in the time of one, and more often than `COLUMNS` their powers are
+    averaged.
     """
+    power = _power(wave, rate)
+    most = max(float(power.max()) if loudest is None else loudest, 1e-10)
+    decibels: Numbers = (10 * (power / most).clamp(10 ** (-RANGE / 10), 1).log10()).numpy()
+    return decibels
+
+
+def loudest_of(*waves: Tensor, rate: int) -> float:
+    """The most power in the spectrograms of several waves, for one scale of all."""
+    return max(float(_power(wave, rate).max()) for wave in waves)
+
+
+def _power(wave: Tensor, rate: int) -> Tensor:
     size = max(16, 2 ** round(np.log2(max(WINDOW * rate, 1))))
     hop = max(size // 8, 1)
     together = max(1, -(-(len(wave) // hop + 1) // COLUMNS))
@@ -43,10 +56,7 @@ def spectrogram(wave: Tensor, rate: int) -> Numbers:
         power = torch.stft(part, size, hop, window=window, center=False, return_complex=True).abs().square()
         power = F.pad(power, (0, -power.shape[1] % together), mode="replicate")
         columns.append(power.unflatten(1, (-1, together)).mean(2))
-    power = torch.cat(columns, 1)
-    loudest = power.max().clamp_min(1e-10)
-    decibels: Numbers = (10 * (power / loudest).clamp_min(10 ** (-RANGE / 10)).log10()).numpy()
-    return decibels
+    return torch.cat(columns, 1)
 
 
 def draw_continuation(
@@ -56,6 +66,7 @@ def draw_continuation(
     bits: Tensor,
     title: str,
     path: str | os.PathLike[str],
+    recording: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Draw a sound that a model went on with, its spectrogram and its bits, into an image file.
 
@@ -66,38 +77,54 @@ def draw_continuation(
         bits: that each sample cost the model, `[T]`.
         title: printed above.
         path: of the image.
+        recording: wave and bits of the prompt and what followed it in truth, at most T samples; its spectrogram is
+            drawn below the model's, in the same scale.
     """
     seconds = len(wave) / rate
-    figure = Figure(figsize=(11, 5.6), layout="constrained", facecolor="white")
+    sounds = {"prompt, then the model": wave} | ({"prompt, then the recording": recording[0]} if recording else {})
+    loudest = loudest_of(*sounds.values(), rate=rate)
+    figure = Figure(figsize=(11, 3.4 + 2.4 * len(sounds)), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle("What comes next?", x=0.012, ha="left", fontsize=14, weight="bold", color=_INK)
-    axes: Any = figure.subplots(3, 1, sharex=True, height_ratios=[1, 3, 1])
+    heights = [1, *[3] * len(sounds), 1.2]
+    axes: Any = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     _draw_wave(axes[0], wave, seconds)
     axes[0].set_title(title, loc="left", fontsize=9, color=_FAINT)
-    shown = axes[1].imshow(
-        spectrogram(wave, rate),
+    spectra = axes[1:-1]
+    for axis, (name, sound) in zip(spectra, sounds.items(), strict=True):
+        shown = _draw_spectrogram(axis, sound, rate, loudest, name if recording else "")
+    bar = figure.colorbar(shown, ax=axes, pad=0.01, aspect=50, fraction=0.03)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=_INK, length=0, labelsize=8)
+    bar.set_label("dB below the loudest", fontsize=8, color=_INK)
+    _draw_bits(axes[-1], bits, rate, prompt, None if recording is None else recording[1])
+    axes[-1].set_xlabel("seconds", fontsize=8, color=_INK)
+    for axis in axes:
+        over = axis in spectra
+        axis.axvline(prompt / rate, color="white" if over else _MARK, linewidth=1.2, linestyle=(0, (4, 2)))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.spines[["left", "bottom"]].set_color(_LINE)
+        axis.tick_params(colors=_INK, length=0, labelsize=8)
+    axes[0].set_xlim(0, seconds)
+    _name_parts(axes[0], prompt / rate, seconds)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_spectrogram(axis: Any, wave: Tensor, rate: int, loudest: float, name: str) -> Any:
+    axis.set_facecolor("#f2f2f7")  # behind the end of a recording
+    shown = axis.imshow(
+        spectrogram(wave, rate, loudest),
         origin="lower",
         aspect="auto",
-        extent=(0, seconds, 0, rate / 2000),
+        extent=(0, len(wave) / rate, 0, rate / 2000),
         cmap="magma",
         vmin=-RANGE,
         vmax=0,
         interpolation="nearest",
     )
-    axes[1].set_ylabel("kHz", fontsize=8, color=_INK)
-    bar = figure.colorbar(shown, ax=axes, pad=0.01, aspect=50, fraction=0.03)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(colors=_INK, length=0, labelsize=8)
-    bar.set_label("dB below the loudest", fontsize=8, color=_INK)
-    _draw_bits(axes[2], bits, seconds)
-    axes[2].set_xlabel("seconds", fontsize=8, color=_INK)
-    for axis in axes:
-        axis.axvline(prompt / rate, color="white" if axis is axes[1] else _MARK, linewidth=1.2, linestyle=(0, (4, 2)))
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[["left", "bottom"]].set_color(_LINE)
-        axis.tick_params(colors=_INK, length=0, labelsize=8)
-    _name_parts(axes[0], prompt / rate, seconds)
-    figure.savefig(path, dpi=150)
+    axis.set_ylabel("kHz", fontsize=8, color=_INK)
+    axis.text(0.006, 0.95, name, fontsize=8, color="white", va="top", transform=axis.transAxes)
+    return shown
 
 
 def _name_parts(axis: Any, end: float, seconds: float) -> None:
@@ -125,11 +152,18 @@ def _extremes(wave: Tensor) -> tuple[Numbers, Numbers]:
     return rows.amin(1).numpy(), rows.amax(1).numpy()
 
 
-def _draw_bits(axis: Any, bits: Tensor, seconds: float) -> None:
+def _draw_bits(axis: Any, bits: Tensor, rate: int, prompt: int, recording: Tensor | None) -> None:
     width = max(1, -(-len(bits) // 400))
-    means = F.avg_pool1d(bits.float()[None], width, ceil_mode=True)[0].numpy()
-    axis.stairs(
-        means, np.minimum(np.arange(len(means) + 1) * width / len(bits), 1) * seconds, baseline=None, color=_INK, lw=1
-    )
-    axis.set_ylim(0, max(1.1 * float(np.nan_to_num(means).max()), 1.0))
+    lines = [(bits, 0, _INK, "the model's own samples")]
+    if recording is not None:
+        lines.append((recording[prompt:], prompt, _MARK, "those of the recording"))
+    most = 1.0
+    for values, start, color, name in lines:
+        means = F.avg_pool1d(values.float()[None], width, ceil_mode=True)[0].numpy()
+        edges = start + np.minimum(np.arange(len(means) + 1) * width, len(values))
+        axis.stairs(means, edges / rate, baseline=None, color=color, lw=1, label=name)
+        most = max(most, float(np.nan_to_num(means).max(initial=0)))
+    if recording is not None:
+        axis.legend(loc="upper right", ncols=2, fontsize=7, frameon=False, labelcolor=_INK)
+    axis.set_ylim(0, 1.35 * most if recording is not None else max(1.1 * most, 1.0))
     axis.set_ylabel("bits a sample", fontsize=8, color=_INK)

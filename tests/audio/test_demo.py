@@ -108,6 +108,39 @@ def test_short_and_silent_clips_go_on(here: Path, capsys: pytest.CaptureFixture[
     assert audio_info("p.wav").frames == 120
 
 
+def test_the_recording_is_beside_what_the_model_made(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("sinuous.audio.drawing.draw_continuation", lambda *of, **_: (drawn.append(of), of[5].touch()))
+    wave = torch.rand(1, 2000) - 0.5
+    write_audio("clip.wav", wave, RATE)
+    words = "--clip clip.wav --model test_sashimi --prompt-seconds 0.1 --out o.wav --seconds"
+    out = told(f"{words} 0.05", capsys)
+    assert "the recording goes on: 0.1 s" in out
+    made, _, prompt, bits, *_, (recorded, cost) = drawn[0]
+    assert (prompt, made.shape, bits.shape) == (800, (1200,), (1200,))
+    assert torch.equal(recorded, MU_LAW.decode(MU_LAW.encode(wave[0, :1200])))
+    assert torch.equal(recorded[:800], made[:800])
+    assert torch.equal(cost[:800], bits[:800])
+    assert cost[800:].isfinite().all()
+    told(f"{words} 0.2", capsys)  # the recording ends before the model does
+    assert drawn[1][-1][0].shape == (2000,)
+    write_audio("clip.wav", wave[:, :700], RATE)  # and here within the prompt
+    out = told(f"{words} 0.05", capsys)
+    assert "the recording goes on" not in out
+    assert drawn[2][-1] is None
+
+
+def test_damage_behind_the_prompt_does_no_harm(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples = torch.zeros(1200)
+    samples[1000] = torch.nan
+    pytest.importorskip("soundfile").write("clip.wav", samples.numpy(), RATE, subtype="FLOAT")
+    words = "--clip clip.wav --model test_sashimi --prompt-seconds 0.1 --seconds 0.05 --out o.wav"
+    assert "goes on:" not in told(words, capsys)
+    assert audio_info("o.wav").frames == 1200
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_without_a_prompt_it_begins_from_silence(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = told("--prompt-seconds 0 --model test_sashimi --seconds 0.02 --out o.wav", capsys)

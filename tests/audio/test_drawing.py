@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("matplotlib")
 
@@ -28,6 +29,24 @@ def test_a_tone_is_where_it_sounds(seconds: float) -> None:
     place = (np.arange(columns) + 0.5) / columns
     assert np.abs(loudest[(place > 0.05) & (place < 0.45)] - 1000).max() < 20
     assert np.abs(loudest[(place > 0.55) & (place < 0.95)] - 3000).max() < 20
+
+
+def test_sounds_beside_each_other_have_one_scale() -> None:
+    loud = torch.sin(torch.arange(4000) * 0.5)
+    most = drawing.loudest_of(loud / 100, loud, rate=RATE)
+    assert drawing.spectrogram(loud, RATE, most).max() == pytest.approx(0)
+    assert drawing.spectrogram(loud / 100, RATE, most).max() == pytest.approx(-40, abs=0.01)
+
+
+@pytest.mark.parametrize("rest", [1, 300, 1000])
+def test_a_recording_of_any_length_is_drawn_beside(rest: int, tmp_path: Path) -> None:
+    wave, bits = torch.rand(2000) - 0.5, torch.rand(2000)
+    recording = (wave[: 1000 + rest], bits[: 1000 + rest])
+    drawing.draw_continuation(wave, RATE, 1000, bits, "a title", tmp_path / "alone.png")
+    drawing.draw_continuation(wave, RATE, 1000, bits, "a title", tmp_path / "beside.png", recording)
+    alone, beside = (Image.open(tmp_path / name).size for name in ("alone.png", "beside.png"))
+    assert beside[0] == alone[0]
+    assert beside[1] > alone[1] + 200
 
 
 @pytest.mark.parametrize("samples", [1, 7, 4000])
