@@ -6,6 +6,7 @@ configurations name: `HoldMusic(length=8192).split("train")`.
 
 from __future__ import annotations
 
+from sinuous.audio.datasets.changes import WaveChanges
 from sinuous.audio.datasets.files import SAMPLES
 from sinuous.audio.datasets.folders import AudioFolder, Music, audio_folder, music
 from sinuous.audio.datasets.hold_music import HoldMusic, hold_music
@@ -26,6 +27,7 @@ __all__ = [
     "Notes",
     "SpeechCommands",
     "Voices",
+    "WaveChanges",
     "WaveWindows",
     "audio_folder",
     "hold_music",

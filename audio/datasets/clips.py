@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from sinuous.core.checks import check_positive, check_sizes
 from sinuous.core.data import check_split
 
 Example = tuple[Tensor, int]
+Change = Callable[[Tensor], Tensor]
+"""Of a wave `[1, T]` to another; its class stays."""
 
 
 class Clips(Dataset[Example]):
@@ -27,6 +29,7 @@ class Clips(Dataset[Example]):
         sample_rate: to which files of other rates are brought.
         samples: of a longer sound so many are taken; None takes all.
         moved: take them from a random place, drawn from torch's generator, instead of the middle.
+        change: of what was taken, each time.
     """
 
     def __init__(
@@ -36,9 +39,10 @@ class Clips(Dataset[Example]):
         sample_rate: int,
         samples: int | None = None,
         moved: bool = False,
+        change: Change | None = None,
     ) -> None:
         self.sounds, self.labels, self.sample_rate = sounds, labels, sample_rate
-        self.samples, self.moved = samples, moved
+        self.samples, self.moved, self.change = samples, moved, change
 
     def __len__(self) -> int:
         return len(self.sounds)
@@ -50,7 +54,7 @@ class Clips(Dataset[Example]):
         if extra:
             start = int(torch.randint(extra + 1, ())) if self.moved else extra // 2
             wave = wave[:, start : start + wave.shape[1] - extra]
-        return wave, int(self.labels[index])
+        return wave if self.change is None else self.change(wave), int(self.labels[index])
 
 
 class ClipsWithLengths(Clips):
@@ -72,7 +76,8 @@ class LabelledAudio:
     Args:
         sample_rate: to which files of other rates are brought.
         seconds: of longer sounds so much is taken, from the middle, in training from anywhere; None takes all.
-        augment: whether in training the place is random.
+        augment: whether in training the place is random, and what is taken is changed.
+        change: how, such as `WaveChanges(pitch=5)`; None leaves it as it is.
 
     Raises:
         ValueError: if the rate is less than 1, or there are no seconds.
@@ -81,10 +86,10 @@ class LabelledAudio:
     noun = "clips"
     classes: Sequence[str]
 
-    def __init__(self, sample_rate: int, seconds: float | None, augment: bool) -> None:
+    def __init__(self, sample_rate: int, seconds: float | None, augment: bool, change: Change | None = None) -> None:
         check_sizes(**{"data.sample_rate": sample_rate})
         check_positive(**{"data.seconds": seconds})
-        self.sample_rate, self.seconds, self.augment = sample_rate, seconds, augment
+        self.sample_rate, self.seconds, self.augment, self.change = sample_rate, seconds, augment, change
 
     @property
     def num_classes(self) -> int:
@@ -98,7 +103,12 @@ class LabelledAudio:
         """The dataset of a split from its sounds."""
         training = check_split(name) == "train"
         samples = None if self.seconds is None else max(1, round(self.seconds * self.sample_rate))
-        options: dict[str, Any] = {"samples": samples, "moved": training and self.augment}
+        augmented = training and self.augment
+        options: dict[str, Any] = {
+            "samples": samples,
+            "moved": augmented,
+            "change": self.change if augmented else None,
+        }
         if lengths is None:
             return Clips(sounds, labels, self.sample_rate, **options)
         return ClipsWithLengths(lengths, sounds, labels, self.sample_rate, **options)

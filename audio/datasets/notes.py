@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sinuous.audio.datasets.clips import Clips, LabelledAudio
+from sinuous.audio.datasets.clips import Change, Clips, LabelledAudio
 from sinuous.audio.datasets.coded import read_mono
 from sinuous.audio.datasets.files import source_folder
 from sinuous.core.data import check_split
@@ -113,6 +113,7 @@ class Notes(LabelledAudio):
         sample_rate: to which files of other rates are brought.
         seconds: of longer notes the middle; None takes all.
         augment: in training any place instead of the middle.
+        change: of training's waves, see `LabelledAudio`.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -128,8 +129,9 @@ class Notes(LabelledAudio):
         sample_rate: int = RATE,
         seconds: float | None = None,
         augment: bool = True,
+        change: Change | None = None,
     ) -> None:
-        super().__init__(sample_rate, seconds, augment)
+        super().__init__(sample_rate, seconds, augment, change)
         self.source, self.root = source, root
         self._notes: list[tuple[Note, Tensor]] | None = None
 

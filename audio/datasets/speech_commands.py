@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sinuous.audio.datasets.clips import Clips, LabelledAudio
+from sinuous.audio.datasets.clips import Change, Clips, LabelledAudio
 from sinuous.audio.datasets.files import sound_files
 from sinuous.core.data import check_split, folder_of
 
@@ -62,6 +62,7 @@ class SpeechCommands(LabelledAudio):
         sample_rate: to which files of other rates are brought.
         seconds: of longer sounds the middle; the recordings last a second or less.
         augment: in training any place instead of the middle.
+        change: of training's waves, see `LabelledAudio`.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -74,8 +75,9 @@ class SpeechCommands(LabelledAudio):
         sample_rate: int = 16000,
         seconds: float | None = 1.0,
         augment: bool = True,
+        change: Change | None = None,
     ) -> None:
-        super().__init__(sample_rate, seconds, augment)
+        super().__init__(sample_rate, seconds, augment, change)
         self.root, self.classes = root, DIGITS if digits else WORDS
 
     def split(self, name: str) -> Clips:

@@ -11,7 +11,7 @@ import os
 import zlib
 from pathlib import Path
 
-from sinuous.audio.datasets.clips import Clips, LabelledAudio
+from sinuous.audio.datasets.clips import Change, Clips, LabelledAudio
 from sinuous.audio.datasets.files import sound_files
 from sinuous.audio.io import audio_info, read_audio
 from sinuous.core.data import check_split, folder_of
@@ -37,6 +37,7 @@ class Voices(LabelledAudio):
         sample_rate: to which files of other rates are brought.
         seconds: of longer prompts the middle; None takes all.
         augment: in training any place instead of the middle.
+        change: of training's waves, see `LabelledAudio`.
 
     Raises:
         ValueError: if a number is out of its range.
@@ -50,8 +51,9 @@ class Voices(LabelledAudio):
         sample_rate: int = RATE,
         seconds: float | None = None,
         augment: bool = True,
+        change: Change | None = None,
     ) -> None:
-        super().__init__(sample_rate, seconds, augment)
+        super().__init__(sample_rate, seconds, augment, change)
         self.root = root
         self._prompts: list[tuple[Path, str, int, int]] | None = None
 

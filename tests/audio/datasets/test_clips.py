@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -17,6 +18,7 @@ from sinuous.audio.datasets import (
     Notes,
     SpeechCommands,
     Voices,
+    WaveChanges,
     notes,
     speech_commands,
     voices,
@@ -42,6 +44,42 @@ def test_long_sounds_are_cut_in_the_middle_or_anywhere() -> None:
     assert len(starts) > 30
     assert starts <= set(range(91))
     assert all(moved[0][0].shape == (1, 10) for _ in range(10))
+
+
+def pitch_of(wave: torch.Tensor) -> float:
+    """Cycles a sample of the loudest frequency."""
+    return int(torch.fft.rfft(wave[0], 2**16).abs().argmax()) / 2**16
+
+
+def test_changes_move_pitch_colour_and_loudness_within_their_ranges() -> None:
+    torch.manual_seed(0)
+    wave = tone(4000)[None]
+    moved = [WaveChanges(pitch=5)(wave) for _ in range(20)]
+    assert all(other.shape == wave.shape for other in moved)
+    halftones = [12 * math.log2(pitch_of(other) / pitch_of(wave)) for other in moved]
+    assert -5.1 < min(halftones) < -2
+    assert 2 < max(halftones) < 5.1
+    loud = [float((WaveChanges(gain=12)(wave) / wave)[0, 1]) for _ in range(20)]
+    assert 10**-0.6 <= min(loud) < 0.6
+    assert 1.5 < max(loud) <= 10**0.6
+    noisy = WaveChanges(noise=20)(wave) - wave
+    assert 1e-4 < float(noisy.std() / wave.square().mean().sqrt()) < 0.11
+    assert float((WaveChanges(tilt=0.5)(wave) - wave).abs().max()) > 0
+    assert torch.equal(WaveChanges()(wave), wave)
+    assert bool(WaveChanges(5, 0.5, 12, 20)(torch.zeros(1, 100)).isfinite().all())
+
+
+@pytest.mark.parametrize("wrong", [{"pitch": 13}, {"tilt": 1.0}, {"gain": -1}, {"noise": -1}])
+def test_changes_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=rf"changes\.{next(iter(wrong))} must"):
+        WaveChanges(**wrong)
+
+
+def test_only_training_changes_waves() -> None:
+    data = Notes(change=torch.zeros_like)
+    assert not data.split("train")[0][0].any()
+    assert data.split("val")[0][0].any()
+    assert Notes(change=torch.zeros_like, augment=False).split("train")[0][0].any()
 
 
 def test_a_batch_says_where_shorter_sounds_end() -> None:
