@@ -334,9 +334,10 @@ def weights_of(name: str) -> Weights | None:
     known = [weights for weights in all_weights().values() if weights.architecture in SIZES]
     chosen = next((weights for weights in known if name in (weights.name, weights.architecture)), None)
     if chosen is None and name.partition(".")[0] in SIZES:
+        experiment = "fashion_mnist_aim" if name.startswith("aim") else "fashion_mnist"
         raise ValueError(
             f"the weights {name} do not come with this version of the package; give a pipeline of your own, such as "
-            "the folder pipeline/ that `sinuous train experiment=generation/fashion_mnist` leaves in its run"
+            f"the folder pipeline/ that `sinuous train experiment=generation/{experiment}` leaves in its run"
             f"{_or_a_name()}"
         )
     return chosen
