@@ -158,6 +158,7 @@ def write_latents(
     mirrored: bool = False,
     batch_size: int = 16,
     num_workers: int = 0,
+    progress: bool = False,
 ) -> list[Path]:
     """Encode the pictures of a folder, and write their moments into another.
 
@@ -169,6 +170,7 @@ def write_latents(
         mirrored: encode the mirror image, too.
         batch_size: pictures that are encoded together.
         num_workers: processes that read pictures.
+        progress: show a bar.
 
     Returns:
         The files that were written.
@@ -177,6 +179,8 @@ def write_latents(
         FileNotFoundError: if there are no pictures.
         ValueError: if the VAE cannot make pictures of this size, or latents are not finite.
     """
+    from rich.console import Console
+    from rich.progress import track
     from torchvision import transforms
 
     from sinuous.vision.datasets import image_folder
@@ -205,7 +209,11 @@ def write_latents(
         with written_whole(path) as unfinished:
             moments = np.lib.format.open_memmap(unfinished, "w+", np.float16, (len(pictures), *shape))
             labels, start = [], 0
-            for x, y in DataLoader(pictures, batch_size, num_workers=num_workers):
+            batches: Any = DataLoader(pictures, batch_size, num_workers=num_workers)
+            if progress:
+                label, console = f"encoding the pictures of {split}", Console(stderr=True)
+                batches = track(batches, label, total=len(batches), transient=True, console=console)
+            for x, y in batches:
                 views = [x, x.flip(-1)] if mirrored else [x]
                 encoded = torch.stack([vae.encode(view.to(vae.dtype)).latent_dist.parameters for view in views], 1)
                 if not encoded.isfinite().all():
@@ -214,7 +222,8 @@ def write_latents(
                 start += len(x)
                 labels.append(y)
             moments.flush()
-        np.save(target / f"{split}_labels.npy", torch.cat(labels).numpy())
+        with written_whole(target / f"{split}_labels.npy") as unfinished, unfinished.open("wb") as file:
+            np.save(file, torch.cat(labels).numpy())
         written += [path, target / f"{split}_labels.npy"]
     facts = {
         "classes": list(parts["train"].classes),
@@ -222,7 +231,8 @@ def write_latents(
         "shift_factor": vae.config.get("shift_factor") or 0.0,
         "size": size,
     }
-    (target / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    with written_whole(target / FACTS) as unfinished:
+        unfinished.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return [*written, target / FACTS]
 
 
@@ -240,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         vae = load_vae(options.vae)
         sizes = {name: getattr(options, name) for name in ("size", "mirrored", "batch_size", "num_workers")}
-        for path in write_latents(options.images, options.out, vae, **sizes):
+        for path in write_latents(options.images, options.out, vae, progress=True, **sizes):
             print(path)
     except (OSError, ValueError) as error:
         print(f"latents: {error}", file=sys.stderr)
