@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sinuous.audio.front_ends import Cepstrum, LearnedFilters, LogMel, frames_of
 from sinuous.core import norms
 from sinuous.core.checks import check_arguments, check_choice, check_range, check_sizes, described
+from sinuous.core.classifier import Classifier
 from sinuous.core.pooling import mean_over_time
 from sinuous.core.registry import register_model
 from sinuous.core.stack import Stack
@@ -32,7 +33,7 @@ FRONT_ENDS = ("wave", "log_mel", "mfcc")
 WEIGHTS = Path(__file__).parent / "weights"
 
 
-class WaveClassifier(nn.Module):
+class WaveClassifier(Classifier):
     """Logits of clips of any length.
 
     Args:
@@ -77,7 +78,7 @@ class WaveClassifier(nn.Module):
         check_choice("front_end", front_end, FRONT_ENDS)
         check_range(0, float("inf"), num_classes=num_classes, mlp_ratio=mlp_ratio)
         check_sizes(sample_rate=sample_rate, embed_dim=embed_dim, depth=depth)
-        self.num_classes, self.sample_rate = num_classes, sample_rate
+        self.sample_rate = sample_rate
         self.num_features = self.embed_dim = embed_dim
         self.depth, self.drop_rate = depth, drop_rate
         options = dict(front_end_options or {})
@@ -102,7 +103,6 @@ class WaveClassifier(nn.Module):
             **dd,
         )
         self.norm = norms.LayerNorm(embed_dim, **dd)
-        self.head: nn.Module = nn.Identity()
         self.reset_classifier(num_classes)
         self.init_weights()
 
@@ -112,23 +112,7 @@ class WaveClassifier(nn.Module):
         self.embed.reset_parameters()
         self.layers.init_weights()
         self.norm.reset_parameters()
-        self._init_head()
-
-    def _init_head(self) -> None:
-        if isinstance(self.head, nn.Linear):
-            nn.init.normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new head for `num_classes` classes; 0 for none."""
-        check_range(0, float("inf"), num_classes=num_classes)
-        self.num_classes = num_classes
-        at: dict[str, Any] = {"device": self.embed.weight.device, "dtype": self.embed.weight.dtype}
-        self.head = nn.Linear(self.num_features, num_classes, **at) if num_classes else nn.Identity()
-        self._init_head()
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
+        self.init_head()
 
     def no_weight_decay(self) -> set[str]:
         return {f"layers.{name}" for name in self.layers.no_weight_decay()}

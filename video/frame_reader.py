@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from sinuous.core import norms
 from sinuous.core.checks import check_arguments, check_choice, check_range, check_sizes, described
+from sinuous.core.classifier import Classifier
 from sinuous.core.pooling import mean_over_time
 from sinuous.core.registry import check_weights, register_model
 from sinuous.core.stack import Stack, State
@@ -75,7 +76,7 @@ class FrameEncoder(nn.Module):
         return features
 
 
-class FrameReader(nn.Module):
+class FrameReader(Classifier):
     """Logits of clips of any length.
 
     Args:
@@ -120,7 +121,7 @@ class FrameReader(nn.Module):
         check_sizes(encoder_widths=min(encoder_widths, default=0))
         check_range(0, float("inf"), num_classes=num_classes, depth=depth)
         check_choice("global_pool", global_pool, POOLS)
-        self.in_chans, self.num_classes, self.depth = in_chans, num_classes, depth
+        self.in_chans, self.depth = in_chans, depth
         self.img_size, self.num_frames = img_size, num_frames
         self.num_features = self.embed_dim = embed_dim
         self.global_pool, self.frozen = global_pool, frozen
@@ -131,7 +132,6 @@ class FrameReader(nn.Module):
         if depth:
             self.layers = Stack(embed_dim, depth, mixer, {mixer: options}, drop_path_rate=drop_path_rate, **dd)
         self.norm = norms.RMSNorm(embed_dim, **dd)
-        self.head: nn.Module = nn.Identity()
         self.reset_classifier(num_classes)
         self.init_weights()
         self.encoder.requires_grad_(not frozen)
@@ -143,23 +143,7 @@ class FrameReader(nn.Module):
         if self.layers is not None:
             self.layers.init_weights()
         self.norm.reset_parameters()
-        self._init_head()
-
-    def _init_head(self) -> None:
-        if isinstance(self.head, nn.Linear):
-            nn.init.normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new head for `num_classes` classes; 0 for none."""
-        check_range(0, float("inf"), num_classes=num_classes)
-        self.num_classes = num_classes
-        at: dict[str, Any] = {"device": self.embed.weight.device, "dtype": self.embed.weight.dtype}
-        self.head = nn.Linear(self.num_features, num_classes, **at) if num_classes else nn.Identity()
-        self._init_head()
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
+        self.init_head()
 
     def no_weight_decay(self) -> set[str]:
         return set() if self.layers is None else {f"layers.{name}" for name in self.layers.no_weight_decay()}
