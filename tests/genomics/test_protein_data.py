@@ -73,6 +73,18 @@ def test_training_rows_have_relatives_first_and_spans_behind(data: homolog_conte
     assert 10 < behind < 40
 
 
+def test_genes_whose_relatives_do_not_fit_can_be_left_out() -> None:
+    data = homolog_contexts(length=512, most=1, least=1, augment=False)
+    rows, whole = data.split("train"), homolog_contexts(length=512).split("train")
+    assert 0 < len(rows) < len(whole)
+    for ids, targets, _ in (rows[i] for i in range(len(rows))):
+        assert int((ids == data.tokenizer.start).sum()) == 2
+        assert len(ids) <= 512
+        assert targets[-1] == data.tokenizer.start  # nothing of the gene is cut off
+    with pytest.raises(ValueError, match=r"data\.least must lie between 0 and 1 \(got 2\)"):
+        homolog_contexts(most=1, least=2)
+
+
 def test_without_augmentation_a_row_has_the_closest_relatives_whole(data: homolog_contexts) -> None:
     plain = homolog_contexts(length=2000, most=2, augment=False).split("train")
     ids, _, positions = plain[3]
