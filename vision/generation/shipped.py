@@ -19,7 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -90,16 +91,21 @@ def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Write the pipeline of a run into one file."""
     parser = argparse.ArgumentParser(description=cast("str", main.__doc__))
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a training")
     parser.add_argument("path", type=Path, metavar="NAME.TAG.safetensors", help="the file to write")
-    options = parser.parse_args()
-    facts = data_facts(options.run / "checkpoints" / "best.safetensors")
-    write_pipeline(load_pipeline(options.run / "pipeline"), options.path, facts)
+    options = parser.parse_args(argv)
+    try:
+        pipeline = load_pipeline(options.run / "pipeline")
+        write_pipeline(pipeline, options.path, data_facts(options.run / "checkpoints" / "best.safetensors"))
+    except (OSError, ValueError) as error:
+        print(f"shipped: {error}", file=sys.stderr)
+        return 2
     print(f"{options.path}: {options.path.stat().st_size / 1e6:.2f} MB")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -27,7 +27,7 @@ from sinuous.vision.generation import (  # noqa: E402  # noqa: E402
 )
 from sinuous.vision.generation.code_tasks import CodeModelling, Tokenizing  # noqa: E402
 from sinuous.vision.generation.datasets import PictureCodes  # noqa: E402
-from sinuous.vision.generation.shipped import shipped_pipeline, write_pipeline  # noqa: E402
+from sinuous.vision.generation.shipped import main, shipped_pipeline, write_pipeline  # noqa: E402
 
 CLASSES = ["Bag", "Sneaker"]
 
@@ -230,3 +230,9 @@ def test_files_that_ship_are_small_and_in_half_precision() -> None:
         assert path.stat().st_size <= 4e6
         assert "pipeline" in sinuous.core.checkpoints.read_metadata(path)
         assert json.loads(path.with_suffix(".json").read_text())["cpu_minutes"] <= 90
+
+
+def test_a_folder_that_is_no_run_is_told_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "no_run"), str(tmp_path / "a.b.safetensors")]) == 2
+    assert capsys.readouterr().err.startswith(f"shipped: {tmp_path}/no_run/pipeline is not there; give")
+    assert not list(tmp_path.iterdir())
