@@ -415,3 +415,16 @@ def test_the_measurement_of_memory_runs(tmp_path: Path, capsys: pytest.CaptureFi
     assert "resident memory lies between" in capsys.readouterr().out
     frames = [line.split("|")[1].strip() for line in page.read_text().splitlines() if line.startswith("|")]
     assert frames == ["frames", "---", "8", "24", "40", "56", "60"]
+
+
+def test_tokens_of_frames_stand_in_their_order_between_the_text() -> None:
+    model = sinuous.create_model("test_video_ma2mba").eval()
+    n = model.tokens_per_frame
+    rows = [[5, *[model.frame_id] * n, 6, *[model.frame_id] * n, 7], [*[model.frame_id] * (2 * n), 8, 9, 3]]
+    ids, frames = torch.tensor(rows), torch.rand(2, 2, 3, 64, 64)
+    with torch.no_grad():
+        x = model.embed(ids, frames)
+        for row in range(2):
+            seen = ids[row] == model.frame_id
+            assert torch.equal(x[row][seen], model.encode(frames[row]).flatten(0, 1))
+            assert torch.equal(x[row][~seen], model.language.look_up(ids[row][~seen]))
