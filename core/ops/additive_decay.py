@@ -37,6 +37,7 @@ from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.flops import matrix_state
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
+from sinuous.kernels.arguments import AdditiveDecay
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.packing import rows
 
@@ -155,10 +156,8 @@ def _kept_z(
 
 FAMILY = Family(
     name="additive_decay",
-    schema=(
-        "Tensor q, Tensor k, Tensor v, Tensor? factor, Tensor? initial_S, Tensor? initial_z, Tensor? cu_seqlens, "
-        "float? scale, bool causal, bool reverse, str backend"
-    ),
+    arguments=AdditiveDecay,
+    by_name=True,
     outputs=("y", "S", "z"),
     saved={"kept_S": _kept_S, "kept_z": _kept_z},
     integers=("cu_seqlens",),

@@ -24,6 +24,7 @@ from sinuous.core.ops.checks import (
 )
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.public import public
+from sinuous.kernels.arguments import CausalConv1d
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.packing import flip_sequences, flip_time, mirror, rows
 
@@ -117,10 +118,8 @@ def _multiply_adds(x: Sequence[int], weight: Sequence[int], **_: object) -> int:
 
 FAMILY = Family(
     name="causal_conv1d",
-    schema=(
-        "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? cu_seqlens, "
-        "bool silu, bool reverse, str backend"
-    ),
+    arguments=CausalConv1d,
+    by_name=True,
     outputs=("y", "final_state"),
     saved={},
     integers=("cu_seqlens",),

@@ -26,6 +26,7 @@ from torch import Tensor
 from sinuous.core.ops.checks import check_shape
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.public import public
+from sinuous.kernels.arguments import DAGScan
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.dag_scan import depths
 
@@ -135,10 +136,8 @@ def _multiply_adds(
 
 FAMILY = Family(
     name="dag_scan",
-    schema=(
-        "Tensor q, Tensor k, Tensor v, Tensor edges, Tensor line_edges, Tensor source, Tensor transition, Tensor mark, "
-        "Tensor? direct, float? scale, str backend"
-    ),
+    arguments=DAGScan,
+    by_name=True,
     outputs=("y",),
     saved={"depth": _depth},
     integers=("edges", "line_edges"),

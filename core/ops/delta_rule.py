@@ -29,6 +29,7 @@ from sinuous.core.ops.checks import (
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
+from sinuous.kernels.arguments import DeltaRule
 from sinuous.kernels.precision import working_dtype
 
 CHUNK_SIZE = 64
@@ -131,10 +132,8 @@ def _multiply_adds(k: Sequence[int], v: Sequence[int], **_: object) -> int:
 
 FAMILY = Family(
     name="delta_rule",
-    schema=(
-        "Tensor q, Tensor k, Tensor v, Tensor beta, Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens, "
-        "float? scale, bool reverse, str backend"
-    ),
+    arguments=DeltaRule,
+    by_name=True,
     outputs=("y", "final_state"),
     saved={"chunk_states": _chunk_states},
     integers=("cu_seqlens",),

@@ -40,16 +40,17 @@ def register(
     backward: Callable[..., tuple[Tensor | None, ...]],
     forward_mode: Callable[..., Outputs | Tensor],
 ) -> None:
-    """Give the operator `name`, none of whose arguments has a default, its derivatives.
+    """Give the operator `name` its derivatives.
 
     Args:
         name: the operator, `sinuous::<name>`.
-        setup_context: `(ctx, arguments, outputs)`, keeps in `ctx` what `backward` reads.
+        setup_context: `(ctx, all arguments, outputs)`, keeps in `ctx` what `backward` reads.
         backward: `(ctx, *gradients of outputs)` -> gradients of the arguments.
         forward_mode: computes the outputs by operations that autograd differentiates, called where there are tangents.
     """
     op = getattr(torch.ops.sinuous, name.partition("::")[2]).default
     below = torch._C._after_autograd_keyset
+    defaults = tuple(argument.default_value for argument in op._schema.arguments)
 
     class Recorded(_SingleLevelFunction):  # torch.func has its own level at work here, and stops a plain Function
         @staticmethod
@@ -67,6 +68,7 @@ def register(
     Recorded.__name__ = f"Recorded_{op._opname}"
 
     def differentiated(keyset: Any, *values: Any) -> Any:
+        values += defaults[len(values) :]  # the dispatcher drops those at the end
         if has_tangents(values):
             return forward_mode(*values)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*values):

@@ -37,6 +37,7 @@ from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.flops import matrix_state
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
+from sinuous.kernels.arguments import DPLR
 from sinuous.kernels.precision import working_dtype
 
 CHUNK_SIZE = 64
@@ -111,10 +112,8 @@ def _chunk_states(q: Tensor, v: Tensor, chunk_size: int, **_: object) -> tuple[i
 
 FAMILY = Family(
     name="dplr",
-    schema=(
-        "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor a, Tensor b, Tensor? initial_state, "
-        "Tensor? cu_seqlens, float? scale, bool reverse, str backend"
-    ),
+    arguments=DPLR,
+    by_name=True,
     outputs=("y", "final_state"),
     saved={"chunk_states": _chunk_states},
     integers=("cu_seqlens",),

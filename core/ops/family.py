@@ -7,10 +7,12 @@ not run in eager mode and a check there would never reach the user.
 
 from __future__ import annotations
 
+import functools
 import math
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,56 +29,82 @@ FAMILIES: dict[str, Family] = {}
 """Every defined family by name."""
 
 
+TORCH_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    float: "float",
+    float | None: "float?",
+    str: "str",
+    Sequence[int]: "int[]",
+}
+"""What an argument may be, and its name in torch's schema language."""
+
+
 @dataclass(frozen=True)
 class Family:
     """Parts that one op is made of.
 
     Attributes:
         name: the op is `torch.ops.sinuous.<name>`.
-        schema: its arguments in torch's schema language; the last one is `str backend`.
+        arguments: the record of its arguments (`sinuous.kernels.arguments`); its schema has a last one, `str backend`.
         outputs: names of the outputs that users see, all tensors.
         saved: further outputs, which only the backward pass reads (states at chunk starts): name -> shape, computed
-            from the arguments and options. The op carries them flat, since an axis of chunks that is 1 for short
-            input would tie an exported graph to short input.
+            from the record and options. The op carries them flat, since an axis of chunks that is 1 for short input
+            would tie an exported graph to short input.
         integers: tensor arguments without a gradient.
         forms: the backends that exist.
-        fake: keyword arguments -> empty visible outputs of the right shape, dtype and device.
-        check: keyword arguments -> None, or raises ValueError for shapes and values; dtypes and devices are right.
-        recurrent: the definition, keyword arguments -> outputs and what is saved, differentiable by autograd.
-        options: fixed keyword arguments that kernels get besides the schema's (a chunk size).
+        fake: record -> empty visible outputs of the right shape, dtype and device.
+        check: record -> None, or raises ValueError for shapes and values; dtypes and devices are right.
+        recurrent: the definition, record and options -> outputs and what is saved, differentiable by autograd.
+        options: fixed keyword arguments that kernels get besides the record (a chunk size).
         check_dtype: name and tensor -> None, or raises ValueError; called where the dtype is not one of `checks.REAL`.
         time_axes: how many axes of the first argument, from axis 1, the recurrence runs along; 0 on a graph.
         traced: the definition in operators that a tracer should see, where its own loop over time does not become one
             scan; see `sinuous.core.ops.tracing`.
-        multiply_adds: keyword arguments, tensors as their shapes -> the definition's multiply-adds; see
-            `sinuous.core.ops.flops`.
+        multiply_adds: record with shapes for tensors -> the definition's multiply-adds; see `sinuous.core.ops.flops`.
     """
 
     name: str
-    schema: str
+    arguments: type[Any]
     outputs: tuple[str, ...]
     saved: dict[str, Callable[..., tuple[int, ...]]]
     integers: tuple[str, ...]
     forms: tuple[str, ...]
-    fake: Callable[..., tuple[Tensor, ...]]
-    check: Callable[..., None]
+    fake: Callable[[Any], tuple[Tensor, ...]]
+    check: Callable[[Any], None]
     recurrent: Callable[..., tuple[Tensor, ...]]
     options: dict[str, Any]
-    multiply_adds: Callable[..., int]
+    multiply_adds: Callable[[Any], int]
     check_dtype: Callable[[str, Tensor], None] = check_floating
     time_axes: int = 1
     traced: Callable[..., tuple[Tensor, ...]] | None = None
+    by_name: bool | None = None
 
-    @property
-    def arguments(self) -> list[tuple[str, str]]:
-        """Pairs (type, name) of all arguments but the backend."""
-        pairs = [entry.strip().split("=")[0].split() for entry in self.schema.split(",")]
-        return [(kind, name) for kind, name in pairs if name != "backend"]
+    @functools.cached_property
+    def types(self) -> dict[str, str]:
+        """Names of all arguments but the backend, in order, and their types in torch's schema language."""
+        hints = typing.get_type_hints(self.arguments)
+        return {name: TORCH_TYPES[hints[name]] for name in self.arguments._fields}
 
-    @property
+    @functools.cached_property
+    def tensors(self) -> list[str]:
+        """Names of the tensor arguments."""
+        return [name for name, kind in self.types.items() if kind.startswith("Tensor")]
+
+    @functools.cached_property
     def differentiable(self) -> list[str]:
         """Names of the tensor arguments that have a gradient."""
-        return [name for kind, name in self.arguments if kind.startswith("Tensor") and name not in self.integers]
+        return [name for name in self.tensors if name not in self.integers]
+
+    def bind(self, *values: Any, backend: str = "", **named: Any) -> tuple[Any, str]:
+        """The record and the backend of a call of the op."""
+        count = len(self.types)
+        return self.arguments(*values[:count], **named), (values[count] if len(values) > count else backend)
+
+
+def _default(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(list(value) if isinstance(value, tuple) else value)
 
 
 def _empty_for_none(tensors: Optionals, like: Tensor) -> tuple[Tensor, ...]:
@@ -93,12 +121,13 @@ def _full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-def recurrent_backward(family: Family, grads: Optionals, args: dict[str, Any]) -> list[Tensor | None]:
+def recurrent_backward(family: Family, args: Any, grads: Optionals) -> list[Tensor | None]:
     """Gradients of the definition, by autograd; every other backward is measured against them."""
-    leaves = {n: args[n].detach().requires_grad_() for n in family.differentiable if args[n] is not None}
+    present = {name: t for name in family.differentiable if (t := getattr(args, name)) is not None}
+    leaves = {name: t.detach().requires_grad_() for name, t in present.items()}
     gradients: Optionals = [None] * len(leaves)
     with autograd_inside_an_op():
-        outputs = family.recurrent(**{**args, **leaves}, **family.options)
+        outputs = family.recurrent(args._replace(**leaves), **family.options)
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=False) if g is not None and o.requires_grad]
         if pairs:
             outs, gs = zip(*pairs, strict=True)
@@ -108,36 +137,65 @@ def recurrent_backward(family: Family, grads: Optionals, args: dict[str, Any]) -
     return [zeros.get(n, grads_of.get(n)) for n in family.differentiable]
 
 
-def define(family: Family) -> None:
-    """Register the family's forward and backward operators, their fakes and the autograd that joins them."""
-    FAMILIES[family.name] = family
-    names = [name for _, name in family.arguments]
-    tensor_arguments = [
-        (n, name, kind == "Tensor?", name not in family.integers)
-        for n, (kind, name) in enumerate(family.arguments)
-        if kind.startswith("Tensor")
-    ]
-    visible = family.outputs
-    forward_name, backward_name = f"sinuous::{family.name}", f"sinuous::{family.name}_backward"
-    grad_schema = ", ".join(f"Tensor? grad_{n}" for n in visible)
-    saved_schema = "".join(f"Tensor {n}, " for n in family.saved)
-    backward_arguments = family.schema.replace("str backend", f"{saved_schema}str backend")
-
-    def tensors(count: int) -> str:
-        return "(" + ", ".join(["Tensor"] * count) + ")"
-
-    torch.library.define(forward_name, f"({family.schema}) -> {tensors(len(family.outputs) + len(family.saved))}")
-    torch.library.define(
-        backward_name, f"({grad_schema}, {backward_arguments}) -> {tensors(len(family.differentiable))}"
+def _in_records(family: Family) -> Family:
+    """A family that is still written with lists of arguments."""
+    if family.by_name is None:
+        return family
+    check, fake, recurrent, adds, traced = (
+        family.check,
+        family.fake,
+        family.recurrent,
+        family.multiply_adds,
+        family.traced,
+    )
+    return replace(
+        family,
+        check=lambda a: check(**a._asdict()),
+        fake=lambda a: fake(**a._asdict()),
+        recurrent=lambda a, **options: recurrent(**a._asdict(), **options),
+        traced=None if traced is None else lambda a, **options: traced(**a._asdict(), **options),
+        multiply_adds=adds if adds.__qualname__.startswith("matrix_state") else lambda a: adds(**a._asdict()),
+        saved={
+            n: functools.partial(lambda shape, a, **options: shape(**a._asdict(), **options), f)
+            for n, f in family.saved.items()
+        },
     )
 
-    def check_tensors(values: tuple[Any, ...]) -> None:
-        first = values[0]
+
+def define(family: Family) -> None:
+    """Register the family's forward and backward operators, their fakes and the autograd that joins them."""
+    family = _in_records(family)
+    FAMILIES[family.name] = family
+    record, names = family.arguments, list(family.types)
+    tensor_arguments = [
+        (names.index(name), name, family.types[name] == "Tensor?", name not in family.integers)
+        for name in family.tensors
+    ]
+    gradient_of = [family.differentiable.index(name) if name in family.differentiable else None for name in names]
+    visible, count, optional = len(family.outputs), len(names), record._field_defaults
+    forward_name, backward_name = f"sinuous::{family.name}", f"sinuous::{family.name}_backward"
+
+    def tensors(number: int) -> str:
+        return "(" + ", ".join(["Tensor"] * number) + ")"
+
+    typed = {name: f"{kind} {name}" for name, kind in family.types.items()}
+    with_defaults = [f"{t}={_default(optional[name])}" if name in optional else t for name, t in typed.items()]
+    torch.library.define(
+        forward_name, f'({", ".join(with_defaults)}, str backend="") -> {tensors(visible + len(family.saved))}'
+    )
+    # Without defaults, of which the dispatcher would drop those at the end.
+    gradients_in = [f"Tensor? grad_{n}" for n in family.outputs]
+    saved_in = [f"Tensor {n}" for n in family.saved]
+    everything = [*gradients_in, *typed.values(), *saved_in, "str backend"]
+    torch.library.define(backward_name, f"({', '.join(everything)}) -> {tensors(len(family.differentiable))}")
+
+    def check_tensors(args: Any) -> None:
+        first = args[0]
         device = None if first is None else first.device
-        for n, name, optional, floating in tensor_arguments:
-            t = values[n]
+        for n, name, may_be_absent, floating in tensor_arguments:
+            t = args[n]
             if t is None:
-                if not optional:
+                if not may_be_absent:
                     raise ValueError(f"{name} must be a tensor (got None); {family.name} cannot do without it")
                 continue
             if floating and t.dtype not in REAL:
@@ -147,77 +205,75 @@ def define(family: Family) -> None:
                 check_device(name, t, names[0], first)
 
     def run_definition(*values: Any) -> tuple[Tensor, ...]:
-        return forward(*values[:-1], "recurrent")
+        return forward(*values[:count], "recurrent")
 
     def forward(*values: Any) -> tuple[Tensor, ...]:
-        args, requested = dict(zip(names, values[:-1], strict=True)), values[-1]
-        check_tensors(values)
-        family.check(**args)
-        first = values[0]
+        args, requested = family.bind(*values)
+        check_tensors(args)
+        family.check(args)
+        first = args[0]
         name = dispatch.choose(family.name, family.forms, requested, first.device, first.dtype)
         if name == "torch" and family.time_axes and math.prod(first.shape[1 : 1 + family.time_axes]) == 1:
             name = "recurrent"  # which is cheaper than a chunk of one step, and keeps the same for the backward pass
         function = family.recurrent if name == "recurrent" else dispatch.kernel(family.name, name).forward
         with _full_precision(first.device):
-            outputs = function(**args, **family.options)
-        count = len(visible)
-        return _empty_for_none((*outputs[:count], *(t.flatten() for t in outputs[count:])), first)
+            if family.by_name and name != "recurrent":
+                outputs = function(**args._asdict(), **family.options)
+            else:
+                outputs = function(args, **family.options)
+        return _empty_for_none((*outputs[:visible], *(t.flatten() for t in outputs[visible:])), first)
 
     def backward(*values: Any) -> tuple[Tensor, ...]:
-        count = len(visible)
-        grads, rest, requested = values[:count], values[count:-1], values[-1]
-        args = dict(zip(names, rest, strict=False))
-        flat = zip(family.saved.items(), rest[len(names) :], strict=True)
-        saved = {n: t.view(shape(**args, **family.options)) for (n, shape), t in flat}
-        first = rest[0]
+        grads, rest, requested = values[:visible], values[visible:-1], values[-1]
+        args = record._make(rest[:count])
+        flat = zip(family.saved.items(), rest[count:], strict=True)
+        saved = {n: t.view(shape(args, **family.options)) for (n, shape), t in flat}
+        first = args[0]
         name = dispatch.choose(family.name, family.forms, requested, first.device, first.dtype)
         gradients: Optionals
         with _full_precision(first.device):
             if name == "recurrent":
-                gradients = recurrent_backward(family, grads, args)
+                gradients = recurrent_backward(family, args, grads)
+            elif family.by_name:
+                gradients = dispatch.kernel(family.name, name).backward(
+                    grads, **args._asdict(), **saved, **family.options
+                )
             else:
-                gradients = dispatch.kernel(family.name, name).backward(grads, **args, **saved, **family.options)
-        typed = [g if g is None else g.to(args[n].dtype) for n, g in zip(family.differentiable, gradients, strict=True)]
-        return _empty_for_none(typed, first)
+                gradients = dispatch.kernel(family.name, name).backward(args, grads, **saved, **family.options)
+        pairs = zip(family.differentiable, gradients, strict=True)
+        return _empty_for_none([g if g is None else g.to(getattr(args, n).dtype) for n, g in pairs], first)
 
     def forward_fake(*values: Any) -> tuple[Tensor, ...]:
-        args = dict(zip(names, values[:-1], strict=True))
-        check_tensors(values)  # one tensor on meta is enough for torch to call this and not the op's body
-        first = values[0]
-        sizes = (math.prod(shape(**args, **family.options)) for shape in family.saved.values())
+        args, _ = family.bind(*values)
+        check_tensors(args)  # one tensor on meta is enough for torch to call this and not the op's body
+        first = args[0]
+        sizes = (math.prod(shape(args, **family.options)) for shape in family.saved.values())
         saved = (torch.empty(size, dtype=working_dtype(first.dtype), device=first.device) for size in sizes)
-        return (*family.fake(**args), *saved)
+        return (*family.fake(args), *saved)
 
     def backward_fake(*values: Any) -> tuple[Tensor, ...]:
-        args = dict(zip(names, values[len(visible) :], strict=False))
-        inputs = (args[n] for n in family.differentiable)
+        args = record._make(values[visible : visible + count])
+        inputs = (getattr(args, n) for n in family.differentiable)
         return tuple(
-            values[len(visible)].new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
-            for t in inputs
+            args[0].new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs
         )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        tensors = [v for (kind, _), v in zip(family.arguments, inputs, strict=False) if kind.startswith("Tensor")]
-        ctx.save_for_backward(*tensors, *output[len(visible) :])
-        ctx.plain = [
-            None if kind.startswith("Tensor") else v for (kind, _), v in zip(family.arguments, inputs, strict=False)
-        ]
+        ctx.save_for_backward(*(inputs[n] for n, *_ in tensor_arguments), *output[visible:])
+        ctx.plain = [None if isinstance(value, Tensor) else value for value in inputs[:count]]
         ctx.backend, ctx.wishes = inputs[-1], dispatch.wishes()
         ctx.set_materialize_grads(False)
 
     def autograd_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        stored = list(ctx.saved_tensors)
-        values = [
-            stored.pop(0) if kind.startswith("Tensor") else plain
-            for (kind, _), plain in zip(family.arguments, ctx.plain, strict=True)
-        ]
+        values, stored = list(ctx.plain), ctx.saved_tensors
+        for (n, *_), t in zip(tensor_arguments, stored, strict=False):
+            values[n] = t
         with dispatch.wishing(ctx.wishes):
             gradients = getattr(torch.ops.sinuous, f"{family.name}_backward")(
-                *grads[: len(visible)], *values, *stored, ctx.backend
+                *grads[:visible], *values, *stored[len(tensor_arguments) :], ctx.backend
             )
-        grad_of = dict(zip(family.differentiable, gradients, strict=True))
-        present = {n for n, v in zip(names, values, strict=True) if v is not None}
-        return (*(grad_of[n] if n in grad_of and n in present else None for n in names), None)
+        pairs = zip(gradient_of, values, strict=True)
+        return (*(None if n is None or value is None else gradients[n] for n, value in pairs), None)
 
     def no_second_derivative(*_: Any) -> Any:
         raise RuntimeError(
@@ -231,5 +287,7 @@ def define(family: Family) -> None:
     torch.library.register_fake(backward_name, backward_fake)
     differentiation.register(forward_name, setup_context, autograd_backward, run_definition)
     differentiation.register(backward_name, lambda *_: None, no_second_derivative, no_second_derivative)
-    flops.register(forward_name, names, family.multiply_adds)
-    flops.register(backward_name, [*(f"grad_{n}" for n in visible), *names], family.multiply_adds, passes=2)
+    flops.register(forward_name, lambda *shapes, **named: family.multiply_adds(family.bind(*shapes, **named)[0]))
+    flops.register(
+        backward_name, lambda *shapes, **_: 2 * family.multiply_adds(record._make(shapes[visible : visible + count]))
+    )

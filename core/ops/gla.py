@@ -32,6 +32,7 @@ from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.flops import matrix_state
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
+from sinuous.kernels.arguments import GLA
 from sinuous.kernels.precision import working_dtype
 
 CHUNK_SIZE = 64
@@ -40,82 +41,59 @@ CHUNK_SIZE = 64
 DECAY_OF = ("keys", "values")
 
 
-def recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    bonus: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    on_values: bool,
-    reverse: bool,
-    chunk_size: int = CHUNK_SIZE,
-) -> tuple[Tensor, Tensor, Tensor]:
+def recurrent(args: GLA, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor, Tensor]:
     """Run the definition step by step; autograd differentiates it to any order."""
-    dtype = working_dtype(q.dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    shape = (sequence_count(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
-    initial = q.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    u = None if bonus is None else bonus.to(dtype)
+    dtype = working_dtype(args.q.dtype)
+    scale = args.q.shape[-1] ** -0.5 if args.scale is None else args.scale
+    q, k, v, decay = args.q.to(dtype), args.k.to(dtype), args.v.to(dtype), args.log_decay.to(dtype).exp()
+    initial = q.new_zeros(_state(args)) if args.initial_state is None else args.initial_state.to(dtype)
+    u = None if args.bonus is None else args.bonus.to(dtype)
 
     def step(state: State, q_t: Tensor, k_t: Tensor, v_t: Tensor, a_t: Tensor) -> tuple[Tensor, State]:
-        decay = a_t[..., None, :] if on_values else a_t[..., :, None]
-        after = decay * state[0] + k_t[..., :, None] * v_t[..., None, :]
+        decay_t = a_t[..., None, :] if args.on_values else a_t[..., :, None]
+        after = decay_t * state[0] + k_t[..., :, None] * v_t[..., None, :]
         read = after if u is None else state[0] + (u * k_t)[..., :, None] * v_t[..., None, :]
         return (q_t[..., None, :] @ read).squeeze(-2) * scale, (after,)
 
-    inputs = (q.to(dtype), k.to(dtype), v.to(dtype), log_decay.to(dtype).exp())
-    y, (final,), (states,) = run_steps(step, inputs, (initial,), inputs[2][:, :0], cu_seqlens, reverse, chunk_size)
-    return y.to(v.dtype), final, states
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    bonus: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    on_values: bool,
-    reverse: bool,
-) -> None:
-    check_attention(q, k, v)
-    batch, length, heads, values = v.shape
-    if on_values:
-        check_shape("log_decay", log_decay, (batch, length, heads, values), "one per value channel, [B, T, H, V]")
-    else:
-        check_shape("log_decay", log_decay, (batch, length, heads, q.shape[3]), "one per key channel, [B, T, H, K]")
-    check_log_decay(log_decay)
-    check_shape("bonus", bonus, (heads, q.shape[3]), "one per head and key channel, [H, K]")
-    if bonus is not None and on_values:
-        raise ValueError("bonus goes with decay_of='keys' only; leave it out")
-    check_packing(cu_seqlens, batch, length)
-    state = (sequence_count(q, cu_seqlens), heads, q.shape[3], values)
-    check_shape("initial_state", initial_state, state, "[sequences, H, K, V]")
-
-
-def _fake(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, Tensor]:
-    state = (sequence_count(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
-    return (
-        torch.empty(v.shape, dtype=v.dtype, device=v.device),
-        torch.empty(state, dtype=working_dtype(q.dtype), device=q.device),
+    y, (final,), (states,) = run_steps(
+        step, (q, k, v, decay), (initial,), v[:, :0], args.cu_seqlens, args.reverse, chunk_size
     )
+    return y.to(args.v.dtype), final, states
 
 
-def _chunk_states(q: Tensor, v: Tensor, chunk_size: int, **_: object) -> tuple[int, ...]:
-    return q.shape[0], (q.shape[1] + chunk_size - 1) // chunk_size, v.shape[2], q.shape[3], v.shape[3]
+def _state(args: GLA) -> tuple[int, ...]:
+    return sequence_count(args.q, args.cu_seqlens), args.v.shape[2], args.q.shape[3], args.v.shape[3]
+
+
+def _check(args: GLA) -> None:
+    check_attention(args.q, args.k, args.v)
+    batch, length, heads, values = args.v.shape
+    keys = args.q.shape[3]
+    if args.on_values:
+        check_shape("log_decay", args.log_decay, (batch, length, heads, values), "one per value channel, [B, T, H, V]")
+    else:
+        check_shape("log_decay", args.log_decay, (batch, length, heads, keys), "one per key channel, [B, T, H, K]")
+    check_log_decay(args.log_decay)
+    check_shape("bonus", args.bonus, (heads, keys), "one per head and key channel, [H, K]")
+    if args.bonus is not None and args.on_values:
+        raise ValueError("bonus goes with decay_of='keys' only; leave it out")
+    check_packing(args.cu_seqlens, batch, length)
+    check_shape("initial_state", args.initial_state, _state(args), "[sequences, H, K, V]")
+
+
+def _fake(args: GLA) -> tuple[Tensor, Tensor]:
+    y = torch.empty(args.v.shape, dtype=args.v.dtype, device=args.v.device)
+    return y, y.new_empty(_state(args), dtype=working_dtype(args.q.dtype))
+
+
+def _chunk_states(args: GLA, chunk_size: int) -> tuple[int, ...]:
+    batch, length, heads, values = args.v.shape
+    return batch, -(-length // chunk_size), heads, args.q.shape[3], values
 
 
 FAMILY = Family(
     name="gla",
-    schema=(
-        "Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor? bonus, Tensor? initial_state, Tensor? cu_seqlens, "
-        "float? scale, bool on_values, bool reverse, str backend"
-    ),
+    arguments=GLA,
     outputs=("y", "final_state"),
     saved={"chunk_states": _chunk_states},
     integers=("cu_seqlens",),

@@ -34,6 +34,7 @@ from sinuous.core.checks import check_choice
 from sinuous.core.ops.checks import check_floating, check_shape
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.public import public
+from sinuous.kernels.arguments import GridScan
 from sinuous.kernels.precision import at_least_fp32, working_dtype
 from sinuous.kernels.torch.orientations import unwalked, walked
 
@@ -140,10 +141,8 @@ def _multiply_adds(q: Sequence[int], v: Sequence[int], source: Sequence[int], **
 
 FAMILY = Family(
     name="grid_scan",
-    schema=(
-        "Tensor q, Tensor k, Tensor v, Tensor source, Tensor transition, Tensor mark, Tensor? direct, Tensor? left, "
-        "Tensor? up, int[] orientations, float? scale, bool with_state, str backend"
-    ),
+    arguments=GridScan,
+    by_name=True,
     outputs=("y", "right", "down"),
     saved={},
     integers=(),

@@ -22,6 +22,7 @@ from sinuous.core.ops.checks import check_packing, check_shape, sequence_count
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
+from sinuous.kernels.arguments import LinearScan
 from sinuous.kernels.precision import working_dtype
 
 CHUNK_SIZE = 64
@@ -105,7 +106,8 @@ def _multiply_adds(x: Sequence[int], **_: object) -> int:
 
 FAMILY = Family(
     name="linear_scan",
-    schema=("Tensor x, Tensor a, Tensor? reset, Tensor? initial_state, Tensor? cu_seqlens, bool reverse, str backend"),
+    arguments=LinearScan,
+    by_name=True,
     outputs=("y", "final_state"),
     saved={"chunk_states": _chunk_states},
     integers=("reset", "cu_seqlens"),

@@ -29,6 +29,7 @@ from sinuous.core.ops.checks import (
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
+from sinuous.kernels.arguments import Longhorn
 from sinuous.kernels.precision import working_dtype
 
 CHUNK_SIZE = 64
@@ -116,10 +117,8 @@ def _multiply_adds(x: Sequence[int], k: Sequence[int], **_: object) -> int:
 
 FAMILY = Family(
     name="longhorn",
-    schema=(
-        "Tensor x, Tensor dt, Tensor k, Tensor q, Tensor? D, Tensor? z, Tensor? dt_bias, "
-        "Tensor? initial_state, Tensor? cu_seqlens, bool reverse, str backend"
-    ),
+    arguments=Longhorn,
+    by_name=True,
     outputs=("y", "final_state"),
     saved={"chunk_states": _chunk_states_shape},
     integers=("cu_seqlens",),

@@ -36,6 +36,7 @@ from sinuous.core.ops.checks import (
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
+from sinuous.kernels.arguments import LTIConv
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.discretization import conj, discretize, dot, times
 
@@ -144,10 +145,8 @@ def _multiply_adds(u: Sequence[int], A: Sequence[int], P: Sequence[int] | None, 
 
 FAMILY = Family(
     name="lti_conv",
-    schema=(
-        "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? P, Tensor? D, Tensor? initial_state, "
-        "Tensor? cu_seqlens, str discretization, bool reverse, str backend"
-    ),
+    arguments=LTIConv,
+    by_name=True,
     outputs=("y", "final_state"),
     saved={},
     integers=("cu_seqlens",),

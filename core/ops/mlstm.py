@@ -42,6 +42,7 @@ from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.flops import matrix_state
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
+from sinuous.kernels.arguments import MLSTM
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.chunked import LARGEST_ROUNDING, LOWEST
 
@@ -179,11 +180,8 @@ def _chunk_m(q: Tensor, v: Tensor, chunk_size: int, **_: object) -> tuple[int, .
 
 FAMILY = Family(
     name="mlstm",
-    schema=(
-        "Tensor q, Tensor k, Tensor v, Tensor input_gate, Tensor forget_gate, Tensor? initial_C, Tensor? initial_n, "
-        "Tensor? initial_m, Tensor? cu_seqlens, float? scale, float eps, str input_activation, bool normalize, "
-        "bool reverse, bool return_state, str backend"
-    ),
+    arguments=MLSTM,
+    by_name=True,
     outputs=("y", "C", "n", "m"),
     saved={"chunk_C": _chunk_C, "chunk_n": _chunk_n, "chunk_m": _chunk_m},
     integers=("cu_seqlens",),

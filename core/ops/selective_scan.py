@@ -26,6 +26,7 @@ from sinuous.core.ops.checks import (
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
+from sinuous.kernels.arguments import SelectiveScan
 from sinuous.kernels.precision import working_dtype
 
 CHUNK_SIZE = 64
@@ -137,10 +138,8 @@ def _multiply_adds(u: Sequence[int], A: Sequence[int], **_: object) -> int:
 
 FAMILY = Family(
     name="selective_scan",
-    schema=(
-        "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
-        "Tensor? initial_state, Tensor? cu_seqlens, bool dt_softplus, bool reverse, str backend"
-    ),
+    arguments=SelectiveScan,
+    by_name=True,
     outputs=("y", "final_state"),
     saved={"chunk_states": _chunk_states_shape},
     integers=("cu_seqlens",),

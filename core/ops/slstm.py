@@ -48,6 +48,7 @@ from sinuous.core.ops.checks import (
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
+from sinuous.kernels.arguments import SLSTM
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.chunked import LOWEST
 
@@ -168,10 +169,8 @@ def _multiply_adds(gates: Sequence[int], **_: object) -> int:
 
 FAMILY = Family(
     name="slstm",
-    schema=(
-        "Tensor gates, Tensor R, Tensor bias, Tensor? initial_y, Tensor? initial_c, Tensor? initial_n, "
-        "Tensor? initial_m, Tensor? cu_seqlens, str cell, bool reverse, str backend"
-    ),
+    arguments=SLSTM,
+    by_name=True,
     outputs=("y", "final_y", "final_c", "final_n", "final_m"),
     # With y of every step in the precision of the state, the gates of a chunk are one matrix product again.
     saved={"hidden": _hidden, "chunk_y": _chunks, "chunk_c": _chunks, "chunk_n": _chunks, "chunk_m": _chunks},

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -32,15 +31,12 @@ class _Definitions(TorchFunctionMode):
 
 
 def _by_definition(family: Family, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    schema = getattr(torch.ops.sinuous, family.name).default._schema.arguments
-    values = {argument.name: argument.default_value for argument in schema}
-    values |= dict(zip(values, args, strict=False)) | dict(kwargs)
-    values.pop("backend")
-    if values.get("cu_seqlens") is not None:
+    arguments, _ = family.bind(*args, **kwargs)
+    if getattr(arguments, "cu_seqlens", None) is not None:
         raise ValueError(f"{family.name}: packed sequences (cu_seqlens) cannot be exported; export a padded batch")
     if family.time_axes > 1:
         raise ValueError(f"{family.name} runs along {family.time_axes} axes and has no single loop to export")
-    outputs = (family.traced or family.recurrent)(**values, **family.options)
+    outputs = (family.traced or family.recurrent)(arguments, **family.options)
     nothing = outputs[0].new_empty(0)
     return tuple(nothing if t is None else t for t in outputs)
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sinuous.kernels.arguments import GLA
 from sinuous.kernels.torch import chunked
 from sinuous.kernels.torch.chunked import Recurrence, State, Tensors
 
@@ -151,70 +152,46 @@ def _backward(
     return (dS,), (dq, dk, dv, dlog_decay), (dbonus,)
 
 
-def _recurrence(q: Tensor, scale: float | None, on_values: bool) -> Recurrence:
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+def _recurrence(args: GLA) -> Recurrence:
+    scale = args.q.shape[-1] ** -0.5 if args.scale is None else args.scale
     passes = Recurrence(
-        functools.partial(_forward, scale=scale, on_values=on_values),
-        functools.partial(_backward, scale=scale, on_values=on_values),
+        functools.partial(_forward, scale=scale, on_values=args.on_values),
+        functools.partial(_backward, scale=scale, on_values=args.on_values),
     )
     return chunked.in_short_segments(passes, gate=3)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    bonus: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    on_values: bool,
-    reverse: bool,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(args: GLA, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)`; see sinuous.core.ops.gla."""
     y, (final,), (chunk_states,) = chunked.forward(
-        _recurrence(q, scale, on_values),
-        (q, k, v, log_decay),
-        (bonus,),
-        chunked.initial_matrix(q, v, initial_state, cu_seqlens),
-        torch.empty_like(v),
-        cu_seqlens,
-        reverse,
+        _recurrence(args),
+        (args.q, args.k, args.v, args.log_decay),
+        (args.bonus,),
+        chunked.initial_matrix(args.q, args.v, args.initial_state, args.cu_seqlens),
+        torch.empty_like(args.v),
+        args.cu_seqlens,
+        args.reverse,
         chunk_size,
     )
     return y, final, chunk_states
 
 
 def backward(
-    grads: tuple[Tensor | None, Tensor | None],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    bonus: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_states: Tensor,
-    scale: float | None,
-    on_values: bool,
-    reverse: bool,
-    chunk_size: int,
+    args: GLA, grads: tuple[Tensor | None, Tensor | None], chunk_states: Tensor, chunk_size: int
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, log_decay, bonus and initial_state."""
     dy, dfinal = grads
     inputs, (dbonus,), (dinitial,) = chunked.backward(
-        _recurrence(q, scale, on_values),
-        (q, k, v, log_decay),
-        (bonus,),
-        chunked.initial_matrix(q, v, initial_state, cu_seqlens),
+        _recurrence(args),
+        (args.q, args.k, args.v, args.log_decay),
+        (args.bonus,),
+        chunked.initial_matrix(args.q, args.v, args.initial_state, args.cu_seqlens),
         (chunk_states,),
         dy,
         (dfinal,),
-        cu_seqlens,
-        reverse,
+        args.cu_seqlens,
+        args.reverse,
         chunk_size,
         value=2,
     )
-    return [*inputs, dbonus, None if initial_state is None else dinitial]
+    return [*inputs, dbonus, None if args.initial_state is None else dinitial]

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from sinuous.kernels.arguments import GLA
 from sinuous.kernels.torch.chunked import initial_matrix
 from sinuous.kernels.triton.gla_kernels import carry, outer, prepare, read, sides, sum_gates
 from sinuous.kernels.triton.matrix_states import MatrixStatesCall
@@ -181,48 +182,23 @@ class GLACall:
         return dlog_decay, None if dbonus is None else dbonus.sum(0)
 
 
-def _of_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    bonus: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    on_values: bool,
-    reverse: bool,
-    chunk_size: int,
-) -> tuple[GLACall, Tensor]:
-    """The call and its initial state."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    decaying, other = (v, k) if on_values else (k, v)
-    call = MatrixStatesCall.of(decaying, other, cu_seqlens, scale, reverse, chunk_size)
-    (initial,) = initial_matrix(q, v, initial_state, cu_seqlens)
-    return GLACall(call, log_decay, bonus, on_values), initial
+def _of_call(args: GLA, chunk_size: int) -> tuple[GLA, GLACall, Tensor]:
+    """The arguments in the kernels' layout, their call, and its initial state."""
+    args = args._replace(q=args.q.contiguous(), k=args.k.contiguous(), v=args.v.contiguous())
+    scale = args.q.shape[-1] ** -0.5 if args.scale is None else args.scale
+    decaying, other = (args.v, args.k) if args.on_values else (args.k, args.v)
+    call = MatrixStatesCall.of(decaying, other, args.cu_seqlens, scale, args.reverse, chunk_size)
+    (initial,) = initial_matrix(args.q, args.v, args.initial_state, args.cu_seqlens)
+    return args, GLACall(call, args.log_decay, args.bonus, args.on_values), initial
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    bonus: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    on_values: bool,
-    reverse: bool,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(args: GLA, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)` as `sinuous.core.ops.gla` defines them."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    made, initial = _of_call(
-        q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, on_values, reverse, chunk_size
-    )
+    args, made, initial = _of_call(args, chunk_size)
+    q, k, v = args.q, args.k, args.v
     if v.numel() == 0:
         return torch.empty_like(v), initial.clone(), made.call.empty_states(initial)
-    if on_values:
+    if args.on_values:
         prepared = made.prepare(None, v)
         final, chunk_states = made.carry(prepared.keys, k, prepared.totals, initial, adjoint=False)
         return made.outputs_of_sides(q, k, v, chunk_states, initial), final, chunk_states
@@ -230,37 +206,23 @@ def forward(
 
 
 def backward(
-    grads: tuple[Tensor | None, Tensor | None],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    bonus: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_states: Tensor,
-    scale: float | None,
-    on_values: bool,
-    reverse: bool,
-    chunk_size: int,
+    args: GLA, grads: tuple[Tensor | None, Tensor | None], chunk_states: Tensor, chunk_size: int
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, log_decay, bonus and initial_state."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    made, initial = _of_call(
-        q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, on_values, reverse, chunk_size
-    )
+    args, made, initial = _of_call(args, chunk_size)
+    q, k, v = args.q, args.k, args.v
     dy = torch.zeros_like(v) if grads[0] is None else grads[0].contiguous()
     dfinal = torch.zeros_like(initial) if grads[1] is None else grads[1].to(initial.dtype).contiguous()
     if v.numel() == 0:
-        zeros = [None if t is None else torch.zeros_like(t) for t in (q, k, v, log_decay, bonus)]
-        return [*zeros, None if initial_state is None else dfinal]
-    queries, keys, dout, values = (dy, v, q, k) if on_values else (q, k, dy, v)
+        zeros = [None if t is None else torch.zeros_like(t) for t in (q, k, v, args.log_decay, args.bonus)]
+        return [*zeros, None if args.initial_state is None else dfinal]
+    queries, keys, dout, values = (dy, v, q, k) if args.on_values else (q, k, dy, v)
     prepared = made.prepare(queries, keys)
     dinitial, after, dvalues = made.adjoint(prepared, dout, dfinal)
     states, adjoint = (chunk_states, initial), (after, dfinal)
-    dkeys, dqueries = torch.empty_like(keys), None if on_values else torch.empty_like(q)
+    dkeys, dqueries = torch.empty_like(keys), None if args.on_values else torch.empty_like(q)
     dlog_decay, dbonus = made.sides(queries, keys, dout, values, states, adjoint, dqueries, dkeys)
-    if on_values:
+    if args.on_values:
         dqueries = made.read(prepared.weights, prepared.queries, values, *states, keys=False)
-    dk, dv = (dvalues, dkeys) if on_values else (dkeys, dvalues)
-    return [dqueries, dk, dv, dlog_decay, dbonus, None if initial_state is None else dinitial]
+    dk, dv = (dvalues, dkeys) if args.on_values else (dkeys, dvalues)
+    return [dqueries, dk, dv, dlog_decay, dbonus, None if args.initial_state is None else dinitial]

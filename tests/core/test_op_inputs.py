@@ -252,10 +252,10 @@ def test_the_values_that_are_made_wrong_are_right(name: str) -> None:
 @pytest.mark.parametrize("name", LAWS)
 def test_an_operator_called_without_its_public_function_refuses_none(name: str) -> None:
     family = LAWS[name].family
-    arguments = [torch.ones(1, 1, 1), *[None] * (len(family.arguments) - 1)]
+    arguments = [torch.ones(1, 1, 1), *[None] * (len(family.types) - 1)]
     rest = {"bool": False, "str": "x", "float": 1.0, "int[]": [0]}
-    values = [rest.get(kind, value) for (kind, _), value in zip(family.arguments, arguments, strict=True)]
-    second = family.arguments[1][1]
+    values = [rest.get(kind, value) for kind, value in zip(family.types.values(), arguments, strict=True)]
+    second = family.arguments._fields[1]
 
     def call() -> str:
         with pytest.raises(ValueError, match=rf"{second} must be a tensor \(got None\); {name} cannot do without it"):

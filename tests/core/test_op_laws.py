@@ -256,13 +256,13 @@ def test_torch_form_allocates_linearly(name: str) -> None:
 
     def allocations(length: int) -> tuple[_Allocations, int]:
         values = received(laws, cast(draw(laws, "full", 1, length), torch.float32), "torch")
-        arguments = dict(zip((n for _, n in family.arguments), values, strict=False))
-        largest = max(v.numel() for v in arguments.values() if isinstance(v, Tensor))
+        args, _ = family.bind(*values)
+        largest = max(v.numel() for v in args if isinstance(v, Tensor))
         with _Allocations() as mode:
-            outputs = module.forward(**arguments, **family.options)
+            outputs = module.forward(args, **family.options)
             count = len(family.outputs)
             saved = dict(zip(family.saved, outputs[count:], strict=True))
-            module.backward([torch.ones_like(o) for o in outputs[:count]], **arguments, **saved, **family.options)
+            module.backward(args, [torch.ones_like(o) for o in outputs[:count]], **saved, **family.options)
         return mode, max(2 * largest, length * sum(o.numel() for o in outputs[1:count]))
 
     (short, _), (long, limit) = allocations(512), allocations(2048)

@@ -103,7 +103,7 @@ def test_packed(laws: Laws, reverse: bool) -> None:
 def test_chunk_states_are_those_of_the_definition(laws: Laws, reverse: bool) -> None:
     arguments = single(laws, "full", 1, BOUNDS[-1], len(BOUNDS) - 1)
     arguments |= {"cu_seqlens": torch.tensor(BOUNDS), "dt_softplus": True, "reverse": reverse}
-    values = [arguments[name] for _, name in laws.family.arguments]
+    values = [arguments[name] for name in laws.family.arguments._fields]
     op = getattr(torch.ops.sinuous, laws.family.name)
     found, wanted = (op(*values, form)[2] for form in ("triton", "recurrent"))
     assert error(found, wanted) <= 1e-6

@@ -97,7 +97,7 @@ def test_the_absence_of_an_initial_state(variant: str) -> None:
 def test_chunk_states_are_those_of_the_definition(variant: str, reverse: bool) -> None:
     arguments = single(variant, 1, BOUNDS[-1], len(BOUNDS) - 1)
     arguments |= {"cu_seqlens": torch.tensor(BOUNDS), "scale": None, "reverse": reverse}
-    values = [arguments[name] for _, name in DELTA.family.arguments]
+    values = [arguments[name] for name in DELTA.family.arguments._fields]
     found, wanted = (torch.ops.sinuous.delta_rule(*values, form)[2] for form in ("triton", "recurrent"))
     assert error(found, wanted) <= 1e-6
 

@@ -93,14 +93,14 @@ def test_the_absence_of_an_initial_state_and_a_scale() -> None:
 def test_chunk_states_are_those_of_the_definition(reverse: bool) -> None:
     arguments = single("full", 1, BOUNDS[-1], len(BOUNDS) - 1)
     arguments |= {"cu_seqlens": torch.tensor(BOUNDS), "scale": None, "reverse": reverse}
-    values = [arguments[name] for _, name in DPLR.family.arguments]
+    values = [arguments[name] for name in DPLR.family.arguments._fields]
     found, wanted = (torch.ops.sinuous.dplr(*values, form)[2] for form in ("triton", "recurrent"))
     assert error(found, wanted) <= 1e-6
 
 
 def test_one_form_backward_of_another() -> None:
     arguments = drawn(130, 16, 12)
-    inputs = [arguments.get(name) for _, name in DPLR.family.arguments[:-2]]
+    inputs = [arguments.get(name) for name in DPLR.family.arguments._fields[:-2]]
     options = [None, False]
     y, state, kept = torch.ops.sinuous.dplr(*inputs, *options, "torch")
     found, wanted = (

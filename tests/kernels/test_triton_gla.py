@@ -74,7 +74,7 @@ def test_chunk_states_are_those_of_the_definition(variant: str, reverse: bool) -
     arguments = single(variant, 1, BOUNDS[-1], len(BOUNDS) - 1)
     arguments["on_values"] = arguments["decay_of"] == "values"
     arguments |= {"cu_seqlens": torch.tensor(BOUNDS), "scale": None, "reverse": reverse}
-    values = [arguments.get(name) for _, name in GLA.family.arguments]
+    values = [arguments.get(name) for name in GLA.family.arguments._fields]
     found, wanted = (torch.ops.sinuous.gla(*values, form)[2] for form in ("triton", "recurrent"))
     assert error(found, wanted) <= 1e-6
 

@@ -73,7 +73,7 @@ def test_packed(variant: str, reverse: bool) -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 def test_chunk_states_are_those_of_the_definition(reverse: bool) -> None:
     arguments = single("full", 1, BOUNDS[-1], len(BOUNDS) - 1) | {"cu_seqlens": torch.tensor(BOUNDS)}
-    values = [{**arguments, "reverse": reverse}[name] for _, name in SCAN.family.arguments]
+    values = [{**arguments, "reverse": reverse}[name] for name in SCAN.family.arguments._fields]
     found, wanted = (torch.ops.sinuous.linear_scan(*values, form)[2] for form in ("triton", "recurrent"))
     assert error(found, wanted) <= 1e-6
 

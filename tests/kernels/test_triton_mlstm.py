@@ -66,7 +66,7 @@ def test_chunk_states_are_those_of_the_definition(reverse: bool) -> None:
     arguments |= dict(zip(("initial_C", "initial_n", "initial_m"), arguments["initial_state"], strict=True))
     arguments |= {"cu_seqlens": torch.tensor(BOUNDS), "reverse": reverse}
     arguments |= {"input_activation": "exp", "normalize": True, "return_state": True}
-    values = [arguments[name] for _, name in MLSTM.family.arguments]
+    values = [arguments[name] for name in MLSTM.family.arguments._fields]
     found, wanted = (torch.ops.sinuous.mlstm(*values, form)[4:] for form in ("triton", "recurrent"))
     assert len(found) == 3
     assert all(error(f, w) <= 1e-6 for f, w in zip(found, wanted, strict=True))

@@ -96,7 +96,7 @@ def test_what_is_kept_is_that_of_the_definition(reverse: bool) -> None:
     initial = arguments.pop("initial_state")
     states = {f"initial_{part}": t for part, t in zip("ycnm", initial, strict=True)}
     arguments |= {**states, "cu_seqlens": torch.tensor(BOUNDS), "cell": "slstm", "reverse": reverse}
-    values = [arguments[name] for _, name in SLSTM.family.arguments]
+    values = [arguments[name] for name in SLSTM.family.arguments._fields]
     found, wanted = (torch.ops.sinuous.slstm(*values, form)[5:] for form in ("triton", "recurrent"))
     assert len(found) == len(SLSTM.family.saved)
     for f, w in zip(found, wanted, strict=True):

@@ -66,7 +66,7 @@ def test_the_absence_of_an_initial_state() -> None:
 def test_chunk_states_are_those_of_the_definition(reverse: bool) -> None:
     arguments = single("full", 1, BOUNDS[-1], len(BOUNDS) - 1)
     arguments |= {"cu_seqlens": torch.tensor(BOUNDS), "scale": None, "reverse": reverse}
-    values = [arguments[name] for _, name in SSD.family.arguments]
+    values = [arguments[name] for name in SSD.family.arguments._fields]
     found, wanted = (torch.ops.sinuous.ssd(*values, form)[2] for form in ("triton", "recurrent"))
     assert error(found, wanted) <= 1e-6
 
