@@ -77,10 +77,10 @@ def measure_peak(
     torch.set_num_threads(threads)
     case, place = CASES[family], torch.device(device)
     # What the first call brings in, compiled kernels and thread pools, is no part of a call's need.
-    warm = prepare(case, name, case.make(shape._replace(length=16), place, torch.float32))
+    warm = prepare(case, name, case.make(shape._replace(length=16), place))
     for which in passes:
         _call(warm, which)()
-    prepared = prepare(case, name, case.make(shape, place, torch.float32))
+    prepared = prepare(case, name, case.make(shape, place))
 
     def both() -> object:
         # Not `_call`, whose trial run for the cotangent would leave memory behind to profit from.
@@ -125,7 +125,7 @@ def _probe(
 
     Peers that compute another function have no difference."""
     short = shape._replace(length=min(PROBE_LENGTH, shape.length))
-    inputs = case.make(short, device, torch.float32)
+    inputs = case.make(short, device)
     others = {peer.name for peer in case.peers if not peer.same_function}
     with torch.no_grad():
         expected = case.run("recurrent", **inputs)
@@ -147,25 +147,25 @@ def bench_case(case: Case, shapes: list[Shape], options: argparse.Namespace, say
     """Rows of one op at all shapes, shortest first."""
     device = torch.device(options.device)
     usable: dict[str, Peer | None] = {}
-    for name, reason in backends(case, device, torch.float32).items():
+    for name, reason in backends(case, device).items():
         if reason is None:
             usable[name] = None
         else:
-            say(f"{case.family.name}: backend {name} left out: {reason}")
+            say(f"{case.name}: backend {name} left out: {reason}")
     for peer in () if options.no_peers else case.peers:
         reason = peer.unavailable(device)
         if reason is None:
             usable[peer.name] = peer
         else:
-            say(f"{case.family.name}: {peer.name} left out: {reason}")
+            say(f"{case.name}: {peer.name} left out: {reason}")
     versus = options.versus or case.versus
     if versus not in usable and versus != FASTEST and not options.no_peers:
-        say(f"{case.family.name}: no ratios, since {versus} is not among {', '.join(usable)}")
+        say(f"{case.name}: no ratios, since {versus} is not among {', '.join(usable)}")
     budget = Budget(options.max_seconds)
     differences = _probe(case, usable, shapes[0], device, budget)
     rows: list[Row] = []
     for shape in shapes:
-        inputs = case.make(shape, device, torch.float32)
+        inputs = case.make(shape, device)
         prepared: dict[str, Prepared] = {}
         peaks: dict[str, dict[str, float] | None] = {}
         for which in PASSES:
@@ -176,7 +176,7 @@ def bench_case(case: Case, shapes: list[Shape], options: argparse.Namespace, say
                     continue
                 if not budget.allows(name, which, shape.length, quadratic):
                     expected = budget.expected(name, which, shape.length, quadratic)
-                    say(f"{case.family.name}: {name}, {which}, length {shape.length} left out: about {expected:.0f} s")
+                    say(f"{case.name}: {name}, {which}, length {shape.length} left out: about {expected:.0f} s")
                     continue
                 if name not in prepared:
                     prepared[name] = prepare(case, name, inputs)
@@ -192,7 +192,7 @@ def bench_case(case: Case, shapes: list[Shape], options: argparse.Namespace, say
                     passes = tuple(p for p in PASSES if budget.allows(name, p, shape.length, quadratic))
                     peaks[name] = measure.in_fresh_process(
                         measure_peak,
-                        case.family.name,
+                        case.name,
                         name,
                         shape,
                         options.device,
@@ -202,7 +202,7 @@ def bench_case(case: Case, shapes: list[Shape], options: argparse.Namespace, say
                     )
                 peak = (peaks.get(name) or {}).get(which)
                 row: Row = {
-                    "op": case.family.name,
+                    "op": case.name,
                     "pass": which,
                     "length": shape.length,
                     "implementation": name,

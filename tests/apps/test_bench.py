@@ -95,8 +95,8 @@ def test_ops_compares_every_backend_and_peer_on_the_same_function(tmp_path):
     assert main(["ops", *SMALL, "--no-memory", "--csv", str(path)]) == 0
     rows = _rows(path)
     for case in op_cases.CASES.values():
-        mine = [row for row in rows if row["op"] == case.family.name]
-        wanted = {n for n, reason in op_cases.backends(case, CPU, torch.float32).items() if reason is None}
+        mine = [row for row in rows if row["op"] == case.name]
+        wanted = {n for n, reason in op_cases.backends(case, CPU).items() if reason is None}
         wanted |= {peer.name for peer in case.peers if peer.unavailable(CPU) is None}
         for length in ("48", "96"):
             for which in ops.PASSES:
@@ -116,8 +116,7 @@ def test_a_peer_that_computes_something_else_is_seen(monkeypatch):
     case = op_cases.CAUSAL_CONV1D
 
     def without_activation(inputs):
-        x, weight, bias = inputs.values()
-        return op_cases.Prepared(lambda: case.run("recurrent", x, weight, bias) * 1.01, list(inputs.values()))
+        return op_cases.Prepared(lambda: case.run("recurrent", **inputs) * 1.01, list(inputs.values()))
 
     wrong = op_cases.Peer("wrong", "torch", without_activation)
     monkeypatch.setitem(op_cases.CASES, "causal_conv1d", replace(case, peers=(wrong,), versus="wrong"))

@@ -10,7 +10,7 @@ from sinuous.apps.bench.op_cases.linear_systems import LTI_CONV
 from sinuous.apps.bench.op_cases.matrix_states import ADDITIVE_DECAY, DELTA_RULE, DPLR, GLA, MLSTM, SSD
 
 CASES = {
-    case.family.name: case
+    case.name: case
     for case in (
         SELECTIVE_SCAN,
         LONGHORN,

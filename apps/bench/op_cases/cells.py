@@ -9,34 +9,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sinuous.apps.bench.op_cases.contract import Case, Inputs, Peer, Prepared, Shape, leaves, lstm
-from sinuous.core import ops
-from sinuous.core.ops.slstm import FAMILY as SLSTM_FAMILY
+from sinuous.core.ops.laws import slstm
+from sinuous.core.ops.laws.declaration import Sample
 
 HEADS = 4
 
 
-def _inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+def _sample(shape: Shape) -> Sample:
     heads = HEADS if shape.dim % HEADS == 0 else 1
-    width = shape.dim // heads
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator)
-
-    arguments = {
-        "x": normal(shape.batch, shape.length, shape.dim),
-        "weight": normal(4 * shape.dim, shape.dim) / shape.dim**0.5,
-        "R": normal(4, heads, width, width) / (2 * width**0.5),
-        "bias": normal(4, heads, width),
-    }
-    return leaves({name: t.to(device, dtype) for name, t in arguments.items()})
+    return slstm.sample_of(heads, shape.dim // heads, state=False)
 
 
-def _slstm(backend: str, x: Tensor, weight: Tensor, R: Tensor, bias: Tensor) -> Tensor:
-    gates = F.linear(x, weight).unflatten(-1, bias.shape)
-    y = ops.slstm(gates, R, bias, backend=backend)
-    assert isinstance(y, Tensor)
-    return y.flatten(2)
+class LayerCase(Case):
+    """Gates come from a projection of the input, which torch's LSTM has inside."""
+
+    def make(self, shape: Shape, device: torch.device) -> Inputs:
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(shape.batch, shape.length, shape.dim, generator=generator)
+        weight = torch.randn(4 * shape.dim, shape.dim, generator=generator) / shape.dim**0.5
+        return {**leaves({"x": x.to(device), "weight": weight.to(device)}), **super().make(shape, device)}
+
+    def run(self, backend: str, **inputs: Tensor) -> Tensor:
+        x, weight, R, bias = inputs.values()
+        return super().run(backend, gates=F.linear(x, weight).unflatten(-1, bias.shape), R=R, bias=bias).flatten(2)
 
 
 def _nx_ai(inputs: Inputs) -> Prepared:
@@ -54,10 +49,10 @@ def _nx_ai(inputs: Inputs) -> Prepared:
     return Prepared(call, list(inputs.values()))
 
 
-SLSTM = Case(
-    family=SLSTM_FAMILY,
-    make=_inputs,
-    run=_slstm,
+SLSTM = LayerCase(
+    laws=slstm.LAWS,
+    sample=_sample,
+    uses=("R", "bias"),
     peers=(
         Peer("xlstm", "xlstm", _nx_ai, quadratic=True),
         Peer("nn.LSTM", "torch", lstm, same_function=False),

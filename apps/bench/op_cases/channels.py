@@ -8,41 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sinuous.apps.bench.op_cases.contract import Case, Inputs, Peer, Prepared, Shape, channels_first, leaves, lstm
-from sinuous.core import ops
-from sinuous.core.ops.causal_conv1d import FAMILY as CAUSAL_CONV1D_FAMILY
-from sinuous.core.ops.linear_scan import FAMILY as LINEAR_SCAN_FAMILY
-from sinuous.core.ops.longhorn import FAMILY as LONGHORN_FAMILY
-from sinuous.core.ops.selective_scan import FAMILY as SELECTIVE_SCAN_FAMILY
+from sinuous.apps.bench.op_cases.contract import Case, Inputs, Peer, Prepared, channels_first, lstm
+from sinuous.core.ops.laws import causal_conv1d, linear_scan, longhorn, selective_scan
 
-# Selective scan: u, dt (before softplus), A, B, C and the skip D.
-
-
-def _selective_scan_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
-    g = torch.Generator().manual_seed(0)
-    batch, length, dim, state = shape
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=g).to(device, dtype)
-
-    A = -torch.arange(1, state + 1, dtype=torch.float32).expand(dim, state).contiguous().to(device)
-    D = torch.ones(dim, device=device)
-    return leaves(
-        {
-            "u": normal(batch, length, dim),
-            "dt": normal(batch, length, dim) - 4,
-            "A": A,
-            "B": normal(batch, length, state),
-            "C": normal(batch, length, state),
-            "D": D,
-        }
-    )
-
-
-def _selective_scan(backend: str, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    y = ops.selective_scan(u, dt, A, B, C, D=D, backend=backend)
-    assert isinstance(y, Tensor)
-    return y
+# Selective scan with its skip.
 
 
 def _mambapy(inputs: Inputs) -> Prepared:
@@ -83,9 +52,9 @@ def _mamba_ssm(inputs: Inputs) -> Prepared:
 
 
 SELECTIVE_SCAN = Case(
-    family=SELECTIVE_SCAN_FAMILY,
-    make=_selective_scan_inputs,
-    run=_selective_scan,
+    laws=selective_scan.LAWS,
+    sample=lambda shape: selective_scan.sample_of(shape.dim, shape.state, None, full=True),
+    uses=("u", "dt", "A", "B", "C", "D"),
     peers=(
         Peer("mambapy", "mambapy", _mambapy),
         Peer("transformers", "transformers", _transformers, quadratic=True),
@@ -95,21 +64,7 @@ SELECTIVE_SCAN = Case(
     versus="mambapy",
 )
 
-# Longhorn: x, dt (before the sigmoid), k, q and the skip D.
-
-
-def _longhorn_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
-    g = torch.Generator().manual_seed(0)
-    batch, length, dim, state = shape
-    sizes = {"x": dim, "dt": dim, "k": state, "q": state}
-    normal = {name: torch.randn(batch, length, size, generator=g).to(device, dtype) for name, size in sizes.items()}
-    return leaves({**normal, "D": torch.ones(dim, device=device)})
-
-
-def _longhorn(backend: str, x: Tensor, dt: Tensor, k: Tensor, q: Tensor, D: Tensor) -> Tensor:
-    y = ops.longhorn(x, dt, k, q, D=D, backend=backend)
-    assert isinstance(y, Tensor)
-    return y
+# Longhorn with its skip.
 
 
 def _mambapy_longhorn(inputs: Inputs) -> Prepared:
@@ -128,9 +83,9 @@ def _mambapy_longhorn(inputs: Inputs) -> Prepared:
 
 
 LONGHORN = Case(
-    family=LONGHORN_FAMILY,
-    make=_longhorn_inputs,
-    run=_longhorn,
+    laws=longhorn.LAWS,
+    sample=lambda shape: longhorn.sample_of(shape.dim, shape.state, full=True),
+    uses=("x", "dt", "k", "q", "D"),
     peers=(
         Peer("mambapy", "mambapy", _mambapy_longhorn),
         Peer("nn.LSTM", "torch", lstm, same_function=False),
@@ -140,18 +95,6 @@ LONGHORN = Case(
 
 
 # Causal convolution: four taps, bias and SiLU, as in front of Mamba's scan.
-
-
-def _causal_conv1d_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
-    g = torch.Generator().manual_seed(0)
-    sizes = {"x": (shape.batch, shape.length, shape.dim), "weight": (shape.dim, 4), "bias": (shape.dim,)}
-    return leaves({name: torch.randn(*size, generator=g).to(device, dtype) for name, size in sizes.items()})
-
-
-def _causal_conv1d(backend: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    y = ops.causal_conv1d(x, weight, bias, activation="silu", backend=backend)
-    assert isinstance(y, Tensor)
-    return y
 
 
 def _conv1d(inputs: Inputs) -> Prepared:
@@ -184,9 +127,10 @@ def _dao_causal_conv1d(inputs: Inputs) -> Prepared:
 
 
 CAUSAL_CONV1D = Case(
-    family=CAUSAL_CONV1D_FAMILY,
-    make=_causal_conv1d_inputs,
-    run=_causal_conv1d,
+    laws=causal_conv1d.LAWS,
+    sample=lambda shape: causal_conv1d.sample_of(shape.dim, 4, full=True, activation="silu"),
+    uses=("x", "weight", "bias"),
+    options={"activation": "silu"},
     peers=(
         Peer("F.conv1d [B,D,T]", "torch", _conv1d),
         Peer("F.conv1d [B,T,D]", "torch", _conv1d_time_first),
@@ -198,19 +142,6 @@ CAUSAL_CONV1D = Case(
 # Linear scan: real, with a decay per step and channel.
 
 
-def _linear_scan_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
-    g = torch.Generator().manual_seed(0)
-    size = (shape.batch, shape.length, shape.dim)
-    x, a = torch.randn(*size, generator=g), torch.sigmoid(torch.randn(*size, generator=g) + 3)
-    return leaves({"x": x.to(device, dtype), "a": a.to(device, dtype)})
-
-
-def _linear_scan(backend: str, x: Tensor, a: Tensor) -> Tensor:
-    y = ops.linear_scan(x, a, backend=backend)
-    assert isinstance(y, Tensor)
-    return y
-
-
 def _mambapy_elementwise(inputs: Inputs) -> Prepared:
     pscan = importlib.import_module("mambapy.pscan").pscan
     x, a = inputs.values()
@@ -218,9 +149,9 @@ def _mambapy_elementwise(inputs: Inputs) -> Prepared:
 
 
 LINEAR_SCAN = Case(
-    family=LINEAR_SCAN_FAMILY,
-    make=_linear_scan_inputs,
-    run=_linear_scan,
+    laws=linear_scan.LAWS,
+    sample=lambda shape: linear_scan.sample_of(shape.dim, full=False),
+    uses=("x", "a"),
     peers=(
         Peer("mambapy", "mambapy", _mambapy_elementwise),
         Peer("nn.LSTM", "torch", lstm, same_function=False),

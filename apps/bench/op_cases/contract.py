@@ -7,15 +7,15 @@ A peer gets its inputs in its own layout, made before the clock starts, and comp
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sinuous.core.ops import dispatch
-from sinuous.core.ops.family import Family
+from sinuous.core.ops.laws.declaration import Laws, Sample
 
 FASTEST = "the fastest peer"
 """As `Case.versus`: ratios refer to the fastest peer that computes the same function, per length and pass."""
@@ -70,18 +70,55 @@ class Peer:
 
 @dataclass(frozen=True)
 class Case:
-    """One op: `make(shape, device, dtype)` gives its inputs, `run(backend, **inputs)` calls our op; `versus` names the
-    peer that ratios refer to."""
+    """One op on the sample of its laws, at the size of a comparison.
 
-    family: Family
-    make: Callable[[Shape, torch.device, torch.dtype], Inputs]
-    run: Callable[..., Tensor]
+    Attributes:
+        laws: declaration of the op.
+        sample: shape -> the laws' sample of that size.
+        uses: the arguments of the sample that the peers have, too, in the order of `Inputs`.
+        peers: what the op is compared with.
+        versus: name of the peer that ratios refer to.
+        options: further arguments of the op.
+        change: what the comparison changes in the sample's arguments.
+    """
+
+    laws: Laws
+    sample: Callable[[Shape], Sample]
+    uses: tuple[str, ...]
     peers: tuple[Peer, ...]
     versus: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    change: Callable[[Inputs], Inputs] = lambda inputs: inputs
+
+    @property
+    def name(self) -> str:
+        """The op's name."""
+        return self.laws.family.name
+
+    def make(self, shape: Shape, device: torch.device) -> Inputs:
+        """Inputs in single precision, each a leaf."""
+        arguments = self.laws.at_size(self.sample(shape), shape.batch, shape.length, device=device)
+        return leaves(self.change({name: arguments[name] for name in self.uses}))
+
+    def run(self, backend: str, **inputs: Tensor) -> Tensor:
+        """Call our op."""
+        y: Tensor = self.laws.call(**inputs, **self.options, backend=backend)
+        return y
+
+
+def mild(inputs: Inputs) -> Inputs:
+    """Decays near 1, as layers have them: the samples' own forget within a few steps, which some peers overflow on."""
+    return {**inputs, "log_decay": inputs["log_decay"] / 16}
+
+
+def heads_of(shape: Shape) -> tuple[int, int]:
+    """Heads of 64 channels each, as many as the width holds: how many, and how wide."""
+    channels = min(64, shape.dim)
+    return max(shape.dim // channels, 1), channels
 
 
 def leaves(inputs: Inputs) -> Inputs:
-    return {name: t.requires_grad_() for name, t in inputs.items()}
+    return {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in inputs.items()}
 
 
 def ours(case: Case, backend: str, inputs: Inputs) -> Prepared:
@@ -102,7 +139,7 @@ def lstm(inputs: Inputs) -> Prepared:
     return Prepared(lambda: layer(x)[0], [x, *layer.parameters()])
 
 
-def backends(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def backends(case: Case, device: torch.device) -> dict[str, str | None]:
     """Our backends of the case's op, each with the reason why it cannot run here, or None."""
-    family = case.family
-    return {name: dispatch.unavailable(family.name, family.forms, name, device, dtype) for name in family.forms}
+    forms = case.laws.family.forms
+    return {name: dispatch.unavailable(case.name, forms, name, device, torch.float32) for name in forms}

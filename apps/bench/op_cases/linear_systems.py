@@ -2,38 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from sinuous.apps.bench.op_cases.contract import Case, Inputs, Peer, Prepared, Shape, channels_first, leaves, lstm
-from sinuous.core import ops
+from sinuous.apps.bench.op_cases.contract import Case, Inputs, Peer, Prepared, channels_first, lstm
 from sinuous.core.hippo import diagonal_response
-from sinuous.core.ops.lti_conv import FAMILY as LTI_CONV_FAMILY
-
-
-def _inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
-    g = torch.Generator().manual_seed(0)
-    batch, length, dim, state = shape
-    modes = max(state // 2, 1)
-    frequencies = math.pi * torch.arange(modes).expand(dim, modes)
-    parameters = {
-        "dt": torch.exp(torch.rand(dim, generator=g) * math.log(100) + math.log(0.001)),
-        "A": torch.stack([torch.full((dim, modes), -0.5), frequencies], -1),
-        "B": torch.randn(dim, modes, 2, generator=g),
-        "C": torch.randn(dim, modes, 2, generator=g),
-        "D": torch.randn(dim, generator=g),
-    }
-    u = torch.randn(batch, length, dim, generator=g).to(device, dtype)
-    return leaves({"u": u, **{name: t.to(device) for name, t in parameters.items()}})
-
-
-def _lti_conv(backend: str, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    y = ops.lti_conv(u, dt, A, B, C, D=D, backend=backend)
-    assert isinstance(y, Tensor)
-    return y
+from sinuous.core.ops.laws import lti_conv
 
 
 def _fourier(inputs: Inputs) -> Prepared:
@@ -69,9 +45,9 @@ def _transforms(inputs: Inputs, response_of: Callable[..., Tensor]) -> Prepared:
 
 
 LTI_CONV = Case(
-    family=LTI_CONV_FAMILY,
-    make=_inputs,
-    run=_lti_conv,
+    laws=lti_conv.LAWS,
+    sample=lambda shape: lti_conv.sample_of(shape.dim, max(shape.state // 2, 1), 0, "zoh", full=True),
+    uses=("u", "dt", "A", "B", "C", "D"),
     peers=(
         Peer("torch.fft", "torch", _fourier),
         Peer("fft, few powers", "torch", _fourier_of_few_powers),

@@ -9,42 +9,35 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sinuous.apps.bench.op_cases.contract import FASTEST, Case, Inputs, Peer, Prepared, Shape, leaves, lstm
-from sinuous.core import ops
-from sinuous.core.ops.additive_decay import FAMILY as ADDITIVE_DECAY_FAMILY
-from sinuous.core.ops.delta_rule import FAMILY as DELTA_RULE_FAMILY
-from sinuous.core.ops.dplr import FAMILY as DPLR_FAMILY
-from sinuous.core.ops.gla import FAMILY as GLA_FAMILY
-from sinuous.core.ops.mlstm import FAMILY as MLSTM_FAMILY
-from sinuous.core.ops.ssd import FAMILY as SSD_FAMILY
+from sinuous.apps.bench.op_cases.contract import (
+    FASTEST,
+    Case,
+    Inputs,
+    Peer,
+    Prepared,
+    Shape,
+    heads_of,
+    leaves,
+    lstm,
+    mild,
+)
+from sinuous.core.ops.laws import additive_decay, delta_rule, dplr, gla, mlstm, ssd
+from sinuous.core.ops.laws.declaration import Sample
 
-CHANNELS = 64
 CHUNK = 64
 """Chunk of the peers that let one choose: the value their packages use."""
 
 
-def _inputs(
-    shape: Shape, device: torch.device, dtype: torch.dtype, gates: dict[str, Callable[[Tensor], Tensor]]
-) -> Inputs:
-    """q, k, v and one gate per head, or per key channel where its name ends in `_K`."""
-    generator = torch.Generator().manual_seed(0)
-    channels = min(CHANNELS, shape.dim)
-    size = (shape.batch, shape.length, max(shape.dim // channels, 1), channels)
+def _heads(sample_of: Callable[..., Sample], **options: Any) -> Callable[[Shape], Sample]:
+    """The sample of an op with as many keys as values."""
 
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator)
+    def sample(shape: Shape) -> Sample:
+        heads, channels = heads_of(shape)
+        return sample_of(heads, channels, channels, **options)
 
-    arguments = {name: normal(*size) for name in ("q", "k", "v")}
-    for name, gate in gates.items():
-        arguments[name.removesuffix("_K")] = gate(normal(*size) if name.endswith("_K") else normal(*size[:3]))
-    return leaves({name: t.to(device, dtype) for name, t in arguments.items()})
-
-
-def _decay(x: Tensor) -> Tensor:
-    return F.logsigmoid(x) / 16
+    return sample
 
 
 def _function(module: str, name: str) -> Any:
@@ -58,10 +51,6 @@ def _first(y: Any) -> Tensor:
 
 
 # ssd: one decay per head and step.
-
-
-def _ssd(backend: str, **inputs: Any) -> Tensor:
-    return _first(ops.ssd(**inputs, backend=backend))
 
 
 def _fla_simple_gla(inputs: Inputs) -> Prepared:
@@ -91,9 +80,10 @@ def _fla_chunk(module: str, name: str) -> Callable[[Inputs], Prepared]:
 
 
 SSD = Case(
-    family=SSD_FAMILY,
-    make=lambda shape, device, dtype: _inputs(shape, device, dtype, {"log_decay": _decay}),
-    run=_ssd,
+    laws=ssd.LAWS,
+    sample=lambda shape: ssd.sample_of(heads_of(shape)[0], *heads_of(shape), heads_of(shape)[1], "steps"),
+    uses=("q", "k", "v", "log_decay"),
+    change=mild,
     peers=(
         Peer("fla naive chunk", "fla", _fla_simple_gla, quadratic=True),
         Peer("transformers", "transformers", _transformers_mamba2, quadratic=True),
@@ -107,10 +97,6 @@ SSD = Case(
 # gla: one decay per key channel and step.
 
 
-def _gla(backend: str, **inputs: Any) -> Tensor:
-    return _first(ops.gla(**inputs, backend=backend))
-
-
 def _fla_recurrent_gla(inputs: Inputs) -> Prepared:
     function = _function("fla.ops.gla.naive", "naive_recurrent_gla")
     q, k, v, g = inputs.values()
@@ -118,9 +104,10 @@ def _fla_recurrent_gla(inputs: Inputs) -> Prepared:
 
 
 GLA = Case(
-    family=GLA_FAMILY,
-    make=lambda shape, device, dtype: _inputs(shape, device, dtype, {"log_decay_K": _decay}),
-    run=_gla,
+    laws=gla.LAWS,
+    sample=_heads(gla.sample_of, state=False),
+    uses=("q", "k", "v", "log_decay"),
+    change=mild,
     peers=(
         Peer("fla naive recurrent", "fla", _fla_recurrent_gla, quadratic=True),
         Peer("fla", "fla", _fla_chunk("fla.ops.gla", "chunk_gla"), cuda_only=True),
@@ -131,10 +118,6 @@ GLA = Case(
 
 
 # additive_decay: the decay that a new key's share of the softmax leaves.
-
-
-def _additive_decay(backend: str, **inputs: Any) -> Tensor:
-    return _first(ops.additive_decay(**inputs, backend=backend))
 
 
 def _cumulative_softmax(inputs: Inputs) -> Prepared:
@@ -151,9 +134,9 @@ def _cumulative_softmax(inputs: Inputs) -> Prepared:
 
 
 ADDITIVE_DECAY = Case(
-    family=ADDITIVE_DECAY_FAMILY,
-    make=lambda shape, device, dtype: _inputs(shape, device, dtype, {}),
-    run=_additive_decay,
+    laws=additive_decay.LAWS,
+    sample=_heads(additive_decay.sample_of, state=False),
+    uses=("q", "k", "v"),
     peers=(
         Peer("fla naive", "fla", _cumulative_softmax, quadratic=True),
         Peer("fla", "fla", _fla_chunk("fla.ops.lightnet", "chunk_lightnet"), cuda_only=True),
@@ -164,15 +147,6 @@ ADDITIVE_DECAY = Case(
 
 
 # delta_rule, gated: keys of length one.
-
-
-def _delta_rule_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
-    inputs = _inputs(shape, device, dtype, {"beta": torch.sigmoid, "log_decay": _decay})
-    return leaves({n: (F.normalize(t, dim=-1) if n in "qk" else t).detach() for n, t in inputs.items()})
-
-
-def _delta_rule(backend: str, **inputs: Any) -> Tensor:
-    return _first(ops.delta_rule(**inputs, backend=backend))
 
 
 def _chunk_gated_delta_rule(module: str, name: str) -> Callable[[Inputs], Prepared]:
@@ -187,9 +161,10 @@ def _chunk_gated_delta_rule(module: str, name: str) -> Callable[[Inputs], Prepar
 _QWEN = "transformers.models.qwen3_next.modeling_qwen3_next"
 
 DELTA_RULE = Case(
-    family=DELTA_RULE_FAMILY,
-    make=_delta_rule_inputs,
-    run=_delta_rule,
+    laws=delta_rule.LAWS,
+    sample=_heads(delta_rule.sample_of, full=True),
+    uses=("q", "k", "v", "beta", "log_decay"),
+    change=mild,
     peers=(
         Peer(
             "fla naive chunk",
@@ -217,16 +192,10 @@ DELTA_RULE = Case(
 # dplr, as Kimi delta attention, which is what its peers compute: the delta rule after a decay of each key channel.
 
 
-def _dplr_inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> Inputs:
-    inputs = _inputs(shape, device, dtype, {"beta": torch.sigmoid, "log_decay_K": _decay})
-    q, k, v, beta, g = (t.detach() for t in inputs.values())
-    k = F.normalize(k, dim=-1)
-    written = k * beta[..., None]
-    return leaves({"q": q, "k": written, "v": v, "log_decay": g, "a": k * g.exp(), "b": -written})
-
-
-def _dplr(backend: str, **inputs: Any) -> Tensor:
-    return _first(ops.dplr(**inputs, backend=backend))
+def _as_kda(inputs: Inputs) -> Inputs:
+    inputs = mild(inputs)
+    key, beta = inputs["a"], -(inputs["a"] * inputs["b"]).sum(-1, keepdim=True)
+    return {**inputs, "k": key * beta, "a": key * inputs["log_decay"].exp(), "b": -key * beta}
 
 
 def _kda(module: str, name: str, *, pads: bool = True) -> Callable[[Inputs], Prepared]:
@@ -252,9 +221,10 @@ def _fla_dplr(inputs: Inputs) -> Prepared:
 
 
 DPLR = Case(
-    family=DPLR_FAMILY,
-    make=_dplr_inputs,
-    run=_dplr,
+    laws=dplr.LAWS,
+    sample=_heads(dplr.sample_of, state=False),
+    uses=("q", "k", "v", "log_decay", "a", "b"),
+    change=_as_kda,
     peers=(
         Peer("fla naive chunk", "fla", _fla_dplr, quadratic=True),
         Peer("fla naive chunk KDA", "fla", _kda("fla.ops.kda.naive", "naive_chunk_kda", pads=False), quadratic=True),
@@ -274,10 +244,6 @@ DPLR = Case(
 # mlstm: exponential input gate, sigmoid forget gate.
 
 
-def _mlstm(backend: str, **inputs: Any) -> Tensor:
-    return _first(ops.mlstm(**inputs, backend=backend))
-
-
 def _nx_ai(module: str, name: str) -> Callable[[Inputs], Prepared]:
     def prepare(inputs: Inputs) -> Prepared:
         function = getattr(importlib.import_module(module), name)
@@ -295,11 +261,9 @@ def _nx_ai(module: str, name: str) -> Callable[[Inputs], Prepared]:
 _NX_AI = "mlstm_kernels.torch.chunkwise."
 
 MLSTM = Case(
-    family=MLSTM_FAMILY,
-    make=lambda shape, device, dtype: _inputs(
-        shape, device, dtype, {"input_gate": lambda x: x, "forget_gate": lambda x: x + 3}
-    ),
-    run=_mlstm,
+    laws=mlstm.LAWS,
+    sample=_heads(mlstm.sample_of, state=False),
+    uses=("q", "k", "v", "input_gate", "forget_gate"),
     peers=(
         Peer(
             "mlstm_kernels",

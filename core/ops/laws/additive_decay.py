@@ -11,7 +11,7 @@ from sinuous.core.ops.additive_decay import FAMILY, additive_decay
 from sinuous.core.ops.laws.declaration import ALL, Arguments, Laws, Sample
 
 
-def _sample(
+def sample_of(
     heads: int, keys: int, values: int, *, state: bool = True, factor: bool = False, causal: bool = True
 ) -> Sample:
     def sample(random: Callable[..., Tensor], batch: int, length: int, sequences: int) -> Arguments:
@@ -38,14 +38,14 @@ LAWS = Laws(
     family=FAMILY,
     call=additive_decay,
     variants={
-        "plain": _sample(3, 4, 6, state=False),
-        "full": _sample(2, 16, 12, factor=True),
-        "causal": _sample(2, 5, 7),
-        "not_causal": _sample(2, 5, 7, factor=True, causal=False),
-        "fresh_not_causal": _sample(3, 4, 2, state=False, causal=False),
-        "one_channel": _sample(1, 1, 1),
+        "plain": sample_of(3, 4, 6, state=False),
+        "full": sample_of(2, 16, 12, factor=True),
+        "causal": sample_of(2, 5, 7),
+        "not_causal": sample_of(2, 5, 7, factor=True, causal=False),
+        "fresh_not_causal": sample_of(3, 4, 2, state=False, causal=False),
+        "one_channel": sample_of(1, 1, 1),
     },
-    wide=_sample(3, 128, 96, factor=True),
+    wide=sample_of(3, 128, 96, factor=True),
     time=("q", "k", "v", "factor"),
     holds=ALL,
     # Where every step sees all others, what a part gives is not what the whole does; states of parts merge all the

@@ -10,7 +10,7 @@ from sinuous.core.ops.causal_conv1d import FAMILY, causal_conv1d
 from sinuous.core.ops.laws.declaration import ALL, Arguments, Laws
 
 
-def _sample(width: int, taps: int, full: bool, activation: str | None) -> Callable[..., Arguments]:
+def sample_of(width: int, taps: int, full: bool, activation: str | None) -> Callable[..., Arguments]:
     def sample(random: Callable[..., Tensor], batch: int, length: int, sequences: int) -> Arguments:
         arguments = {"x": random(batch, length, width), "weight": random(width, taps), "activation": activation}
         extras = {"bias": random(width), "initial_state": random(sequences, taps - 1, width)}
@@ -23,12 +23,12 @@ LAWS = Laws(
     family=FAMILY,
     call=causal_conv1d,
     variants={
-        "plain": _sample(6, 4, full=False, activation=None),
-        "full": _sample(19, 4, full=True, activation="silu"),
-        "widest": _sample(5, 8, full=True, activation="silu"),
-        "one_tap": _sample(1, 1, full=True, activation=None),
+        "plain": sample_of(6, 4, full=False, activation=None),
+        "full": sample_of(19, 4, full=True, activation="silu"),
+        "widest": sample_of(5, 8, full=True, activation="silu"),
+        "one_tap": sample_of(1, 1, full=True, activation=None),
     },
-    wide=_sample(200, 4, full=True, activation="silu"),
+    wide=sample_of(200, 4, full=True, activation="silu"),
     time=("x",),
     holds=ALL,
     state="D (W - 1)",

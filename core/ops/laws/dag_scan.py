@@ -53,9 +53,11 @@ def _graph(nodes: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(edges, dtype=torch.int64).view(-1, 2).T.flip(1), moved
 
 
-def _sample(heads: int, keys: int, values: int, *, full: bool = False) -> Sample:
+def sample_of(
+    heads: int, keys: int, values: int, *, full: bool = False, graph: Callable[[int], tuple[Tensor, Tensor]] = _graph
+) -> Sample:
     def sample(random: Callable[..., Tensor], batch: int, length: int, sequences: int) -> Arguments:
-        edges, line_edges = _graph(length)
+        edges, line_edges = graph(length)
         count, lines = edges.shape[1], line_edges.shape[1]
         arguments: Arguments = {
             "q": random(batch, length, heads, keys),
@@ -79,8 +81,8 @@ def _sample(heads: int, keys: int, values: int, *, full: bool = False) -> Sample
 LAWS = Laws(
     family=FAMILY,
     call=of_rows,
-    variants={"plain": _sample(2, 4, 6), "full": _sample(2, 5, 4, full=True), "small": _sample(1, 1, 1)},
-    wide=_sample(3, 64, 48, full=True),
+    variants={"plain": sample_of(2, 4, 6), "full": sample_of(2, 5, 4, full=True), "small": sample_of(1, 1, 1)},
+    wide=sample_of(3, 64, 48, full=True),
     time=("q", "k", "v", "edges", "line_edges", "source", "transition", "mark", "direct"),
     holds=frozenset({"isolation"}),
     state="E K V",

@@ -12,7 +12,7 @@ from sinuous.core.ops.delta_rule import FAMILY, delta_rule
 from sinuous.core.ops.laws.declaration import ALL, Arguments, Laws, Sample
 
 
-def _sample(heads: int, keys: int, values: int, *, factors: int | None = None, full: bool) -> Sample:
+def sample_of(heads: int, keys: int, values: int, *, factors: int | None = None, full: bool) -> Sample:
     def sample(random: Callable[..., Tensor], batch: int, length: int, sequences: int) -> Arguments:
         many = () if factors is None else (factors,)
         arguments = {
@@ -34,13 +34,13 @@ LAWS = Laws(
     family=FAMILY,
     call=delta_rule,
     variants={
-        "plain": _sample(3, 4, 6, full=False),
-        "full": _sample(2, 16, 12, full=True),
-        "product": _sample(2, 5, 7, factors=2, full=True),
-        "three_factors": _sample(1, 4, 3, factors=3, full=False),
-        "one_channel": _sample(1, 1, 1, full=True),
+        "plain": sample_of(3, 4, 6, full=False),
+        "full": sample_of(2, 16, 12, full=True),
+        "product": sample_of(2, 5, 7, factors=2, full=True),
+        "three_factors": sample_of(1, 4, 3, factors=3, full=False),
+        "one_channel": sample_of(1, 1, 1, full=True),
     },
-    wide=_sample(3, 128, 96, full=True),
+    wide=sample_of(3, 128, 96, full=True),
     time=("q", "k", "v", "beta", "log_decay"),
     holds=ALL,
     state="K V",

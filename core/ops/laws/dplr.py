@@ -12,7 +12,7 @@ from sinuous.core.ops.dplr import FAMILY, dplr
 from sinuous.core.ops.laws.declaration import ALL, Arguments, Laws, Sample
 
 
-def _sample(heads: int, keys: int, values: int, *, state: bool, opposite: bool = True) -> Sample:
+def sample_of(heads: int, keys: int, values: int, *, state: bool, opposite: bool = True) -> Sample:
     """Make a and b opposite, as in the delta rules, or independent; both short, so that the state does not grow."""
 
     def sample(random: Callable[..., Tensor], batch: int, length: int, sequences: int) -> Arguments:
@@ -38,12 +38,12 @@ LAWS = Laws(
     family=FAMILY,
     call=dplr,
     variants={
-        "plain": _sample(3, 4, 6, state=False),
-        "full": _sample(2, 16, 12, state=True),
-        "free": _sample(2, 8, 5, state=True, opposite=False),
-        "one_channel": _sample(1, 1, 1, state=True),
+        "plain": sample_of(3, 4, 6, state=False),
+        "full": sample_of(2, 16, 12, state=True),
+        "free": sample_of(2, 8, 5, state=True, opposite=False),
+        "one_channel": sample_of(1, 1, 1, state=True),
     },
-    wide=_sample(3, 128, 96, state=True),
+    wide=sample_of(3, 128, 96, state=True),
     time=("q", "k", "v", "log_decay", "a", "b"),
     holds=ALL,
     state="K V",

@@ -12,7 +12,7 @@ from sinuous.core.ops.gla import FAMILY, gla
 from sinuous.core.ops.laws.declaration import ALL, Arguments, Laws, Sample
 
 
-def _sample(heads: int, keys: int, values: int, *, state: bool, bonus: bool = False, of: str = "keys") -> Sample:
+def sample_of(heads: int, keys: int, values: int, *, state: bool, bonus: bool = False, of: str = "keys") -> Sample:
     def sample(random: Callable[..., Tensor], batch: int, length: int, sequences: int) -> Arguments:
         arguments: Arguments = {
             "q": random(batch, length, heads, keys),
@@ -34,13 +34,13 @@ LAWS = Laws(
     family=FAMILY,
     call=gla,
     variants={
-        "plain": _sample(3, 4, 6, state=False),
-        "full": _sample(2, 16, 12, state=True, bonus=True),
-        "inclusive": _sample(2, 16, 12, state=True),
-        "values": _sample(2, 5, 7, state=True, of="values"),
-        "one_channel": _sample(1, 1, 1, state=True),
+        "plain": sample_of(3, 4, 6, state=False),
+        "full": sample_of(2, 16, 12, state=True, bonus=True),
+        "inclusive": sample_of(2, 16, 12, state=True),
+        "values": sample_of(2, 5, 7, state=True, of="values"),
+        "one_channel": sample_of(1, 1, 1, state=True),
     },
-    wide=_sample(3, 128, 96, state=True, bonus=True),
+    wide=sample_of(3, 128, 96, state=True, bonus=True),
     time=("q", "k", "v", "log_decay"),
     holds=ALL,
     state="K V",

@@ -11,7 +11,7 @@ from sinuous.core.ops.grid_scan import FAMILY, grid_scan
 from sinuous.core.ops.laws.declaration import Arguments, Laws, Sample
 
 
-def _sample(
+def sample_of(
     height: int, heads: int, keys: int, values: int, orientations: int, *, mode: str, full: bool = False
 ) -> Sample:
     def sample(random: Callable[..., Tensor], batch: int, length: int, sequences: int) -> Arguments:
@@ -40,12 +40,12 @@ LAWS = Laws(
     family=FAMILY,
     call=grid_scan,
     variants={
-        "plain": _sample(3, 2, 4, 6, 1, mode="P"),
-        "full": _sample(3, 2, 5, 4, 4, mode="D", full=True),
-        "square": _sample(9, 1, 3, 2, 2, mode="P", full=True),
-        "one_cell_high": _sample(1, 1, 1, 1, 1, mode="free"),
+        "plain": sample_of(3, 2, 4, 6, 1, mode="P"),
+        "full": sample_of(3, 2, 5, 4, 4, mode="D", full=True),
+        "square": sample_of(9, 1, 3, 2, 2, mode="P", full=True),
+        "one_cell_high": sample_of(1, 1, 1, 1, 1, mode="free"),
     },
-    wide=_sample(20, 3, 64, 48, 4, mode="P", full=True),
+    wide=sample_of(20, 3, 64, 48, 4, mode="P", full=True),
     time=("q", "k", "v", "source", "transition", "mark", "direct", "up"),
     holds=frozenset({"linear", "isolation"}),
     state="2 (X + Y) K V",

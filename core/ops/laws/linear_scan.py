@@ -11,7 +11,7 @@ from sinuous.core.ops.laws.declaration import ALL, Arguments, Laws, Sample
 from sinuous.core.ops.linear_scan import FAMILY, linear_scan
 
 
-def _sample(width: int, *, full: bool, constant: bool = False, complex_: bool = False) -> Sample:
+def sample_of(width: int, *, full: bool, constant: bool = False, complex_: bool = False) -> Sample:
     def sample(random: Callable[..., Tensor], batch: int, length: int, sequences: int) -> Arguments:
         def draw(*shape: int) -> Tensor:
             return torch.complex(random(*shape), random(*shape)) if complex_ else random(*shape)
@@ -28,14 +28,14 @@ LAWS = Laws(
     family=FAMILY,
     call=linear_scan,
     variants={
-        "plain": _sample(6, full=False),
-        "full": _sample(19, full=True),
-        "constant": _sample(5, full=True, constant=True),
-        "complex": _sample(19, full=True, complex_=True),
-        "complex_constant": _sample(3, full=True, constant=True, complex_=True),
-        "one_channel": _sample(1, full=True),
+        "plain": sample_of(6, full=False),
+        "full": sample_of(19, full=True),
+        "constant": sample_of(5, full=True, constant=True),
+        "complex": sample_of(19, full=True, complex_=True),
+        "complex_constant": sample_of(3, full=True, constant=True, complex_=True),
+        "one_channel": sample_of(1, full=True),
     },
-    wide=_sample(200, full=True),
+    wide=sample_of(200, full=True),
     time=("x", "a", "reset"),
     holds=ALL,
     state="1 per channel",

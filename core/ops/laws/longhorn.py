@@ -11,7 +11,7 @@ from sinuous.core.ops.laws.declaration import ALL, Arguments, Laws
 from sinuous.core.ops.longhorn import FAMILY, longhorn
 
 
-def _sample(width: int, state: int, full: bool) -> Callable[..., Arguments]:
+def sample_of(width: int, state: int, full: bool) -> Callable[..., Arguments]:
     def sample(random: Callable[..., Tensor], batch: int, length: int, sequences: int) -> Arguments:
         arguments = {
             "x": random(batch, length, width),
@@ -34,11 +34,11 @@ LAWS = Laws(
     family=FAMILY,
     call=longhorn,
     variants={
-        "plain": _sample(6, 4, full=False),
-        "full": _sample(19, 16, full=True),
-        "one_number": _sample(1, 1, full=True),
+        "plain": sample_of(6, 4, full=False),
+        "full": sample_of(19, 16, full=True),
+        "one_number": sample_of(1, 1, full=True),
     },
-    wide=_sample(200, 16, full=True),
+    wide=sample_of(200, 16, full=True),
     time=("x", "dt", "k", "q", "z"),
     holds=ALL,
     state="D N",

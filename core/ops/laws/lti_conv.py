@@ -12,7 +12,7 @@ from sinuous.core.ops.laws.declaration import ALL, Arguments, Laws, Sample
 from sinuous.core.ops.lti_conv import FAMILY, lti_conv
 
 
-def _sample(width: int, modes: int, rank: int, discretization: str, *, full: bool, shared: bool = False) -> Sample:
+def sample_of(width: int, modes: int, rank: int, discretization: str, *, full: bool, shared: bool = False) -> Sample:
     def sample(random: Callable[..., Tensor], batch: int, length: int, sequences: int) -> Arguments:
         shape = (modes, 2) if shared else (width, modes, 2)
         decay, frequency = random(*shape).unbind(-1)
@@ -35,14 +35,14 @@ LAWS = Laws(
     family=FAMILY,
     call=lti_conv,
     variants={
-        "plain": _sample(6, 4, 0, "zoh", full=False),
-        "full": _sample(7, 5, 1, "bilinear", full=True),
-        "diagonal": _sample(19, 16, 0, "zoh", full=True),
-        "bilinear": _sample(5, 3, 0, "bilinear", full=True, shared=True),
-        "shared": _sample(6, 4, 2, "bilinear", full=True, shared=True),
-        "one_mode": _sample(1, 1, 1, "bilinear", full=True),
+        "plain": sample_of(6, 4, 0, "zoh", full=False),
+        "full": sample_of(7, 5, 1, "bilinear", full=True),
+        "diagonal": sample_of(19, 16, 0, "zoh", full=True),
+        "bilinear": sample_of(5, 3, 0, "bilinear", full=True, shared=True),
+        "shared": sample_of(6, 4, 2, "bilinear", full=True, shared=True),
+        "one_mode": sample_of(1, 1, 1, "bilinear", full=True),
     },
-    wide=_sample(200, 16, 0, "zoh", full=True),
+    wide=sample_of(200, 16, 0, "zoh", full=True),
     time=("u",),
     holds=ALL,
     state="D N",

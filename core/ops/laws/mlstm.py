@@ -11,7 +11,7 @@ from sinuous.core.ops.laws.declaration import ALL, Arguments, Laws, Sample
 from sinuous.core.ops.mlstm import FAMILY, mlstm
 
 
-def _sample(heads: int, keys: int, values: int, *, state: bool = True, **options: object) -> Sample:
+def sample_of(heads: int, keys: int, values: int, *, state: bool = True, **options: object) -> Sample:
     def sample(random: Callable[..., Tensor], batch: int, length: int, sequences: int) -> Arguments:
         arguments: Arguments = {
             "q": random(batch, length, heads, keys),
@@ -36,13 +36,13 @@ LAWS = Laws(
     family=FAMILY,
     call=mlstm,
     variants={
-        "plain": _sample(3, 4, 6, state=False),
-        "full": _sample(2, 16, 12, scale=0.5, eps=1e-4),
-        "sigmoid": _sample(2, 5, 3, input_activation="sigmoid"),
-        "unnormalised": _sample(2, 6, 6, input_activation="sigmoid", normalize=False),
-        "one_channel": _sample(1, 1, 1),
+        "plain": sample_of(3, 4, 6, state=False),
+        "full": sample_of(2, 16, 12, scale=0.5, eps=1e-4),
+        "sigmoid": sample_of(2, 5, 3, input_activation="sigmoid"),
+        "unnormalised": sample_of(2, 6, 6, input_activation="sigmoid", normalize=False),
+        "one_channel": sample_of(1, 1, 1),
     },
-    wide=_sample(4, 128, 96),
+    wide=sample_of(4, 128, 96),
     time=("q", "k", "v", "input_gate", "forget_gate"),
     holds=ALL,
     state="K V + K + 1",

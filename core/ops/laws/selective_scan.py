@@ -12,7 +12,7 @@ from sinuous.core.ops.laws.declaration import ALL, Arguments, Laws
 from sinuous.core.ops.selective_scan import FAMILY, selective_scan
 
 
-def _sample(width: int, state: int, groups: int | None, full: bool) -> Callable[..., Arguments]:
+def sample_of(width: int, state: int, groups: int | None, full: bool) -> Callable[..., Arguments]:
     def sample(random: Callable[..., Tensor], batch: int, length: int, sequences: int) -> Arguments:
         shape = (batch, length, state) if groups is None else (batch, length, groups, state)
         arguments = {
@@ -37,12 +37,12 @@ LAWS = Laws(
     family=FAMILY,
     call=selective_scan,
     variants={
-        "plain": _sample(6, 4, None, full=False),
-        "full": _sample(19, 16, None, full=True),
-        "groups": _sample(10, 3, 2, full=True),
-        "one_channel": _sample(1, 1, None, full=True),
+        "plain": sample_of(6, 4, None, full=False),
+        "full": sample_of(19, 16, None, full=True),
+        "groups": sample_of(10, 3, 2, full=True),
+        "one_channel": sample_of(1, 1, None, full=True),
     },
-    wide=_sample(200, 16, None, full=True),
+    wide=sample_of(200, 16, None, full=True),
     time=("u", "dt", "B", "C", "z"),
     holds=ALL,
     state="D N",

@@ -11,7 +11,7 @@ from sinuous.core.ops.laws.declaration import ALL, Arguments, Laws, Sample
 from sinuous.core.ops.slstm import FAMILY, slstm
 
 
-def _sample(heads: int, width: int, *, state: bool = True, **options: object) -> Sample:
+def sample_of(heads: int, width: int, *, state: bool = True, **options: object) -> Sample:
     def sample(random: Callable[..., Tensor], batch: int, length: int, sequences: int) -> Arguments:
         gates = random(batch, length, 4, heads, width)
         arguments: Arguments = {
@@ -37,13 +37,13 @@ LAWS = Laws(
     family=FAMILY,
     call=slstm,
     variants={
-        "plain": _sample(3, 5, state=False),
-        "full": _sample(2, 19),
-        "lstm": _sample(2, 5, cell="lstm"),
-        "gru": _sample(2, 5, cell="gru"),
-        "one_channel": _sample(1, 1),
+        "plain": sample_of(3, 5, state=False),
+        "full": sample_of(2, 19),
+        "lstm": sample_of(2, 5, cell="lstm"),
+        "gru": sample_of(2, 5, cell="gru"),
+        "one_channel": sample_of(1, 1),
     },
-    wide=_sample(3, 40),
+    wide=sample_of(3, 40),
     time=("gates",),
     holds=ALL,
     state="4 D",

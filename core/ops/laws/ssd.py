@@ -12,7 +12,7 @@ from sinuous.core.ops.laws.declaration import ALL, Arguments, Laws, Sample
 from sinuous.core.ops.ssd import FAMILY, ssd
 
 
-def _sample(groups: int, heads: int, keys: int, values: int, decay: str) -> Sample:
+def sample_of(groups: int, heads: int, keys: int, values: int, decay: str) -> Sample:
     def sample(random: Callable[..., Tensor], batch: int, length: int, sequences: int) -> Arguments:
         arguments = {
             "q": random(batch, length, groups, keys),
@@ -32,12 +32,12 @@ LAWS = Laws(
     family=FAMILY,
     call=ssd,
     variants={
-        "plain": _sample(3, 3, 4, 6, "none"),
-        "full": _sample(2, 4, 16, 12, "steps"),
-        "constant": _sample(2, 2, 5, 3, "constant"),
-        "one_channel": _sample(1, 1, 1, 1, "steps"),
+        "plain": sample_of(3, 3, 4, 6, "none"),
+        "full": sample_of(2, 4, 16, 12, "steps"),
+        "constant": sample_of(2, 2, 5, 3, "constant"),
+        "one_channel": sample_of(1, 1, 1, 1, "steps"),
     },
-    wide=_sample(2, 6, 128, 96, "steps"),
+    wide=sample_of(2, 6, 128, 96, "steps"),
     time=("q", "k", "v", "log_decay"),
     holds=ALL,
     state="K V",
