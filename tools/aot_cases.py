@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from aot_compile import TYPES, Launch, recording
 
+from sinuous.kernels.arguments import SSD
 from sinuous.kernels.triton import (
     additive_decay,
     causal_conv1d,
@@ -101,18 +102,15 @@ def ssd_launches(
     dtype: torch.dtype, *, keys: int = 64, values: int = 64, groups: int = 16, packed: bool = False
 ) -> list[Launch]:
     """The launches of ssd on 16 heads with every optional argument, forward and backward."""
-    arguments: dict[str, Any] = {
+    args = SSD(
         **attention_arguments(dtype, keys, values, 16, groups),
-        "log_decay": torch.empty(1, 4096, 16, device="meta"),
-        "initial_state": torch.empty(3 if packed else 1, 16, keys, values, device="meta"),
-        "cu_seqlens": torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
-        "scale": None,
-        "reverse": False,
-        "chunk_size": 64,
-    }
+        log_decay=torch.empty(1, 4096, 16, device="meta"),
+        initial_state=torch.empty(3 if packed else 1, 16, keys, values, device="meta"),
+        cu_seqlens=torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
+    )
     with recording() as launches:
-        y, final, chunk_states = ssd.forward(**arguments)
-        ssd.backward((y, final), chunk_states=chunk_states, **arguments)
+        y, final, chunk_states = ssd.forward(args, chunk_size=64)
+        ssd.backward(args, (y, final), chunk_states, chunk_size=64)
     return launches
 
 

@@ -30,7 +30,7 @@ from sinuous.core.mixers.convolutions import centred_conv1d, check_centred
 from sinuous.core.mixers.decay_init import init_dt_bias
 from sinuous.core.mixers.delay import one_step_late
 from sinuous.core.mixers.heads import heads_of
-from sinuous.core.ops import ssd  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 
 
 @register_mixer("hydra")
@@ -133,7 +133,8 @@ class Hydra(Mixer):
         if self.init_states is not None:
             count = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             initial = self.init_states.transpose(1, 2).expand([count, -1, -1, -1])
-        y, _, _ = torch.ops.sinuous.ssd(
-            C, B, (u * dt.unsqueeze(-1)).to(u.dtype), log_decay, initial, cu_seqlens, 1.0, reverse, ""
+        v = (u * dt.unsqueeze(-1)).to(u.dtype)
+        y, _, _ = operators.ssd(
+            C, B, v, log_decay, initial_state=initial, cu_seqlens=cu_seqlens, scale=1.0, reverse=reverse
         )
         return one_step_late(y, cu_seqlens, reverse)

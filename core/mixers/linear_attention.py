@@ -23,7 +23,7 @@ from sinuous.core.mixers.feature_maps import ELEMENTWISE, NEVER_NEGATIVE, Hedgeh
 from sinuous.core.mixers.heads import per_head
 from sinuous.core.mixers.matrix_mixer import GroupedMixer, SwishGatedMixer
 from sinuous.core.mixers.projections import gate_of
-from sinuous.core.ops import ssd  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 from sinuous.kernels.precision import real_dtype
 
 
@@ -108,7 +108,7 @@ class LinearAttention(GroupedMixer):
             k = k / (k.sum(-1, keepdim=True) + 1e-4)
         if self.normalize:  # a channel of ones gathers the sum of the keys, in every form of the recurrence alike
             v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-        o, memory, _ = torch.ops.sinuous.ssd(q, k, v, None, memory, cu_seqlens, None, False, "")
+        o, memory, _ = operators.ssd(q, k, v, initial_state=memory, cu_seqlens=cu_seqlens)
         if self.normalize:
             o = o[..., :-1] / (o[..., -1:] + 1e-10)
         return o, memory
@@ -203,7 +203,7 @@ class Retention(SwishGatedMixer):
         k = positions.rotate(self.feature_map(k), steps, self.rope_theta)
         k, v = self._shared(k.flatten(-2), self.head_k_dim), self._shared(v, self.head_v_dim)
         decay = multi_scale_decay(x, self.num_heads)
-        o, memory, _ = torch.ops.sinuous.ssd(q, k, v, decay, memory, cu_seqlens, None, False, "")
+        o, memory, _ = operators.ssd(q, k, v, decay, initial_state=memory, cu_seqlens=cu_seqlens)
         return self.o_proj(self._normed(x, o)), conv, memory
 
     def prefill(  # type: ignore[override]
@@ -280,5 +280,5 @@ class SimpleGLA(SwishGatedMixer):
         q = self.feature_map(q.unflatten(-1, [-1, self.head_k_dim]))
         k, v = self.feature_map(self._shared(k, self.head_k_dim)), self._shared(v, self.head_v_dim)
         log_decay = F.logsigmoid(gate_of(x, self.gk_proj.weight, self.gk_proj.bias)) / self.gate_logit_normalizer
-        o, memory, _ = torch.ops.sinuous.ssd(q, k, v, log_decay, memory, cu_seqlens, None, False, "")
+        o, memory, _ = operators.ssd(q, k, v, log_decay, initial_state=memory, cu_seqlens=cu_seqlens)
         return o, memory

@@ -27,7 +27,7 @@ from sinuous.core.mixers.decay_init import init_A_log_uniform, init_dt_bias
 from sinuous.core.mixers.heads import heads_of
 from sinuous.core.mixers.matrix_mixer import MatrixState
 from sinuous.core.mixers.states import zero_states
-from sinuous.core.ops import ssd  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 
 
 @register_mixer("mamba2")
@@ -131,17 +131,15 @@ class Mamba2(Mixer):
         groups, heads = self.ngroups * self.d_state, [self.nheads, self.headdim]
         widths = [self.d_mlp, self.d_mlp, self.d_ssm, self.d_ssm + 2 * groups, self.nheads]
         z0, x0, z, xBC, dt = self.in_proj(x).split(widths, -1)
-        xBC, conv = torch.ops.sinuous.causal_conv1d(
-            xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv, cu_seqlens, True, False, ""
-        )
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        xBC, conv = operators.causal_conv1d(xBC, weight, bias, initial_state=conv, cu_seqlens=cu_seqlens, silu=True)
         flat, B, C = xBC.split([self.d_ssm, groups, groups], -1)
         u = flat.unflatten(-1, heads)
         dt = F.softplus(norms.at_least_fp32(dt) + norms.at_least_fp32(self.dt_bias)).clamp(self.dt_min, self.dt_max)
         log_decay = -dt * torch.exp(norms.at_least_fp32(self.A_log))
         B, C = B.unflatten(-1, [self.ngroups, self.d_state]), C.unflatten(-1, [self.ngroups, self.d_state])
-        o, memory, _ = torch.ops.sinuous.ssd(
-            C, B, (u * dt.unsqueeze(-1)).to(u.dtype), log_decay, memory, cu_seqlens, 1.0, False, ""
-        )
+        v = (u * dt.unsqueeze(-1)).to(u.dtype)
+        o, memory, _ = operators.ssd(C, B, v, log_decay, initial_state=memory, cu_seqlens=cu_seqlens, scale=1.0)
         y = (o + self.D.to(u.dtype).unflatten(0, [self.nheads, -1]) * u).flatten(-2)
         y = y * F.silu(z) if self.norm is None else self.norm(y, z)
         if self.d_mlp > 0:

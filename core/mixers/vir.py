@@ -33,7 +33,7 @@ from sinuous.core.mixers import positions
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
 from sinuous.core.mixers.heads import heads_of, per_head
 from sinuous.core.mixers.states import zero_states
-from sinuous.core.ops import grid_scan, ssd  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 from sinuous.kernels.precision import real_dtype
 
 MODES = ("parallel", "chunkwise", "recurrent")
@@ -138,7 +138,7 @@ class ViRRetention(_QKVMixer):
     def _retain(self, x: Tensor, memory: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         q, k, v = self._heads(x)
         decay = vir_log_decay(x, self.num_heads)
-        o, memory, _ = torch.ops.sinuous.ssd(q, k, v, decay, memory, cu_seqlens, None, False, self.backend)
+        o, memory, _ = operators.ssd(q, k, v, decay, initial_state=memory, cu_seqlens=cu_seqlens, backend=self.backend)
         return self.out_proj(o.flatten(2)), memory
 
     def prefill(self, x: Tensor, state: ViRState | None = None) -> tuple[Tensor, ViRState]:
@@ -224,8 +224,8 @@ class ViRRetentionGrid(_QKVMixer):
 
 def _both_ways(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Scan rows `[B, T, H, d]` from either end; both see a token itself, which counts once."""
-    past = torch.ops.sinuous.ssd(q, k, v, log_decay, None, cu_seqlens, None, False, "")[0]
-    future = torch.ops.sinuous.ssd(q, k, v, log_decay, None, cu_seqlens, None, True, "")[0]
+    past = operators.ssd(q, k, v, log_decay, cu_seqlens=cu_seqlens)[0]
+    future = operators.ssd(q, k, v, log_decay, cu_seqlens=cu_seqlens, reverse=True)[0]
     itself = (q * k).sum(-1, keepdim=True) * q.shape[-1] ** -0.5 * v
     y: Tensor = past + future - itself
     return y
@@ -245,12 +245,11 @@ def _four_ways(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     mark = torch.stack([from_both, from_y, from_y, from_both], 1)
     turn = torch.stack([along_x, along_both], 1).unsqueeze(1)
     batch, width, height, heads = q.shape[0], q.shape[1], q.shape[2], q.shape[3]
-    y: Tensor = torch.ops.sinuous.grid_scan(
+    return operators.grid_scan(
         q, k, v,
         source.expand(batch, width, height, heads, 4, 2),
         turn.expand(batch, width, height, heads, 4, 2, 2),
         mark.expand(batch, width, height, heads, 4, 2),
-        one.expand(batch, width, height, heads),
-        None, None, [0, 1, 2, 3], None, False, "",
+        direct=one.expand(batch, width, height, heads),
+        orientations=[0, 1, 2, 3],
     )[0]  # fmt: skip
-    return y

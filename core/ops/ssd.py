@@ -12,7 +12,6 @@ g = Δ A. Beyond the reference: exact gradients through the final state, reversa
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sinuous.core.ops.checks import (
@@ -24,6 +23,7 @@ from sinuous.core.ops.checks import (
 )
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.flops import matrix_state
+from sinuous.core.ops.operators import operators
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.arguments import SSD
@@ -33,69 +33,54 @@ CHUNK_SIZE = 64
 """Time steps between two states that the forward pass keeps for the backward pass."""
 
 
-def recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    reverse: bool,
-    chunk_size: int = CHUNK_SIZE,
-) -> tuple[Tensor, Tensor, Tensor]:
+def recurrent(args: SSD, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor, Tensor]:
     """Run the definition step by step; autograd differentiates it to any order."""
-    dtype, heads = working_dtype(q.dtype), v.shape[2]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    queries, keys = (t.to(dtype).repeat_interleave(heads // max(q.shape[2], 1), 2) for t in (q, k))
+    dtype, heads = working_dtype(args.q.dtype), args.v.shape[2]
+    scale = args.q.shape[-1] ** -0.5 if args.scale is None else args.scale
+    q, k = (t.to(dtype).repeat_interleave(heads // max(t.shape[2], 1), 2) for t in (args.q, args.k))
+    v, log_decay = args.v.to(dtype), args.log_decay
     decay = None if log_decay is None else log_decay.to(dtype).exp().expand(v.shape[:3])
-    state = (sequence_count(q, cu_seqlens), heads, q.shape[3], v.shape[3])
-    initial = queries.new_zeros(state) if initial_state is None else initial_state.to(dtype)
+    initial = q.new_zeros(_state(args)) if args.initial_state is None else args.initial_state.to(dtype)
 
     def step(state: State, q_t: Tensor, k_t: Tensor, v_t: Tensor, a_t: Tensor | None) -> tuple[Tensor, State]:
         S = state[0] if a_t is None else a_t[..., None, None] * state[0]
         S = S + k_t[..., :, None] * v_t[..., None, :]
         return (q_t[..., None, :] @ S).squeeze(-2) * scale, (S,)
 
-    inputs = (queries, keys, v.to(dtype), decay)
-    y, (final,), (states,) = run_steps(step, inputs, (initial,), inputs[2][:, :0], cu_seqlens, reverse, chunk_size)
-    return y.to(v.dtype), final, states
+    y, (final,), (states,) = run_steps(
+        step, (q, k, v, decay), (initial,), v[:, :0], args.cu_seqlens, args.reverse, chunk_size
+    )
+    return y.to(args.v.dtype), final, states
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    reverse: bool,
-) -> None:
-    check_attention(q, k, v, grouped=True)
-    batch, length, heads, values = v.shape
-    if log_decay is not None:
-        shape = (heads,) if log_decay.ndim == 1 else (batch, length, heads)
-        check_shape("log_decay", log_decay, shape, "one per step and head, [B, T, H], or one per head, [H]")
-        check_log_decay(log_decay)
-    check_packing(cu_seqlens, batch, length)
-    state = (sequence_count(q, cu_seqlens), heads, q.shape[3], values)
-    check_shape("initial_state", initial_state, state, "[sequences, H, K, V]")
+def _state(args: SSD) -> tuple[int, ...]:
+    return sequence_count(args.q, args.cu_seqlens), args.v.shape[2], args.q.shape[3], args.v.shape[3]
 
 
-def _fake(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, Tensor]:
-    state = (sequence_count(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
-    return torch.empty_like(v), torch.empty(state, dtype=working_dtype(q.dtype), device=q.device)
+def _check(args: SSD) -> None:
+    check_attention(args.q, args.k, args.v, grouped=True)
+    batch, length, heads, _ = args.v.shape
+    if args.log_decay is not None:
+        shape = (heads,) if args.log_decay.ndim == 1 else (batch, length, heads)
+        check_shape("log_decay", args.log_decay, shape, "one per step and head, [B, T, H], or one per head, [H]")
+        check_log_decay(args.log_decay)
+    check_packing(args.cu_seqlens, batch, length)
+    check_shape("initial_state", args.initial_state, _state(args), "[sequences, H, K, V]")
 
 
-def _chunk_states(q: Tensor, v: Tensor, chunk_size: int, **_: object) -> tuple[int, ...]:
-    return (q.shape[0], -(-q.shape[1] // chunk_size), v.shape[2], q.shape[3], v.shape[3])
+def _fake(args: SSD) -> tuple[Tensor, Tensor]:
+    y = args.v.new_empty(args.v.shape)
+    return y, y.new_empty(_state(args), dtype=working_dtype(args.q.dtype))
+
+
+def _chunk_states(args: SSD, chunk_size: int) -> tuple[int, ...]:
+    batch, length, heads, values = args.v.shape
+    return batch, -(-length // chunk_size), heads, args.q.shape[3], values
 
 
 FAMILY = Family(
     name="ssd",
     arguments=SSD,
-    by_name=True,
     outputs=("y", "final_state"),
     saved={"chunk_states": _chunk_states},
     integers=("cu_seqlens",),
@@ -145,5 +130,5 @@ def ssd(
 
     Source: Mamba-2 (arXiv 2405.21060), sections 3 and 6.
     """
-    y, state, _ = torch.ops.sinuous.ssd(q, k, v, log_decay, initial_state, cu_seqlens, scale, reverse, backend or "")
+    y, state, _ = operators.ssd(q, k, v, log_decay, initial_state, cu_seqlens, scale, reverse, backend or "")
     return (y, state) if return_state else y

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sinuous.kernels.arguments import SSD
 from sinuous.kernels.torch import chunked
 from sinuous.kernels.torch.chunked import Decays, Recurrence, State, Tensors, decay_gradient, decays
 
@@ -80,72 +81,49 @@ def _backward(
     return (dstart.addcmul_(dS, total[..., None]),), (dq, dk, dv, dlog_decay), ()
 
 
-def _recurrence(scale: float) -> Recurrence:
+def _recurrence(args: SSD) -> Recurrence:
+    scale = args.q.shape[-1] ** -0.5 if args.scale is None else args.scale
     return Recurrence(functools.partial(_forward, scale=scale), functools.partial(_backward, scale=scale))
 
 
-def _over_time(log_decay: Tensor | None, v: Tensor) -> Tensor | None:
-    return log_decay if log_decay is None or log_decay.ndim == 3 else log_decay.expand(v.shape[:3])
+def _inputs(args: SSD) -> Tensors:
+    log_decay = args.log_decay
+    return args.q, args.k, args.v, None if log_decay is None else log_decay.expand(args.v.shape[:3])
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    reverse: bool,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(args: SSD, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)`; see sinuous.core.ops.ssd."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    initial = chunked.initial_matrix(q, v, initial_state, cu_seqlens)
     y, (final,), (chunk_states,) = chunked.forward(
-        _recurrence(scale),
-        (q, k, v, _over_time(log_decay, v)),
+        _recurrence(args),
+        _inputs(args),
         (),
-        initial,
-        torch.empty_like(v),
-        cu_seqlens,
-        reverse,
+        chunked.initial_matrix(args.q, args.v, args.initial_state, args.cu_seqlens),
+        torch.empty_like(args.v),
+        args.cu_seqlens,
+        args.reverse,
         chunk_size,
     )
     return y, final, chunk_states
 
 
 def backward(
-    grads: tuple[Tensor | None, Tensor | None],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_states: Tensor,
-    scale: float | None,
-    reverse: bool,
-    chunk_size: int,
+    args: SSD, grads: tuple[Tensor | None, Tensor | None], chunk_states: Tensor, chunk_size: int
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, log_decay and initial_state."""
     dy, dfinal = grads
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    initial = chunked.initial_matrix(q, v, initial_state, cu_seqlens)
-    over_time = _over_time(log_decay, v)
     (dq, dk, dv, dlog_decay), _, (dinitial,) = chunked.backward(
-        _recurrence(scale),
-        (q, k, v, over_time),
+        _recurrence(args),
+        _inputs(args),
         (),
-        initial,
+        chunked.initial_matrix(args.q, args.v, args.initial_state, args.cu_seqlens),
         (chunk_states,),
         dy,
         (dfinal,),
-        cu_seqlens,
-        reverse,
+        args.cu_seqlens,
+        args.reverse,
         chunk_size,
         value=2,
     )
-    if log_decay is not None and log_decay.ndim == 1 and dlog_decay is not None:
+    if dlog_decay is not None and args.log_decay is not None and args.log_decay.ndim == 1:
         dlog_decay = dlog_decay.sum((0, 1))
-    return [dq, dk, dv, dlog_decay, None if initial_state is None else dinitial]
+    return [dq, dk, dv, dlog_decay, None if args.initial_state is None else dinitial]

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sinuous.kernels.arguments import SSD
 from sinuous.kernels.torch.chunked import initial_matrix
 from sinuous.kernels.triton.matrix_state_kernels import FORGOTTEN, gradient_of_sums, segment_at
 from sinuous.kernels.triton.matrix_states import MatrixStatesCall, Weights, carry, carry_adjoint, gradients, read
@@ -98,50 +99,36 @@ def over_time(log_decay: Tensor | None, v: Tensor) -> Tensor:
     return (v.new_zeros(1) if log_decay is None else log_decay).expand(v.shape[:3])
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    reverse: bool,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _of_call(args: SSD, chunk_size: int) -> tuple[SSD, MatrixStatesCall, Tensor]:
+    """The arguments in the kernels' layout, their call, and its initial state."""
+    args = args._replace(q=args.q.contiguous(), k=args.k.contiguous(), v=args.v.contiguous())
+    call = MatrixStatesCall.of(args.q, args.v, args.cu_seqlens, args.scale, args.reverse, chunk_size)
+    (initial,) = initial_matrix(args.q, args.v, args.initial_state, args.cu_seqlens)
+    return args, call, initial
+
+
+def forward(args: SSD, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)` as `sinuous.core.ops.ssd` defines them."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    call = MatrixStatesCall.of(q, v, cu_seqlens, scale, reverse, chunk_size)
-    (initial,) = initial_matrix(q, v, initial_state, cu_seqlens)
+    args, call, initial = _of_call(args, chunk_size)
+    q, k, v = args.q, args.k, args.v
     if v.numel() == 0:
         return torch.empty_like(v), initial.clone(), call.empty_states(initial)
-    weights = weights_of(call, over_time(log_decay, v))
+    weights = weights_of(call, over_time(args.log_decay, v))
     (final, _), chunk_states = carry(call, k, v, weights, (initial, None))
     return read(call, q, k, v, weights, (initial, None), chunk_states, None), final, chunk_states[0]
 
 
 def backward(
-    grads: tuple[Tensor | None, Tensor | None],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    reverse: bool,
-    chunk_states: Tensor,
-    chunk_size: int,
+    args: SSD, grads: tuple[Tensor | None, Tensor | None], chunk_states: Tensor, chunk_size: int
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, log_decay and initial_state."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    call = MatrixStatesCall.of(q, v, cu_seqlens, scale, reverse, chunk_size)
-    (initial,) = initial_matrix(q, v, initial_state, cu_seqlens)
+    args, call, initial = _of_call(args, chunk_size)
+    q, k, v, log_decay = args.q, args.k, args.v, args.log_decay
     dy = torch.zeros_like(v) if grads[0] is None else grads[0].contiguous()
     dfinal = torch.zeros_like(initial) if grads[1] is None else grads[1].to(call.dtype).contiguous()
     if v.numel() == 0:
         zeros = [None if t is None else torch.zeros_like(t) for t in (q, k, v, log_decay)]
-        return [*zeros, None if initial_state is None else dfinal]
+        return [*zeros, None if args.initial_state is None else dfinal]
     stepwise = over_time(log_decay, v)
     weights = weights_of(call, stepwise)
     before, after = carry_adjoint(call, q, dy, None, weights.since_start, weights, (dfinal, None))
@@ -153,4 +140,4 @@ def backward(
     if log_decay is not None:
         dlog_decay = decay_gradient(call, stepwise, d.query_dots, d.key_dots, d.ends)
         dlog_decay = dlog_decay.sum((0, 1)) if log_decay.ndim == 1 else dlog_decay
-    return [d.q, d.k, d.v, dlog_decay, None if initial_state is None else before[0]]
+    return [d.q, d.k, d.v, dlog_decay, None if args.initial_state is None else before[0]]
