@@ -154,6 +154,10 @@ class MLSTM(NamedTuple):
     reverse: bool = False
     return_state: bool = True
 
+    @property
+    def initial_state(self) -> tuple[Tensor | None, ...]:
+        return self.initial_C, self.initial_n, self.initial_m
+
 
 class SelectiveScan(NamedTuple):
     u: Tensor
@@ -181,6 +185,10 @@ class SLSTM(NamedTuple):
     cu_seqlens: Tensor | None = None
     cell: str = "slstm"
     reverse: bool = False
+
+    @property
+    def initial_state(self) -> tuple[Tensor | None, ...]:
+        return self.initial_y, self.initial_c, self.initial_n, self.initial_m
 
 
 class SSD(NamedTuple):

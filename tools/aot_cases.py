@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from aot_compile import TYPES, Launch, recording
 
-from sinuous.kernels.arguments import SSD
+from sinuous.kernels.arguments import MLSTM, SSD
 from sinuous.kernels.triton import (
     additive_decay,
     causal_conv1d,
@@ -146,24 +146,19 @@ def mlstm_launches(
 ) -> list[Launch]:
     """The launches of mlstm on 16 heads with every optional argument, forward and backward."""
     sequences = 3 if packed else 1
-    arguments: dict[str, Any] = {
+    args = MLSTM(
         **attention_arguments(dtype, keys, values, 16, 16),
-        "input_gate": torch.empty(1, 4096, 16, dtype=dtype, device="meta"),
-        "forget_gate": torch.empty(1, 4096, 16, dtype=dtype, device="meta"),
-        "initial_C": torch.empty(sequences, 16, keys, values, device="meta"),
-        "initial_n": torch.empty(sequences, 16, keys, device="meta"),
-        "initial_m": torch.empty(sequences, 16, device="meta"),
-        "cu_seqlens": torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
-        "scale": None,
-        "eps": 1e-6,
-        "input_activation": activation,
-        "normalize": True,
-        "reverse": False,
-        "chunk_size": 64,
-    }
+        input_gate=torch.empty(1, 4096, 16, dtype=dtype, device="meta"),
+        forget_gate=torch.empty(1, 4096, 16, dtype=dtype, device="meta"),
+        initial_C=torch.empty(sequences, 16, keys, values, device="meta"),
+        initial_n=torch.empty(sequences, 16, keys, device="meta"),
+        initial_m=torch.empty(sequences, 16, device="meta"),
+        cu_seqlens=torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
+        input_activation=activation,
+    )
     with recording() as launches:
-        y, C, n, m, chunk_C, chunk_n, chunk_m = mlstm.forward(**arguments)
-        mlstm.backward((y, C, n, m), chunk_C=chunk_C, chunk_n=chunk_n, chunk_m=chunk_m, **arguments)
+        y, C, n, m, *chunk_states = mlstm.forward(args, chunk_size=64)
+        mlstm.backward(args, (y, C, n, m), *chunk_states, chunk_size=64)
     return launches
 
 

@@ -32,7 +32,7 @@ from sinuous.core.mixers.heads import per_head
 from sinuous.core.mixers.projections import HeadwiseLinear, gate_of
 from sinuous.core.mixers.states import zero_states
 from sinuous.core.norms import MultiHeadLayerNorm
-from sinuous.core.ops import causal_conv1d, mlstm  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 
 CELL_EPS = 1e-6
 INPUT_ACTIVATIONS = ("exp", "sigmoid")
@@ -264,8 +264,8 @@ class MLSTM(MemoryMixer):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         igate, fgate, weights = self.mlstm_cell.igate, self.mlstm_cell.fgate, self.conv1d.conv
         u, z = self.proj_up(x).split([self.inner, self.inner], -1)
-        convolved, conv = torch.ops.sinuous.causal_conv1d(
-            u, weights.weight.squeeze(1), weights.bias, conv, cu_seqlens, True, False, ""
+        convolved, conv = operators.causal_conv1d(
+            u, weights.weight.squeeze(1), weights.bias, initial_state=conv, cu_seqlens=cu_seqlens, silu=True
         )
         q, k, v = self.q_proj(convolved), self.k_proj(convolved), self.v_proj(u)
         heads = [self.memory_shape[0], self.memory_shape[1]]
@@ -279,9 +279,10 @@ class MLSTM(MemoryMixer):
         if self.rotates_heads and position_ids is not None:
             q = positions.rotate(q, position_ids, self.rotary_theta, True)
             k = positions.rotate(k, position_ids, self.rotary_theta, True)
-        h, C, n, m, _, _, _ = torch.ops.sinuous.mlstm(
+        h, C, n, m, _, _, _ = operators.mlstm(
             q, k, v, gate_of(qkv, igate.weight, igate.bias), gate_of(qkv, fgate.weight, fgate.bias),
-            C, n, m, cu_seqlens, None, self.eps, self.input_activation, True, False, return_state, "",
+            initial_C=C, initial_n=n, initial_m=m, cu_seqlens=cu_seqlens,
+            eps=self.eps, input_activation=self.input_activation, return_state=return_state,
         )  # fmt: skip
         y = (self.mlstm_cell.outnorm(h) + self.learnable_skip * convolved) * F.silu(z)
         return self.proj_down(y), conv, C, n, m
@@ -365,11 +366,12 @@ class MLSTMLarge(MemoryMixer):
         return_state: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         keys, values = [-1, self.memory_shape[1]], [-1, self.memory_shape[2]]
-        h, C, n, m, _, _, _ = torch.ops.sinuous.mlstm(
+        h, C, n, m, _, _, _ = operators.mlstm(
             self.q(x).unflatten(-1, keys), self.k(x).unflatten(-1, keys), self.v(x).unflatten(-1, values),
             soft_cap(gate_of(x, self.igate_preact.weight, self.igate_preact.bias), self.gate_soft_cap),
             soft_cap(gate_of(x, self.fgate_preact.weight, self.fgate_preact.bias), self.gate_soft_cap),
-            C, n, m, cu_seqlens, None, self.eps, self.input_activation, True, False, return_state, "",
+            initial_C=C, initial_n=n, initial_m=m, cu_seqlens=cu_seqlens,
+            eps=self.eps, input_activation=self.input_activation, return_state=return_state,
         )  # fmt: skip
         y = self.multihead_norm(h) * torch.sigmoid(self.ogate_preact(x))
         return self.out_proj(y), x.new_zeros([x.shape[0], 0, 0]), C, n, m

@@ -40,6 +40,7 @@ from sinuous.core.ops.checks import (
 from sinuous.core.ops.differentiation import may_be_differentiated
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.flops import matrix_state
+from sinuous.core.ops.operators import operators
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.arguments import MLSTM
@@ -53,37 +54,15 @@ MatrixMemory = tuple[Tensor, Tensor, Tensor]
 """C `[B, H, K, V]`, n `[B, H, K]` and m `[B, H]`."""
 
 
-def _zeros(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> MatrixMemory:
-    sequences, heads, dtype = sequence_count(q, cu_seqlens), v.shape[2], working_dtype(q.dtype)
-    C, n, m = (sequences, heads, q.shape[3], v.shape[3]), (sequences, heads, q.shape[3]), (sequences, heads)
-    return q.new_zeros(C, dtype=dtype), q.new_zeros(n, dtype=dtype), q.new_zeros(m, dtype=dtype)
-
-
-def recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    input_gate: Tensor,
-    forget_gate: Tensor,
-    initial_C: Tensor | None,
-    initial_n: Tensor | None,
-    initial_m: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    eps: float,
-    input_activation: str,
-    normalize: bool,
-    reverse: bool,
-    return_state: bool,
-    chunk_size: int = CHUNK_SIZE,
-) -> tuple[Tensor, ...]:
+def recurrent(args: MLSTM, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, ...]:
     """Run the definition step by step; autograd differentiates it."""
-    dtype, stabilised = working_dtype(q.dtype), input_activation == "exp"
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    starts = zip((initial_C, initial_n, initial_m), _zeros(q, v, cu_seqlens), strict=True)
-    C, n, m = (zero if t is None else t.to(dtype) for t, zero in starts)
+    dtype, stabilised, eps = working_dtype(args.q.dtype), args.input_activation == "exp", args.eps
+    scale = args.q.shape[-1] ** -0.5 if args.scale is None else args.scale
+    q, k, v = args.q.to(dtype), args.k.to(dtype), args.v.to(dtype)
+    starts = zip(args.initial_state, _state(args), strict=True)
+    C, n, m = (q.new_zeros(shape) if t is None else t.to(dtype) for t, shape in starts)
     # m in double precision: where it is large, single precision would lose most of a step's decay.
-    log_i, log_f, m = input_gate.double(), F.logsigmoid(forget_gate.double()), m.double()
+    log_i, log_f, m = args.input_gate.double(), F.logsigmoid(args.forget_gate.double()), m.double()
     log_i = log_i if stabilised else F.logsigmoid(log_i)
     differentiated = stabilised and may_be_differentiated(C, n, m, log_i, log_f)
     m = m.clamp_min(LOWEST) if stabilised else m
@@ -107,16 +86,17 @@ def recurrent(
         C = f[..., None, None] * C + i[..., None, None] * k_t[..., :, None] * v_t[..., None, :]
         n = f[..., None] * n + i[..., None] * k_t
         y = (q_t[..., None, :] @ C).squeeze(-2) * scale
-        if normalize:
+        if args.normalize:
             y = y / (torch.maximum(((q_t * n).sum(-1) * scale).abs(), floor) + epsilon)[..., None]
         return y, (C, n, m)
 
-    inputs = (q.to(dtype), k.to(dtype), v.to(dtype), log_i, log_f)
-    y, (C, n, m), chunk_states = run_steps(step, inputs, (C, n, m), inputs[2][:, :0], cu_seqlens, reverse, chunk_size)
+    y, (C, n, m), chunk_states = run_steps(
+        step, (q, k, v, log_i, log_f), (C, n, m), v[:, :0], args.cu_seqlens, args.reverse, chunk_size
+    )
     if differentiated:
         C, n = _scaled_by(m.detach() - m, C, n)
-    final = (C, n, m.to(dtype)) if return_state else tuple(q.new_empty(0) for _ in range(3))
-    return y.to(v.dtype), *final, *chunk_states[:2], chunk_states[2].to(dtype)
+    final = (C, n, m.to(dtype)) if args.return_state else tuple(args.q.new_empty(0) for _ in range(3))
+    return y.to(args.v.dtype), *final, *chunk_states[:2], chunk_states[2].to(dtype)
 
 
 def _scaled_by(log_factor: Tensor, C: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,63 +105,55 @@ def _scaled_by(log_factor: Tensor, C: Tensor, n: Tensor) -> tuple[Tensor, Tensor
     return factor[..., None, None] * C, factor[..., None] * n
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    input_gate: Tensor,
-    forget_gate: Tensor,
-    initial_C: Tensor | None,
-    initial_n: Tensor | None,
-    initial_m: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    eps: float,
-    input_activation: str,
-    normalize: bool,
-    reverse: bool,
-    return_state: bool,
-) -> None:
-    check_attention(q, k, v)
-    batch, length, heads, values = v.shape
-    check_shape("input_gate", input_gate, (batch, length, heads), "one per step and head, [B, T, H]")
-    check_shape("forget_gate", forget_gate, (batch, length, heads), "one per step and head, [B, T, H]")
-    check_packing(cu_seqlens, batch, length)
-    rows = (sequence_count(q, cu_seqlens), heads)
-    check_shape("initial_C", initial_C, (*rows, q.shape[3], values), "[sequences, H, K, V]")
-    check_shape("initial_n", initial_n, (*rows, q.shape[3]), "[sequences, H, K]")
-    check_shape("initial_m", initial_m, rows, "[sequences, H]")
-    check_choice("input_activation", input_activation, ("exp", "sigmoid"))
-    if input_activation == "exp" and not normalize:
+def _state(args: MLSTM) -> tuple[tuple[int, ...], ...]:
+    """Shapes of C, n and m."""
+    rows, keys = (sequence_count(args.q, args.cu_seqlens), args.v.shape[2]), args.q.shape[3]
+    return (*rows, keys, args.v.shape[3]), (*rows, keys), rows
+
+
+def _check(args: MLSTM) -> None:
+    check_attention(args.q, args.k, args.v)
+    batch, length, heads, _ = args.v.shape
+    check_shape("input_gate", args.input_gate, (batch, length, heads), "one per step and head, [B, T, H]")
+    check_shape("forget_gate", args.forget_gate, (batch, length, heads), "one per step and head, [B, T, H]")
+    check_packing(args.cu_seqlens, batch, length)
+    C, n, m = _state(args)
+    check_shape("initial_C", args.initial_C, C, "[sequences, H, K, V]")
+    check_shape("initial_n", args.initial_n, n, "[sequences, H, K]")
+    check_shape("initial_m", args.initial_m, m, "[sequences, H]")
+    check_choice("input_activation", args.input_activation, ("exp", "sigmoid"))
+    if args.input_activation == "exp" and not args.normalize:
         raise ValueError(
             "normalize must be True with input_activation='exp' (got False), since only the normaliser takes out the "
             "scale e^m; pass input_activation='sigmoid'"
         )
-    if not eps >= 0:
-        raise ValueError(f"eps must be ≥ 0 (got {eps}); pass 1e-6")
+    if not args.eps >= 0:
+        raise ValueError(f"eps must be ≥ 0 (got {args.eps}); pass 1e-6")
 
 
-def _fake(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, return_state: bool, **_: object) -> tuple[Tensor, ...]:
-    state = _zeros(q, v, cu_seqlens) if return_state else (q.new_empty(0),) * 3
-    return (torch.empty_like(v), *(torch.empty_like(t) for t in state))
+def _fake(args: MLSTM) -> tuple[Tensor, ...]:
+    y = args.v.new_empty(args.v.shape)
+    if not args.return_state:
+        return y, *(args.q.new_empty(0) for _ in range(3))
+    return y, *(y.new_empty(shape, dtype=working_dtype(args.q.dtype)) for shape in _state(args))
 
 
-def _chunk_C(q: Tensor, v: Tensor, chunk_size: int, **_: object) -> tuple[int, ...]:
-    return (q.shape[0], -(-q.shape[1] // chunk_size), v.shape[2], q.shape[3], v.shape[3])
+def _chunk_C(args: MLSTM, chunk_size: int) -> tuple[int, ...]:
+    batch, length, heads, values = args.v.shape
+    return batch, -(-length // chunk_size), heads, args.q.shape[3], values
 
 
-def _chunk_n(q: Tensor, v: Tensor, chunk_size: int, **_: object) -> tuple[int, ...]:
-    return _chunk_C(q, v, chunk_size)[:4]
+def _chunk_n(args: MLSTM, chunk_size: int) -> tuple[int, ...]:
+    return _chunk_C(args, chunk_size)[:4]
 
 
-def _chunk_m(q: Tensor, v: Tensor, chunk_size: int, **_: object) -> tuple[int, ...]:
-    return _chunk_C(q, v, chunk_size)[:3]
+def _chunk_m(args: MLSTM, chunk_size: int) -> tuple[int, ...]:
+    return _chunk_C(args, chunk_size)[:3]
 
 
 FAMILY = Family(
     name="mlstm",
     arguments=MLSTM,
-    by_name=True,
     outputs=("y", "C", "n", "m"),
     saved={"chunk_C": _chunk_C, "chunk_n": _chunk_n, "chunk_m": _chunk_m},
     integers=("cu_seqlens",),
@@ -242,7 +214,7 @@ def mlstm(
 
     Source: xLSTM (arXiv 2405.04517), section 2.3; the sigmoid input gate: TFLA (arXiv 2503.14376), section 4.
     """
-    y, C, n, m, _, _, _ = torch.ops.sinuous.mlstm(
+    y, C, n, m, _, _, _ = operators.mlstm(
         q, k, v, input_gate, forget_gate, *(initial_state or (None, None, None)), cu_seqlens, scale, eps,
         input_activation, normalize, reverse, return_state, backend or "",
     )  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sinuous.kernels.arguments import MLSTM
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import chunked
 from sinuous.kernels.torch.chunked import (
@@ -37,7 +38,7 @@ TOUCHED = 2**14
 is cheap to look at."""
 
 
-class Options(NamedTuple):
+class MLSTMOptions(NamedTuple):
     """Options that are the same for every segment."""
 
     scale: float
@@ -63,7 +64,7 @@ class MLSTMSegment(NamedTuple):
     denominator: Tensor | None  # [B,H,c,1]
 
 
-def _segment(state: State | None, inputs: Tensors, options: Options) -> MLSTMSegment:
+def _segment(state: State | None, inputs: Tensors, options: MLSTMOptions) -> MLSTMSegment:
     q, k, v, input_gate, forget_gate = inputs
     assert q is not None
     assert k is not None
@@ -88,7 +89,7 @@ def _segment(state: State | None, inputs: Tensors, options: Options) -> MLSTMSeg
     return MLSTMSegment(q, k, v, log_f, E, stabiliser, weights, numerator, normaliser, floor, denominator)
 
 
-def _forward(state: State, inputs: Tensors, parameters: Tensors, options: Options) -> tuple[Tensor, State]:
+def _forward(state: State, inputs: Tensors, parameters: Tensors, options: MLSTMOptions) -> tuple[Tensor, State]:
     segment = _segment(state, inputs, options)
     return _read(segment), _after(state, segment)
 
@@ -109,7 +110,7 @@ def _after(state: State | None, segment: MLSTMSegment) -> State:
 
 
 def _backward(
-    state: State, inputs: Tensors, parameters: Tensors, dy: Tensor, dstate: State, options: Options
+    state: State, inputs: Tensors, parameters: Tensors, dy: Tensor, dstate: State, options: MLSTMOptions
 ) -> tuple[State, Tensors, Tensors]:
     before, gradients = _gradients(state, inputs, dy, dstate, options)
     assert before is not None
@@ -117,7 +118,7 @@ def _backward(
 
 
 def _gradients(
-    state: State | None, inputs: Tensors, dy: Tensor, dstate: State | None, options: Options
+    state: State | None, inputs: Tensors, dy: Tensor, dstate: State | None, options: MLSTMOptions
 ) -> tuple[State | None, Tensors]:
     """Gradients of the state before a segment, if there is one, and of the inputs, from those of the output and of the
     state after it, if there is one."""
@@ -188,26 +189,27 @@ def _gradients(
     return before, (dq, dk, dv, dinput_gate, dforget_gate)
 
 
-def _options(q: Tensor, scale: float | None, eps: float, input_activation: str, normalize: bool) -> Options:
-    return Options(q.shape[-1] ** -0.5 if scale is None else scale, eps, input_activation == "exp", normalize)
+def _options(args: MLSTM) -> MLSTMOptions:
+    scale = args.q.shape[-1] ** -0.5 if args.scale is None else args.scale
+    return MLSTMOptions(scale, args.eps, args.input_activation == "exp", args.normalize)
 
 
-def _recurrence(options: Options) -> Recurrence:
+def _recurrence(options: MLSTMOptions) -> Recurrence:
     return Recurrence(functools.partial(_forward, options=options), functools.partial(_backward, options=options))
 
 
-def initial_states(q: Tensor, v: Tensor, states: Tensors, cu_seqlens: Tensor | None) -> State:
+def states_or_zeros(args: MLSTM, states: Tensors) -> State:
     """C `[sequences, H, K, V]`, n `[sequences, H, K]` and m `[sequences, H]`, contiguous; zeros for None."""
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype, heads = working_dtype(q.dtype), v.shape[2]
-    shapes = (sequences, heads, q.shape[3], v.shape[3]), (sequences, heads, q.shape[3]), (sequences, heads)
+    sequences = args.q.shape[0] if args.cu_seqlens is None else args.cu_seqlens.shape[0] - 1
+    dtype, heads, keys, values = working_dtype(args.q.dtype), args.v.shape[2], args.q.shape[3], args.v.shape[3]
+    shapes = (sequences, heads, keys, values), (sequences, heads, keys), (sequences, heads)
     return tuple(
-        torch.zeros(shape, dtype=dtype, device=q.device) if t is None else t.to(dtype).contiguous()
+        args.q.new_zeros(shape, dtype=dtype) if t is None else t.to(dtype).contiguous()
         for t, shape in zip(states, shapes, strict=True)
     )
 
 
-class _OneChunk(NamedTuple):
+class MLSTMOneChunk(NamedTuple):
     """Sequences that are one chunk each: how they are read as a batch, head-major and in the precision of the state."""
 
     dtype: torch.dtype
@@ -215,23 +217,22 @@ class _OneChunk(NamedTuple):
     reverse: bool
 
     @classmethod
-    def of(
-        cls, q: Tensor, v: Tensor, initial: Tensors, cu_seqlens: Tensor | None, reverse: bool, state: bool, size: int
-    ) -> _OneChunk | None:
+    def of(cls, args: MLSTM, size: int) -> MLSTMOneChunk | None:
         """None where some sequence is too long, or has a state before it; or after it, packed."""
-        packed = cu_seqlens is not None
-        if v.numel() == 0 or any(t is not None for t in initial) or (packed and state):
+        cu_seqlens, keys, values, longest = args.cu_seqlens, args.q.shape[-1], args.v.shape[-1], args.q.shape[1]
+        if args.v.numel() == 0 or any(t is not None for t in args.initial_state):
             return None
-        keys, values, longest = q.shape[-1], v.shape[-1], q.shape[1]
         if cu_seqlens is not None:
+            if args.return_state:
+                return None
             longest = int(cu_seqlens.diff().max())
-            if (cu_seqlens.shape[0] - 1) * longest > MOST_PADDING * q.shape[1]:
+            if (cu_seqlens.shape[0] - 1) * longest > MOST_PADDING * args.q.shape[1]:
                 return None
         # To read a memory and to write it takes 2 K V products a step; to meet another step, K + V.
         if longest > min(4 * size, size + 2 * keys * values // (keys + values)):
             return None
-        rows = None if cu_seqlens is None else SequenceRows.of(cu_seqlens, reverse, q.device)
-        return cls(working_dtype(q.dtype), rows, reverse)
+        rows = None if cu_seqlens is None else SequenceRows.of(cu_seqlens, args.reverse, args.q.device)
+        return cls(working_dtype(args.q.dtype), rows, args.reverse)
 
     def read(self, t: Tensor) -> Tensor:
         if self.rows is not None:
@@ -255,77 +256,42 @@ def _unread(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return (like.new_zeros if math.prod(shape) <= TOUCHED else like.new_empty)(shape, dtype=dtype)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    input_gate: Tensor,
-    forget_gate: Tensor,
-    initial_C: Tensor | None,
-    initial_n: Tensor | None,
-    initial_m: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    eps: float,
-    input_activation: str,
-    normalize: bool,
-    reverse: bool,
-    return_state: bool,
-    chunk_size: int,
-) -> tuple[Tensor | None, ...]:
+def _inputs(args: MLSTM) -> tuple[Tensor, ...]:
+    return args.q, args.k, args.v, args.input_gate, args.forget_gate
+
+
+def forward(args: MLSTM, chunk_size: int) -> tuple[Tensor | None, ...]:
     """`(y, C, n, m, chunk_C, chunk_n, chunk_m)`; see sinuous.core.ops.mlstm."""
-    options = _options(q, scale, eps, input_activation, normalize)
-    initial, inputs = (initial_C, initial_n, initial_m), (q, k, v, input_gate, forget_gate)
-    one = _OneChunk.of(q, v, initial, cu_seqlens, reverse, return_state, chunk_size)
+    options, one = _options(args), MLSTMOneChunk.of(args, chunk_size)
     if one is not None:
-        segment = _segment(None, [one.read(t) for t in inputs], options)
-        state = _after(None, segment) if return_state else (None, None, None)
-        shape = (q.shape[0], -(-q.shape[1] // chunk_size), q.shape[2], q.shape[3], v.shape[3])
-        unread = (_unread(q, size, one.dtype) for size in (shape, shape[:4], shape[:3]))
-        return one.write(v, _read(segment)), *state, *unread
+        segment = _segment(None, [one.read(t) for t in _inputs(args)], options)
+        state = _after(None, segment) if args.return_state else (None, None, None)
+        batch, length, heads, keys = args.q.shape
+        shape = (batch, -(-length // chunk_size), heads, keys, args.v.shape[3])
+        unread = (_unread(args.q, size, one.dtype) for size in (shape, shape[:4], shape[:3]))
+        return one.write(args.v, _read(segment)), *state, *unread
     y, final, chunk_states = chunked.forward(
         _recurrence(options),
-        inputs,
+        _inputs(args),
         (),
-        initial_states(q, v, initial, cu_seqlens),
-        torch.empty_like(v),
-        cu_seqlens,
-        reverse,
+        states_or_zeros(args, args.initial_state),
+        torch.empty_like(args.v),
+        args.cu_seqlens,
+        args.reverse,
         chunk_size,
     )
-    return y, *(final if return_state else (None, None, None)), *chunk_states
+    return y, *(final if args.return_state else (None, None, None)), *chunk_states
 
 
 def backward(
-    grads: Tensors,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    input_gate: Tensor,
-    forget_gate: Tensor,
-    initial_C: Tensor | None,
-    initial_n: Tensor | None,
-    initial_m: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    eps: float,
-    input_activation: str,
-    normalize: bool,
-    reverse: bool,
-    return_state: bool,
-    chunk_C: Tensor,
-    chunk_n: Tensor,
-    chunk_m: Tensor,
-    chunk_size: int,
+    args: MLSTM, grads: Tensors, chunk_C: Tensor, chunk_n: Tensor, chunk_m: Tensor, chunk_size: int
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, input_gate, forget_gate, initial_C, initial_n and initial_m."""
-    options = _options(q, scale, eps, input_activation, normalize)
-    initial, inputs = (initial_C, initial_n, initial_m), (q, k, v, input_gate, forget_gate)
-    dfinal: Tensors = grads[1:] if return_state else (None, None, None)
-    one = _OneChunk.of(q, v, initial, cu_seqlens, reverse, return_state, chunk_size)
+    options, one, inputs = _options(args), MLSTMOneChunk.of(args, chunk_size), _inputs(args)
+    dfinal: Tensors = grads[1:] if args.return_state else (None, None, None)
     if one is not None:
-        dstate = None if all(t is None for t in dfinal) else initial_states(q, v, dfinal, None)
-        dy = one.read(torch.zeros_like(v) if grads[0] is None else grads[0])
+        dstate = None if all(t is None for t in dfinal) else states_or_zeros(args, dfinal)
+        dy = one.read(torch.zeros_like(args.v) if grads[0] is None else grads[0])
         _, gradients = _gradients(None, [one.read(t) for t in inputs], dy, dstate, options)
         pairs = zip(inputs, gradients, strict=True)
         return [*(None if d is None else one.write(t, d) for t, d in pairs), None, None, None]
@@ -333,13 +299,13 @@ def backward(
         _recurrence(options),
         inputs,
         (),
-        initial_states(q, v, initial, cu_seqlens),
+        states_or_zeros(args, args.initial_state),
         (chunk_C, chunk_n, chunk_m),
         grads[0],
         dfinal,
-        cu_seqlens,
-        reverse,
+        args.cu_seqlens,
+        args.reverse,
         chunk_size,
         value=2,
     )
-    return [*dinputs, *(None if t is None else d for t, d in zip(initial, dinitial, strict=True))]
+    return [*dinputs, *(None if t is None else d for t, d in zip(args.initial_state, dinitial, strict=True))]

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sinuous.kernels.arguments import MLSTM
 from sinuous.kernels.torch.chunked import LARGEST_ROUNDING, run_sums
-from sinuous.kernels.torch.mlstm import initial_states
+from sinuous.kernels.torch.mlstm import states_or_zeros
 from sinuous.kernels.triton.matrix_state_kernels import FORGOTTEN, gradient_of_sums, segment_at
 from sinuous.kernels.triton.matrix_states import (
     MatrixStatesCall,
@@ -136,26 +137,18 @@ class MLSTMGates:
     """The gates of a call, the results of the kernel `gates`, and the unit of the final C and n: e^m over that of the m
     that is returned, which is rounded."""
 
-    def __init__(
-        self,
-        call: MatrixStatesCall,
-        input_gate: Tensor,
-        forget_gate: Tensor,
-        initial_m: Tensor,
-        eps: float,
-        activation: str,
-    ) -> None:
-        self.input_gate, self.forget_gate = input_gate.contiguous(), forget_gate.contiguous()
-        self.stabilised = activation == "exp"
-        logs = [torch.empty(input_gate.shape, dtype=torch.float64, device=input_gate.device) for _ in range(2)]
+    def __init__(self, args: MLSTM, call: MatrixStatesCall, initial_m: Tensor) -> None:
+        self.input_gate, self.forget_gate = args.input_gate.contiguous(), args.forget_gate.contiguous()
+        self.stabilised = args.input_activation == "exp"
+        logs = [torch.empty_like(self.input_gate, dtype=torch.float64) for _ in range(2)]
         since_start, until_end, floor = (torch.empty_like(logs[0], dtype=call.dtype) for _ in range(3))
         self.weights = Weights(logs[0], logs[1], since_start, until_end)
-        self.normaliser = Normaliser(floor, eps)
+        self.normaliser = Normaliser(floor, args.eps)
         self.chunk_m = call.empty_states(initial_m)
         exact_m = torch.empty_like(initial_m, dtype=torch.float64)
         self.blocks, form = call.over_gates()
         self.form = {**form, "STABILISED": self.stabilised, "ACC": call.sizes["ACC"]}
-        with on_device(input_gate):
+        with on_device(initial_m):
             gates[(call.sequences * self.blocks,)](
                 self.input_gate, self.forget_gate, initial_m, call.bounds, *self.weights, floor,
                 self.chunk_m, exact_m, call.length, **self.form,
@@ -193,90 +186,64 @@ class MLSTMGates:
         return own.view(torch.int8), (into_m.flip(1) if reverse else into_m).contiguous(), into_initial
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    input_gate: Tensor,
-    forget_gate: Tensor,
-    initial_C: Tensor | None,
-    initial_n: Tensor | None,
-    initial_m: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    eps: float,
-    input_activation: str,
-    normalize: bool,
-    reverse: bool,
-    return_state: bool,
-    chunk_size: int,
-) -> tuple[Tensor | None, ...]:
+def _of_call(args: MLSTM, chunk_size: int) -> tuple[MLSTM, MatrixStatesCall, tuple[Tensor, ...]]:
+    """The arguments in the kernels' layout, their call, and the initial C, n and m."""
+    args = args._replace(q=args.q.contiguous(), k=args.k.contiguous(), v=args.v.contiguous())
+    call = MatrixStatesCall.of(args.q, args.v, args.cu_seqlens, args.scale, args.reverse, chunk_size)
+    return args, call, states_or_zeros(args, args.initial_state)
+
+
+def forward(args: MLSTM, chunk_size: int) -> tuple[Tensor | None, ...]:
     """`(y, C, n, m, chunk_C, chunk_n, chunk_m)` as `sinuous.core.ops.mlstm` defines them."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    call = MatrixStatesCall.of(q, v, cu_seqlens, scale, reverse, chunk_size)
-    C, n, m = initial_states(q, v, (initial_C, initial_n, initial_m), cu_seqlens)
+    args, call, (C, n, m) = _of_call(args, chunk_size)
+    q, k, v = args.q, args.k, args.v
     if v.numel() == 0:
-        final = [t.clone() if return_state else None for t in (C, n, m)]
+        final = [t.clone() if args.return_state else None for t in (C, n, m)]
         return torch.empty_like(v), *final, *(call.empty_states(t) for t in (C, n, m))
-    made = MLSTMGates(call, input_gate, forget_gate, m, eps, input_activation)
+    made = MLSTMGates(args, call, m)
     (final_C, final_n), chunk_states = carry(call, k, v, made.weights, (C, n))
-    y = read(call, q, k, v, made.weights, (C, n), chunk_states, made.normaliser if normalize else None)
+    y = read(call, q, k, v, made.weights, (C, n), chunk_states, made.normaliser if args.normalize else None)
     assert final_n is not None
     assert chunk_states[1] is not None
     final = [None, None, None]
-    if return_state:
+    if args.return_state:
         final = [final_C * made.unit[..., None, None], final_n * made.unit[..., None], made.m]
     return y, *final, chunk_states[0], chunk_states[1], made.chunk_m
 
 
 def backward(
+    args: MLSTM,
     grads: tuple[Tensor | None, ...],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    input_gate: Tensor,
-    forget_gate: Tensor,
-    initial_C: Tensor | None,
-    initial_n: Tensor | None,
-    initial_m: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    eps: float,
-    input_activation: str,
-    normalize: bool,
-    reverse: bool,
-    return_state: bool,
     chunk_C: Tensor,
     chunk_n: Tensor,
     chunk_m: Tensor,
     chunk_size: int,
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, input_gate, forget_gate, initial_C, initial_n and initial_m."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    call = MatrixStatesCall.of(q, v, cu_seqlens, scale, reverse, chunk_size)
-    states = (initial_C, initial_n, initial_m)
-    C, n, m = initial_states(q, v, states, cu_seqlens)
+    args, call, (C, n, m) = _of_call(args, chunk_size)
+    q, k, v = args.q, args.k, args.v
     dy = torch.zeros_like(v) if grads[0] is None else grads[0].contiguous()
-    dC, dn, dm = initial_states(q, v, grads[1:] if return_state else (None, None, None), cu_seqlens)
+    dC, dn, dm = states_or_zeros(args, grads[1:] if args.return_state else (None, None, None))
     if v.numel() == 0:
-        zeros = [torch.zeros_like(t) for t in (q, k, v, input_gate, forget_gate)]
-        return [*zeros, *(None if t is None else gradient for t, gradient in zip(states, (dC, dn, dm), strict=True))]
-    made = MLSTMGates(call, input_gate, forget_gate, m, eps, input_activation)
+        zeros = [torch.zeros_like(t) for t in (q, k, v, args.input_gate, args.forget_gate)]
+        pairs = zip(args.initial_state, (dC, dn, dm), strict=True)
+        return [*zeros, *(None if t is None else gradient for t, gradient in pairs)]
+    made = MLSTMGates(args, call, m)
     dfinal = (dC * made.unit[..., None, None], dn * made.unit[..., None])
     initial, chunk_states = (C, n), (chunk_C, chunk_n)
     weights, weight, extra = made.weights, made.weights.since_start, torch.zeros_like(made.weights.since_start)
     through_eps = torch.zeros_like(weights.rows)
-    if normalize:
+    if args.normalize:
         summed, denominator, inner = read_normaliser(call, q, k, v, dy, weights, initial, chunk_states, made.normaliser)
         # Bounded, since the difference of two infinities is none.
         weights = weights._replace(rows=weights.rows + denominator.double().log().clamp(max=1e30))
         weight = weight / denominator
-        through_eps = (inner / denominator / denominator).double() * -eps  # the gradient of m in ε e^m
+        through_eps = (inner / denominator / denominator).double() * -args.eps  # the gradient of m in ε e^m
         extra = torch.where(summed.abs() > made.normaliser.floor, -summed.sign() * inner / denominator, extra)
     before, after = carry_adjoint(call, q, dy, extra, weight, weights, dfinal)
     d = gradients(call, q, k, v, dy, extra, weight, weights, initial, chunk_states, dfinal, after)
     into_last = dm - d.last_ends[:, : call.sequences].sum(0)
-    own, into_m, into_initial = made.stabiliser_gradients(through_eps, into_last, cu_seqlens, reverse)
+    own, into_m, into_initial = made.stabiliser_gradients(through_eps, into_last, args.cu_seqlens, args.reverse)
     dinput_gate, dforget_gate = torch.empty_like(made.input_gate), torch.empty_like(made.forget_gate)
     with on_device(q):
         gate_gradients[(call.segments * made.blocks,)](
@@ -284,10 +251,10 @@ def backward(
             call.table, dinput_gate, dforget_gate, call.segments, call.steps, call.length, d.ends.shape[0],
             **made.form,
         )  # fmt: skip
-    dinitial = (*before, _initial_m_gradient(made, initial, before, dm, into_initial, cu_seqlens))
+    dinitial = (*before, _initial_m_gradient(made, initial, before, dm, into_initial, args.cu_seqlens))
     return [
         d.q, d.k, d.v, dinput_gate, dforget_gate,
-        *(None if t is None else gradient for t, gradient in zip(states, dinitial, strict=True)),
+        *(None if t is None else gradient for t, gradient in zip(args.initial_state, dinitial, strict=True)),
     ]  # fmt: skip
 
 

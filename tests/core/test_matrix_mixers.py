@@ -380,13 +380,12 @@ def test_what_does_not_fit_is_refused(name: str, options: dict[str, Any], messag
 
 @pytest.mark.parametrize("name", ["mlstm", "mlstm_large"])
 def test_the_cell_of_xlstm_has_its_published_eps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = [argument for _, argument in FAMILIES["mlstm"].arguments].index("eps")
     received: list[float] = []
     operator = torch.ops.sinuous.mlstm
 
-    def noted(*arguments: Any) -> Any:
-        received.append(arguments[place])
-        return operator(*arguments)
+    def noted(*arguments: Any, **named: Any) -> Any:
+        received.append(FAMILIES["mlstm"].bind(*arguments, **named)[0].eps)
+        return operator(*arguments, **named)
 
     monkeypatch.setattr(torch.ops.sinuous, "mlstm", noted)
     mixers.build_mixer(name, DIM)(torch.randn(2, 5, DIM))

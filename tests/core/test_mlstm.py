@@ -312,16 +312,16 @@ def test_one_chunk_without_a_state_forms_no_memory() -> None:
     module = dispatch.kernel("mlstm", "torch")
     q, k, v = torch.randn(2, 50, 1, 160), torch.randn(2, 50, 1, 160), torch.randn(2, 50, 1, 120)
     gates = torch.randn(2, 50, 1), torch.randn(2, 50, 1)
-    options = (None, None, None, None, None, 1e-6, "exp", True, False)
+    args = MLSTM.family.arguments(q, k, v, *gates, return_state=False)
     with Large():
-        y, C, n, m, *unread = module.forward(q, k, v, *gates, *options, False, 64)
+        y, C, n, m, *unread = module.forward(args, 64)
         assert C is None
         assert n is None
         assert m is None
-        module.backward((torch.ones_like(y), None, None, None), q, k, v, *gates, *options, False, *unread, 64)
+        module.backward(args, (torch.ones_like(y), None, None, None), *unread, 64)
     assert set(made) == {"aten.new_empty.default"}
     with Large():
-        module.forward(q, k, v, *gates, *options, True, 64)
+        module.forward(args._replace(return_state=True), 64)
     assert set(made) != {"aten.new_empty.default"}
 
 
