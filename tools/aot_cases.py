@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from aot_compile import TYPES, Launch, recording
 
-from sinuous.kernels.arguments import MLSTM, SSD
+from sinuous.kernels.arguments import MLSTM, SLSTM, SSD
 from sinuous.kernels.triton import (
     additive_decay,
     causal_conv1d,
@@ -258,20 +258,17 @@ def additive_decay_launches(
 def slstm_launches(dtype: torch.dtype, *, units: int = 64, cell: str = "slstm", packed: bool = False) -> list[Launch]:
     """The launches of a recurrent cell on 4 heads with every optional argument, forward and backward."""
     state = torch.empty(3 if packed else 8, 4, units, device="meta")
-    arguments: dict[str, Any] = {
-        "gates": torch.empty(1 if packed else 8, 1024, 4, 4, units, dtype=dtype, device="meta"),
-        "R": torch.empty(4, 4, units, units, device="meta"),
-        "bias": torch.empty(4, 4, units, device="meta"),
+    args = SLSTM(
+        gates=torch.empty(1 if packed else 8, 1024, 4, 4, units, dtype=dtype, device="meta"),
+        R=torch.empty(4, 4, units, units, device="meta"),
+        bias=torch.empty(4, 4, units, device="meta"),
         **{f"initial_{name}": state for name in "ycnm"},
-        "cu_seqlens": torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
-        "cell": cell,
-        "reverse": False,
-        "chunk_size": 32,
-    }
+        cu_seqlens=torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
+        cell=cell,
+    )
     with recording() as launches:
-        outputs = slstm.forward(**arguments)
-        names = ("hidden", "chunk_y", "chunk_c", "chunk_n", "chunk_m")
-        slstm.backward(outputs[:5], **arguments, **dict(zip(names, outputs[5:], strict=True)))
+        outputs = slstm.forward(args, chunk_size=32)
+        slstm.backward(args, outputs[:5], *outputs[5:], chunk_size=32)
     return launches
 
 

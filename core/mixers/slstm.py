@@ -27,7 +27,7 @@ from sinuous.core.mixers.heads import per_head
 from sinuous.core.mixers.projections import HeadwiseLinear
 from sinuous.core.mixers.states import zero_states
 from sinuous.core.norms import MultiHeadLayerNorm
-from sinuous.core.ops import causal_conv1d, slstm  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 
 GATES = 4
 """i, f, z, o: the order in the op and in the parameters of the cell."""
@@ -142,14 +142,14 @@ class SLSTM(Mixer):
             convolved, conv = x, x.new_zeros([x.shape[0], 0, 0])
         else:
             weights = self.conv1d.conv
-            convolved, conv = torch.ops.sinuous.causal_conv1d(
-                x, weights.weight.squeeze(1), weights.bias, conv, cu_seqlens, True, False, ""
+            convolved, conv = operators.causal_conv1d(
+                x, weights.weight.squeeze(1), weights.bias, initial_state=conv, cu_seqlens=cu_seqlens, silu=True
             )
         gates = [self.fgate(convolved), self.igate(convolved), self.zgate(x), self.ogate(x)]
         R, bias = self.slstm_cell.weights()
-        hidden, y, c, n, m, _, _, _, _, _ = torch.ops.sinuous.slstm(
+        hidden, y, c, n, m, _, _, _, _, _ = operators.slstm(
             torch.stack(gates, 2).unflatten(-1, [self.num_heads, self.head_dim]), R, bias,
-            y, c, n, m, cu_seqlens, "slstm", False, "",
+            initial_y=y, initial_c=c, initial_n=n, initial_m=m, cu_seqlens=cu_seqlens,
         )  # fmt: skip
         return self.group_norm(hidden), conv, y, c, n, m
 

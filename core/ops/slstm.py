@@ -33,8 +33,6 @@ Sources: Beck et al., "xLSTM" (arXiv 2405.04517), section 2.2 and appendix A; PÃ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,6 +44,7 @@ from sinuous.core.ops.checks import (
     sequence_count,
 )
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.operators import operators
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.arguments import SLSTM
@@ -89,88 +88,66 @@ def _gru(p: tuple[Tensor, ...], state: State) -> State:
 _STEPS = {"slstm": _slstm, "lstm": _lstm, "gru": _gru}
 
 
-def _state_shape(gates: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
-    return (sequence_count(gates, cu_seqlens), *gates.shape[3:])
-
-
-def recurrent(
-    gates: Tensor,
-    R: Tensor,
-    bias: Tensor,
-    initial_y: Tensor | None,
-    initial_c: Tensor | None,
-    initial_n: Tensor | None,
-    initial_m: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cell: str,
-    reverse: bool,
-    chunk_size: int = CHUNK_SIZE,
-) -> tuple[Tensor, ...]:
+def recurrent(args: SLSTM, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, ...]:
     """Run the definition step by step; autograd differentiates it."""
-    dtype, shape = working_dtype(gates.dtype), _state_shape(gates, cu_seqlens)
-    states = (initial_y, initial_c, initial_n, initial_m)
-    initial = tuple(gates.new_zeros(shape, dtype=dtype) if t is None else t.to(dtype) for t in states)
-    R, bias = R.to(dtype), bias.to(dtype)
+    dtype = working_dtype(args.gates.dtype)
+    gates, R, bias = args.gates.to(dtype), args.R.to(dtype), args.bias.to(dtype)
+    initial = tuple(gates.new_zeros(_state(args)) if t is None else t.to(dtype) for t in args.initial_state)
 
     def step(state: State, x_t: Tensor) -> tuple[Tensor, State]:
         p = x_t + torch.einsum("ghde,bhe->bghd", R, state[0]) + bias
-        state = _STEPS[cell](p.unbind(1), state)
+        state = _STEPS[args.cell](p.unbind(1), state)
         return state[0], state
 
-    inputs = (gates.to(dtype),)
-    y, final, chunk_states = run_steps(step, inputs, initial, inputs[0][:, :0, 0], cu_seqlens, reverse, chunk_size)
-    return y.to(gates.dtype), *final, y.detach().clone(), *chunk_states
+    y, final, chunk_states = run_steps(
+        step, (gates,), initial, gates[:, :0, 0], args.cu_seqlens, args.reverse, chunk_size
+    )
+    return y.to(args.gates.dtype), *final, y.detach().clone(), *chunk_states
 
 
-def _check(
-    gates: Tensor,
-    R: Tensor,
-    bias: Tensor,
-    initial_y: Tensor | None,
-    initial_c: Tensor | None,
-    initial_n: Tensor | None,
-    initial_m: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cell: str,
-    reverse: bool,
-) -> None:
-    states = {"initial_y": initial_y, "initial_c": initial_c, "initial_n": initial_n, "initial_m": initial_m}
+def _state(args: SLSTM) -> tuple[int, ...]:
+    return sequence_count(args.gates, args.cu_seqlens), *args.gates.shape[3:]
+
+
+def _check(args: SLSTM) -> None:
+    gates = args.gates
     if gates.ndim != 5 or gates.shape[2] != 4:
         raise ValueError(
             f"gates must have shape [B, T, 4, H, D], in the order i, f, z, o (got {list(gates.shape)}); time is axis 1"
         )
     heads, width = gates.shape[3:]
-    check_shape("R", R, (4, heads, width, width), "recurrent weights per gate and head, [4, H, D_out, D_in]")
-    check_shape("bias", bias, (4, heads, width), "one per gate and unit, [4, H, D]")
-    check_packing(cu_seqlens, *gates.shape[:2])
-    for name, t in states.items():
-        check_shape(name, t, _state_shape(gates, cu_seqlens), "[sequences, H, D]")
-    check_choice("cell", cell, CELLS)
+    check_shape("R", args.R, (4, heads, width, width), "recurrent weights per gate and head, [4, H, D_out, D_in]")
+    check_shape("bias", args.bias, (4, heads, width), "one per gate and unit, [4, H, D]")
+    check_packing(args.cu_seqlens, *gates.shape[:2])
+    for part, t in zip("ycnm", args.initial_state, strict=True):
+        check_shape(f"initial_{part}", t, _state(args), "[sequences, H, D]")
+    check_choice("cell", args.cell, CELLS)
 
 
-def _fake(gates: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, ...]:
-    y = torch.empty_like(gates[:, :, 0], memory_format=torch.contiguous_format)
-    shape = _state_shape(gates, cu_seqlens)
-    return y, *(gates.new_empty(shape, dtype=working_dtype(gates.dtype)) for _ in range(4))
+def _fake(args: SLSTM) -> tuple[Tensor, ...]:
+    y, dtype = args.gates.new_empty(_hidden(args)), working_dtype(args.gates.dtype)
+    return y, *(y.new_empty(_state(args), dtype=dtype) for _ in range(4))
 
 
-def _hidden(gates: Tensor, **_: object) -> tuple[int, ...]:
-    return (*gates.shape[:2], *gates.shape[3:])
+def _hidden(args: SLSTM, **_: object) -> tuple[int, ...]:
+    batch, length, _gates, heads, width = args.gates.shape
+    return batch, length, heads, width
 
 
-def _chunks(gates: Tensor, chunk_size: int, **_: object) -> tuple[int, ...]:
-    return (gates.shape[0], -(-gates.shape[1] // chunk_size), *gates.shape[3:])
+def _chunks(args: SLSTM, chunk_size: int) -> tuple[int, ...]:
+    batch, length, heads, width = _hidden(args)
+    return batch, -(-length // chunk_size), heads, width
 
 
-def _multiply_adds(gates: Sequence[int], **_: object) -> int:
-    batch, length, count, heads, width = gates
-    return batch * length * count * heads * width**2
+def _multiply_adds(args: SLSTM) -> int:
+    batch, length, count, heads, width = args.gates
+    adds: int = batch * length * count * heads * width**2
+    return adds
 
 
 FAMILY = Family(
     name="slstm",
     arguments=SLSTM,
-    by_name=True,
     outputs=("y", "final_y", "final_c", "final_n", "final_m"),
     # With y of every step in the precision of the state, the gates of a chunk are one matrix product again.
     saved={"hidden": _hidden, "chunk_y": _chunks, "chunk_c": _chunks, "chunk_n": _chunks, "chunk_m": _chunks},
@@ -225,7 +202,7 @@ def slstm(
 
     Source: xLSTM (arXiv 2405.04517), section 2.2; the family of cells: FlashRNN (arXiv 2412.07752).
     """
-    y, final_y, c, n, m, _, _, _, _, _ = torch.ops.sinuous.slstm(
+    y, final_y, c, n, m, _, _, _, _, _ = operators.slstm(
         gates, R, bias, *(initial_state or (None,) * 4), cu_seqlens, cell, reverse, backend or ""
     )
     return (y, (final_y, c, n, m)) if return_state else y

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sinuous.kernels.arguments import SLSTM
 from sinuous.kernels.cpu.call import SequenceCall, fields
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.slstm import outputs_before
@@ -32,35 +33,26 @@ _FIELDS = fields(
 class SLSTMCall(SequenceCall):
     """The arguments that forward and backward share."""
 
-    def __init__(
-        self,
-        gates: Tensor,
-        R: Tensor,
-        bias: Tensor,
-        initial: Sequence[Tensor | None],
-        cu_seqlens: Tensor | None,
-        cell: str,
-        reverse: bool,
-        chunk_size: int,
-    ) -> None:
-        super().__init__("slstm", _FIELDS, working_dtype(gates.dtype), gates.shape, cu_seqlens, reverse)
+    def __init__(self, args: SLSTM, chunk_size: int) -> None:
+        gates, bounds = args.gates, args.cu_seqlens
+        super().__init__("slstm", _FIELDS, working_dtype(gates.dtype), gates.shape, bounds, args.reverse)
         self.heads, self.width = gates.shape[3:]
         lanes = int(self.library.lanes())
         self.padded = -(-self.width // lanes) * lanes
         self.chunks = self.cut(chunk_size)
-        rows = self._rows(cu_seqlens)
+        rows = self._rows(bounds)
         strides = self.over_time("gates", gates).stride()
-        self.R = self._pad(R.transpose(0, 1), 2)
+        self.R = self._pad(args.R.transpose(0, 1), 2)
         self.array("into_gates", self.R.permute(0, 3, 1, 2))
-        self.array("bias", self._pad(bias.transpose(0, 1), 1))
-        self.four_states("initial", initial)
+        self.array("bias", self._pad(args.bias.transpose(0, 1), 1))
+        self.four_states("initial", args.initial_state)
         self.arguments.update(
             heads=self.heads,
             width=self.width,
             padded=self.padded,
             rows=rows,
             blocks=-(-self.sequences // rows),
-            cell=_CELLS[cell],
+            cell=_CELLS[args.cell],
             gates_gate=strides[2],
             gates_head=strides[3],
         )
@@ -86,51 +78,28 @@ class SLSTMCall(SequenceCall):
         return [self.output(f"{name}_{part}", *rows, self.heads, self.width) for part in _STATES]
 
 
-def forward(
-    gates: Tensor,
-    R: Tensor,
-    bias: Tensor,
-    initial_y: Tensor | None,
-    initial_c: Tensor | None,
-    initial_n: Tensor | None,
-    initial_m: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cell: str,
-    reverse: bool,
-    chunk_size: int,
-) -> tuple[Tensor, ...]:
+def forward(args: SLSTM, chunk_size: int) -> tuple[Tensor, ...]:
     """`(y, final states, hidden, chunk states)`; see sinuous.core.ops.slstm."""
-    initial = (initial_y, initial_c, initial_n, initial_m)
-    call = SLSTMCall(gates, R, bias, initial, cu_seqlens, cell, reverse, chunk_size)
+    call = SLSTMCall(args, chunk_size)
     hidden = call.output_over_time("hidden", call.heads, call.width, strides="hidden")
     final = call.output_states("final", call.sequences)
     chunk_states = call.output_states("chunk", call.batch, call.chunks)
     call.run(call.library.forward)
-    return hidden.to(gates.dtype, copy=True), *(call.in_order(t) for t in final), hidden, *chunk_states
+    return hidden.to(args.gates.dtype, copy=True), *(call.in_order(t) for t in final), hidden, *chunk_states
 
 
 def backward(
+    args: SLSTM,
     grads: Sequence[Tensor | None],
-    gates: Tensor,
-    R: Tensor,
-    bias: Tensor,
-    initial_y: Tensor | None,
-    initial_c: Tensor | None,
-    initial_n: Tensor | None,
-    initial_m: Tensor | None,
-    cu_seqlens: Tensor | None,
     hidden: Tensor,
     chunk_y: Tensor,
     chunk_c: Tensor,
     chunk_n: Tensor,
     chunk_m: Tensor,
-    cell: str,
-    reverse: bool,
     chunk_size: int,
 ) -> list[Tensor | None]:
     """Gradients of gates, R, bias and the four initial states."""
-    initial = (initial_y, initial_c, initial_n, initial_m)
-    call = SLSTMCall(gates, R, bias, initial, cu_seqlens, cell, reverse, chunk_size)
+    call = SLSTMCall(args, chunk_size)
     dy, *dfinal = grads
     dy = call.over_time("dy", torch.zeros_like(hidden) if dy is None else dy)
     call.arguments["dy_head"] = dy.stride(2)
@@ -140,11 +109,11 @@ def backward(
     call.place("hidden", hidden, "hidden")
     for part, t in zip(_STATES, (chunk_y, chunk_c, chunk_n, chunk_m), strict=True):
         call.array(f"chunk_{part}", t)
-    dgates = call.output_over_time("dgates", *gates.shape[2:], strides="dgates")
+    dgates = call.output_over_time("dgates", *args.gates.shape[2:], strides="dgates")
     dinitial = call.output_states("dinitial", call.sequences)
     call.run(call.library.backward)
-    dR = _recurrent_gradient(dgates, outputs_before(hidden, initial_y, cu_seqlens, reverse))
-    states = [None if t is None else call.in_order(d) for t, d in zip(initial, dinitial, strict=True)]
+    dR = _recurrent_gradient(dgates, outputs_before(args, hidden))
+    states = [None if t is None else call.in_order(d) for t, d in zip(args.initial_state, dinitial, strict=True)]
     return [dgates, dR, dgates.sum((0, 1)), *states]
 
 
@@ -163,7 +132,7 @@ def self_test(dtype: torch.dtype) -> str | None:
     """Compile, load and compare one step from rest with its closed form; None if all is well."""
     gates, one = torch.tensor([0.5, -1, 0.3, 0.2], dtype=dtype).view(1, 1, 4, 1, 1), torch.ones(1, 1, 1, dtype=dtype)
     R, bias = torch.zeros(4, 1, 1, 1, dtype=dtype) + 0.25, torch.zeros(4, 1, 1, dtype=dtype)
-    y, *_ = forward(gates, R, bias, one, None, None, None, None, "slstm", False, 32)
+    y, *_ = forward(SLSTM(gates, R, bias, initial_y=one), chunk_size=32)
     exact = (gates[0, 0, 3] + 0.25).sigmoid() * (gates[0, 0, 2] + 0.25).tanh()
     if not torch.allclose(y, exact):
         return f"the compiled sLSTM is wrong on this machine (got {y.item():.6g}, wanted {exact.item():.6g})"

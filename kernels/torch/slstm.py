@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sinuous.kernels.arguments import SLSTM
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import chunked
 from sinuous.kernels.torch.chunked import LOWEST, Recurrence, State, Tensors
@@ -204,78 +205,54 @@ def _recurrence(cell: str) -> Recurrence:
     return Recurrence(partial(_forward, kind), partial(_backward, kind))
 
 
-def _arguments(
-    gates: Tensor, R: Tensor, bias: Tensor, initial: Tensors, cu_seqlens: Tensor | None
-) -> tuple[Tensor, list[Tensor | None], State]:
+def _arguments(args: SLSTM) -> tuple[Tensor, list[Tensor | None], State]:
     """Gates with heads before gates, as are the parameters, and the initial states."""
-    dtype = working_dtype(gates.dtype)
-    sequences = gates.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    zeros = gates.new_zeros(sequences, *gates.shape[3:], dtype=dtype)
-    by_head = [t.to(dtype).transpose(0, 1) for t in (R, bias)]
-    return gates.transpose(2, 3), [*by_head], tuple(zeros if t is None else t.to(dtype) for t in initial)
+    dtype = working_dtype(args.gates.dtype)
+    sequences = args.gates.shape[0] if args.cu_seqlens is None else args.cu_seqlens.shape[0] - 1
+    zeros = args.gates.new_zeros(sequences, *args.gates.shape[3:], dtype=dtype)
+    initial = tuple(zeros if t is None else t.to(dtype) for t in args.initial_state)
+    by_head = [t.to(dtype).transpose(0, 1) for t in (args.R, args.bias)]
+    return args.gates.transpose(2, 3), [*by_head], initial
 
 
-def forward(
-    gates: Tensor,
-    R: Tensor,
-    bias: Tensor,
-    initial_y: Tensor | None,
-    initial_c: Tensor | None,
-    initial_n: Tensor | None,
-    initial_m: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cell: str,
-    reverse: bool,
-    chunk_size: int,
-) -> tuple[Tensor, ...]:
+def forward(args: SLSTM, chunk_size: int) -> tuple[Tensor, ...]:
     """`(y, final states, hidden, chunk states)`; see sinuous.core.ops.slstm."""
-    states = (initial_y, initial_c, initial_n, initial_m)
-    x, parameters, initial = _arguments(gates, R, bias, states, cu_seqlens)
-    batch, length, _, heads, width = gates.shape
-    hidden = gates.new_empty(batch, length, heads, width, dtype=initial[0].dtype)
+    x, parameters, initial = _arguments(args)
+    batch, length, heads, _, width = x.shape
+    hidden = x.new_empty(batch, length, heads, width, dtype=initial[0].dtype)
     hidden, final, chunk_states = chunked.forward(
-        _recurrence(cell), [x, None], parameters, initial, hidden, cu_seqlens, reverse, chunk_size
+        _recurrence(args.cell), [x, None], parameters, initial, hidden, args.cu_seqlens, args.reverse, chunk_size
     )
-    return hidden.to(gates.dtype, copy=True), *final, hidden, *chunk_states
+    return hidden.to(x.dtype, copy=True), *final, hidden, *chunk_states
 
 
 def backward(
+    args: SLSTM,
     grads: Tensors,
-    gates: Tensor,
-    R: Tensor,
-    bias: Tensor,
-    initial_y: Tensor | None,
-    initial_c: Tensor | None,
-    initial_n: Tensor | None,
-    initial_m: Tensor | None,
-    cu_seqlens: Tensor | None,
     hidden: Tensor,
     chunk_y: Tensor,
     chunk_c: Tensor,
     chunk_n: Tensor,
     chunk_m: Tensor,
-    cell: str,
-    reverse: bool,
     chunk_size: int,
 ) -> list[Tensor | None]:
     """Gradients of gates, R, bias and the four initial states."""
-    states = (initial_y, initial_c, initial_n, initial_m)
-    x, parameters, initial = _arguments(gates, R, bias, states, cu_seqlens)
+    x, parameters, initial = _arguments(args)
     dy, *dfinal = grads
     (dx, _), (dR, dbias), dinitial = chunked.backward(
-        _recurrence(cell), [x, hidden], parameters, initial, (chunk_y, chunk_c, chunk_n, chunk_m), dy, dfinal,
-        cu_seqlens, reverse, chunk_size, value=1,
+        _recurrence(args.cell), [x, hidden], parameters, initial, (chunk_y, chunk_c, chunk_n, chunk_m), dy, dfinal,
+        args.cu_seqlens, args.reverse, chunk_size, value=1,
     )  # fmt: skip
     assert dx is not None
     assert dR is not None
     assert dbias is not None
-    dstates = [None if t is None else d for t, d in zip(states, dinitial, strict=True)]
+    dstates = [None if t is None else d for t, d in zip(args.initial_state, dinitial, strict=True)]
     return [dx.transpose(2, 3), dR.transpose(0, 1), dbias.transpose(0, 1), *dstates]
 
 
-def outputs_before(hidden: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, reverse: bool) -> Tensor:
+def outputs_before(args: SLSTM, hidden: Tensor) -> Tensor:
     """The output that each step reads, `[B, T, H, D]` like `hidden`: that of the step processed before it."""
-    before = torch.empty_like(hidden)
+    before, initial, cu_seqlens, reverse = torch.empty_like(hidden), args.initial_y, args.cu_seqlens, args.reverse
     if hidden.shape[1] == 0:
         return before
     if reverse:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from sinuous.kernels.arguments import SLSTM
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import slstm as plain
 from sinuous.kernels.triton.matrix_states import arithmetic
@@ -55,21 +56,27 @@ def _padded(tensors: Sequence[Tensor | None], missing: int) -> list[Any]:
     return [None if t is None else F.pad(t, (0, missing)) for t in tensors]
 
 
+def _with_whole_tiles(args: SLSTM, missing: int) -> SLSTM:
+    gates, bias, y, c, n, m = _padded((args.gates, args.bias, *args.initial_state), missing)
+    R = F.pad(args.R, (0, missing, 0, missing))
+    return args._replace(gates=gates, R=R, bias=bias, initial_y=y, initial_c=c, initial_n=n, initial_m=m)
+
+
 class SLSTMCall:
     """The arguments that forward and backward give to their kernels."""
 
-    def __init__(
-        self, gates: Tensor, R: Tensor, bias: Tensor, initial: Sequence[Tensor | None], cu_seqlens: Tensor | None,
-        cell: str, reverse: bool,
-    ) -> None:  # fmt: skip
-        self.batch, self.length, _, self.heads, self.units = gates.shape
-        self.width, self.dtype, self.device = self.heads * self.units, working_dtype(gates.dtype), gates.device
-        self.bounds = None if cu_seqlens is None else cu_seqlens.contiguous()
-        self.count = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.gates = gates.contiguous()
-        self.R, self.bias = R.to(self.dtype).contiguous(), bias.to(self.dtype).contiguous()
-        self.initial = [self.state(t) for t in initial]
-        self.form: dict[str, Any] = {"CELL": CELLS[cell], "PACKED": cu_seqlens is not None, "REVERSE": reverse}
+    def __init__(self, args: SLSTM) -> None:
+        self.batch, self.length, _, self.heads, self.units = args.gates.shape
+        self.width, self.device = self.heads * self.units, args.gates.device
+        self.dtype = working_dtype(args.gates.dtype)
+        self.bounds = None if args.cu_seqlens is None else args.cu_seqlens.contiguous()
+        self.count = self.batch if self.bounds is None else self.bounds.shape[0] - 1
+        self.gates = args.gates.contiguous()
+        self.R, self.bias = args.R.to(self.dtype).contiguous(), args.bias.to(self.dtype).contiguous()
+        self.initial = [self.state(t) for t in args.initial_state]
+        self.form: dict[str, Any] = {
+            "CELL": CELLS[args.cell], "PACKED": self.bounds is not None, "REVERSE": args.reverse,
+        }  # fmt: skip
         self.programs = (triton.cdiv(self.count, SEQUENCES) * self.heads,)
 
     def products(self) -> dict[str, Any]:
@@ -93,92 +100,63 @@ class SLSTMCall:
         return t.to(self.dtype).contiguous()
 
 
-def forward(
-    gates: Tensor,
-    R: Tensor,
-    bias: Tensor,
-    initial_y: Tensor | None,
-    initial_c: Tensor | None,
-    initial_n: Tensor | None,
-    initial_m: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cell: str,
-    reverse: bool,
-    chunk_size: int,
-) -> tuple[Tensor, ...]:
+def forward(args: SLSTM, chunk_size: int) -> tuple[Tensor, ...]:
     """`(y, final states, hidden, chunk states)`; see sinuous.core.ops.slstm."""
-    initial = (initial_y, initial_c, initial_n, initial_m)
-    if not fits(gates):
-        return plain.forward(gates, R, bias, *initial, cu_seqlens, cell, reverse, chunk_size)
-    if missing := _missing(gates):
-        x, b, y, c, n, m = _padded((gates, bias, *initial), missing)
-        weights = F.pad(R, (0, missing, 0, missing))
-        outputs = forward(x, weights, b, y, c, n, m, cu_seqlens, cell, reverse, chunk_size)
+    if not fits(args.gates):
+        return plain.forward(args, chunk_size)
+    if missing := _missing(args.gates):
+        outputs = forward(_with_whole_tiles(args, missing), chunk_size)
         return tuple(t[..., :-missing].contiguous() for t in outputs)
-    call = SLSTMCall(gates, R, bias, initial, cu_seqlens, cell, reverse)
+    call = SLSTMCall(args)
     hidden, final = call.empty(call.batch, call.length, call.heads, call.units), call.states()
     chunks = triton.cdiv(call.length, chunk_size)
     chunk_states = [call.empty(call.batch, chunks, call.heads, call.units) for _ in range(4)]
     if call.count * call.width:
-        with on_device(gates):
+        with on_device(call.gates):
             walk[call.programs](
                 call.gates, call.R.transpose(2, 3).contiguous(), call.bias, *call.initial, call.bounds, hidden, *final,
                 *chunk_states, call.length, call.count, CHUNK=chunk_size, **call.products(),
             )  # fmt: skip
-    return hidden.to(gates.dtype, copy=True), *final, hidden, *chunk_states
+    return hidden.to(call.gates.dtype, copy=True), *final, hidden, *chunk_states
 
 
 def backward(
+    args: SLSTM,
     grads: Sequence[Tensor | None],
-    gates: Tensor,
-    R: Tensor,
-    bias: Tensor,
-    initial_y: Tensor | None,
-    initial_c: Tensor | None,
-    initial_n: Tensor | None,
-    initial_m: Tensor | None,
-    cu_seqlens: Tensor | None,
     hidden: Tensor,
     chunk_y: Tensor,
     chunk_c: Tensor,
     chunk_n: Tensor,
     chunk_m: Tensor,
-    cell: str,
-    reverse: bool,
     chunk_size: int,
 ) -> list[Tensor | None]:
     """Gradients of gates, R, bias and the four initial states."""
-    initial, chunk_states = (initial_y, initial_c, initial_n, initial_m), (chunk_y, chunk_c, chunk_n, chunk_m)
-    if not fits(gates):
-        return plain.backward(
-            grads, gates, R, bias, *initial, cu_seqlens, hidden, *chunk_states, cell, reverse, chunk_size
-        )
-    if missing := _missing(gates):
-        grads = _padded(grads, missing)
-        x, b, y, c, n, m = _padded((gates, bias, *initial), missing)
-        ys, of_y, of_c, of_n, of_m = _padded((hidden, *chunk_states), missing)
-        weights = F.pad(R, (0, missing, 0, missing))
-        gradients = backward(
-            grads, x, weights, b, y, c, n, m, cu_seqlens, ys, of_y, of_c, of_n, of_m, cell, reverse, chunk_size
-        )
+    saved = (hidden, chunk_y, chunk_c, chunk_n, chunk_m)
+    if not fits(args.gates):
+        return plain.backward(args, grads, *saved, chunk_size)
+    if missing := _missing(args.gates):
+        args, grads = _with_whole_tiles(args, missing), _padded(grads, missing)
+        hidden, chunk_y, chunk_c, chunk_n, chunk_m = _padded(saved, missing)
+        gradients = backward(args, grads, hidden, chunk_y, chunk_c, chunk_n, chunk_m, chunk_size)
         gradients = [None if t is None else t[..., :-missing].contiguous() for t in gradients]
         assert gradients[1] is not None
         return [gradients[0], gradients[1][..., :-missing, :].contiguous(), *gradients[2:]]
-    call = SLSTMCall(gates, R, bias, initial, cu_seqlens, cell, reverse)
+    call = SLSTMCall(args)
     dfinal, dinitial = [call.state(t) for t in grads[1:]], call.states()
-    before = plain.outputs_before(hidden, initial_y, cu_seqlens, reverse)
-    dgates = call.empty(*gates.shape)
+    before = plain.outputs_before(args, hidden)
+    dgates = call.empty(*call.gates.shape)
     if call.count * call.width:
         dy = torch.zeros_like(hidden) if grads[0] is None else grads[0].contiguous()
         products = torch.einsum("bthe,ghde->btghd", before, call.R).add_(call.bias)
-        p = torch.add(products, call.gates, out=call.empty(*gates.shape))  # which need not lie as the products do
-        passed = [torch.empty_like(hidden) if name in REMEMBERED[cell] else None for name in "cnm"]
-        with on_device(gates):
-            if cell != "gru":
-                table = (None, None) if cu_seqlens is None else packed_steps(cu_seqlens, call.length, reverse)[:2]
+        p = torch.add(products, call.gates, out=call.empty(*call.gates.shape))  # which need not lie as the products do
+        passed = [torch.empty_like(hidden) if name in REMEMBERED[args.cell] else None for name in "cnm"]
+        with on_device(call.gates):
+            if args.cell != "gru":
+                bounds = call.bounds
+                table = (None, None) if bounds is None else packed_steps(bounds, call.length, args.reverse)[:2]
                 chunks = call.batch * triton.cdiv(call.length, chunk_size)
                 memories[(chunks * triton.cdiv(call.width, CHANNELS),)](
-                    p, *call.initial[1:], *(t.contiguous() for t in chunk_states[1:]), *table, *passed, call.length,
+                    p, *call.initial[1:], *(t.contiguous() for t in saved[2:]), *table, *passed, call.length,
                     WIDTH=call.width, BD=CHANNELS, CHUNK=chunk_size, num_warps=2, enable_fp_fusion=True, **call.form,
                 )  # fmt: skip
             walk_back[call.programs](
@@ -186,5 +164,5 @@ def backward(
                 **call.products(),
             )  # fmt: skip
     dR = torch.einsum("btghd,bthe->ghde", dgates, before)
-    states = [None if t is None else d for t, d in zip(initial, dinitial, strict=True)]
+    states = [None if t is None else d for t, d in zip(args.initial_state, dinitial, strict=True)]
     return [dgates, dR, dgates.sum((0, 1)), *states]
