@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from sinuous.core.checks import check_choice
-from sinuous.kernels.torch.discretization import conj, discretize, matrix
+from sinuous.kernels.torch.discretization import as_complex, conj, discretize, matrix
 
 MEASURES = ("legs", "legt", "fout")
 DIAGONALS = ("legs", "lin", "inv", "real")
@@ -192,12 +192,11 @@ def diagonal_response(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, length: int, 
 
     S4D's Vandermonde product, as a product of two tables of √length powers.
     """
-    factor, b, _, _ = discretize(dt.double(), A.double(), B.double(), None, discretization)
-    C = torch.view_as_complex(C.double().contiguous())
-    weight = C * torch.view_as_complex(b.contiguous())
-    log = torch.log(torch.view_as_complex(factor.contiguous()))[..., None]
+    factor, b, _, _ = discretize(dt, A, B, None, discretization)
+    weight = as_complex(C.double()) * as_complex(b)
+    log = torch.log(as_complex(factor))[..., None]
     if discretization == "zoh":
-        log = dt.double()[:, None, None] * torch.view_as_complex(A.double().contiguous())[..., None]
+        log = dt.double()[:, None, None] * as_complex(A.double())[..., None]
     side = max(math.isqrt(max(length - 1, 0)) + 1, 1)
     steps = torch.arange(side, dtype=torch.float64, device=dt.device)
     near, far = torch.exp(log * steps), torch.exp(log * side * steps)
@@ -225,8 +224,8 @@ def low_rank_response(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, P: Tensor, le
     assert q is not None
     rows = conj(C).expand_as(factor).flatten(1).unsqueeze(1)
     cut = rows - rows @ torch.linalg.matrix_power(matrix(factor, p, q), length)
-    readout = torch.view_as_complex(conj(cut.squeeze(1).unflatten(-1, (-1, 2))).contiguous())
-    A, B, P = (torch.view_as_complex(t.expand(*t.shape[:-3], *factor.shape).contiguous()) for t in (A, B, P))
+    readout = as_complex(conj(cut.squeeze(1).unflatten(-1, (-1, 2))))
+    A, B, P = (as_complex(t.expand(*t.shape[:-3], *factor.shape)) for t in (A, B, P))
 
     def both(t: Tensor) -> Tensor:
         return torch.cat([t, t.conj()], -1)

@@ -40,7 +40,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from sinuous.core.checks import check_arguments, check_grid, check_range, check_sizes, described, is_whole
-from sinuous.core.ops import permutations  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 
 CROSS = ("raster", "column", "reversed", "column_reversed")
 """The routes of VMamba's cross-scan, in its order: rows, columns, and both from their ends."""
@@ -272,8 +272,7 @@ def to_sequences(cells: Tensor, routes: tuple[str, ...], height: int, width: int
     """
     _check_cells(cells, height, width)
     order, step = _orders(routes, height, width, cells)
-    sequences: Tensor = torch.ops.sinuous.take_orders(cells, order, step)
-    return sequences
+    return operators.take_orders(cells, order, step)
 
 
 def sum_to_cells(sequences: Tensor, routes: tuple[str, ...], height: int, width: int) -> Tensor:
@@ -284,8 +283,7 @@ def sum_to_cells(sequences: Tensor, routes: tuple[str, ...], height: int, width:
     """
     _check_cells(sequences, height, width)
     order, step = _orders(routes, height, width, sequences)
-    cells: Tensor = torch.ops.sinuous.sum_orders(sequences, order, step)
-    return cells
+    return operators.sum_orders(sequences, order, step)
 
 
 def _check_cells(cells: Tensor, height: int, width: int) -> None:

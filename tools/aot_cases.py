@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from aot_compile import TYPES, Launch, recording
 
-from sinuous.kernels.arguments import MLSTM, SLSTM, SSD
+from sinuous.kernels.arguments import MLSTM, SLSTM, SSD, AdditiveDecay, LinearScan, LTIConv
 from sinuous.kernels.triton import (
     additive_decay,
     causal_conv1d,
@@ -126,18 +126,16 @@ def linear_scan_launches(
     """The launches of a linear scan with every optional argument, forward and backward."""
     x = torch.empty(batch, length, width, dtype=dtype, device="meta")
     state = (3 if packed else batch, width)
-    arguments: dict[str, Any] = {
-        "x": x,
-        "a": x.new_empty(width) if constant else x,
-        "reset": x.new_empty(batch, length, dtype=torch.bool),
-        "initial_state": x.new_empty(state, dtype=torch.promote_types(dtype, torch.float32)),
-        "cu_seqlens": x.new_empty(4, dtype=torch.int32) if packed else None,
-        "reverse": False,
-        "chunk_size": 64,
-    }
+    args = LinearScan(
+        x,
+        x.new_empty(width) if constant else x,
+        reset=x.new_empty(batch, length, dtype=torch.bool),
+        initial_state=x.new_empty(state, dtype=torch.promote_types(dtype, torch.float32)),
+        cu_seqlens=x.new_empty(4, dtype=torch.int32) if packed else None,
+    )
     with recording() as launches:
-        y, final, chunk_states = linear_scan.forward(**arguments)
-        linear_scan.backward((y, final), chunk_states=chunk_states, **arguments)
+        y, final, chunk_states = linear_scan.forward(args, chunk_size=64)
+        linear_scan.backward(args, (y, final), chunk_states, chunk_size=64)
     return launches
 
 
@@ -238,20 +236,16 @@ def additive_decay_launches(
 ) -> list[Launch]:
     """The launches of causal additive_decay on 16 heads with every optional argument, forward and backward."""
     given, sequences = attention_arguments(dtype, keys, values, 16, 16), 3 if packed else 1
-    arguments: dict[str, Any] = {
+    args = AdditiveDecay(
         **given,
-        "factor": given["k"],
-        "initial_S": torch.empty(sequences, 16, keys, values, device="meta"),
-        "initial_z": torch.empty(sequences, 16, keys, device="meta"),
-        "cu_seqlens": torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
-        "scale": None,
-        "causal": True,
-        "reverse": False,
-        "chunk_size": 64,
-    }
+        factor=given["k"],
+        initial_S=torch.empty(sequences, 16, keys, values, device="meta"),
+        initial_z=torch.empty(sequences, 16, keys, device="meta"),
+        cu_seqlens=torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
+    )
     with recording() as launches:
-        y, S, z, kept_S, kept_z = additive_decay.forward(**arguments)
-        additive_decay.backward((y, S, z), kept_S=kept_S, kept_z=kept_z, **arguments)
+        y, S, z, kept_S, kept_z = additive_decay.forward(args, chunk_size=64)
+        additive_decay.backward(args, (y, S, z), kept_S, kept_z, chunk_size=64)
     return launches
 
 
@@ -280,19 +274,16 @@ def lti_conv_launches(
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    arguments: dict[str, Any] = {
-        "u": meta(batch, length, width, dtype=dtype),
-        "dt": meta(width),
-        **{name: meta(width, modes, 2) for name in "ABC"},
-        "P": None,
-        "D": meta(width),
-        "initial_state": meta(3 if packed else batch, width, modes, 2),
-        "cu_seqlens": meta(4, dtype=torch.int32) if packed else None,
-        "discretization": "zoh",
-        "reverse": False,
-    }
+    args = LTIConv(
+        meta(batch, length, width, dtype=dtype),
+        meta(width),
+        *(meta(width, modes, 2) for _ in "ABC"),
+        D=meta(width),
+        initial_state=meta(3 if packed else batch, width, modes, 2),
+        cu_seqlens=meta(4, dtype=torch.int32) if packed else None,
+    )
     with recording() as launches:
-        lti_conv.backward(lti_conv.forward(**arguments), **arguments)
+        lti_conv.backward(args, lti_conv.forward(args))
     return launches
 
 

@@ -26,7 +26,7 @@ from sinuous.core.checks import check_arguments, check_sizes
 from sinuous.core.isotropic import Isotropic
 from sinuous.core.isotropic_checkpoints import fit_checkpoint
 from sinuous.core.mixers.heads import per_head
-from sinuous.core.ops import linear_scan  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 from sinuous.core.patches import Sides
 from sinuous.core.registry import register_vision_model
 from sinuous.vision.registration import family_cfgs
@@ -57,7 +57,7 @@ def decaying_sums(x: Tensor, decay: Tensor, grid: list[int], axis: int) -> Tenso
     for side in grid[axis + 1 :]:
         after = after * side
     rows = x.unflatten(1, [x.shape[1] // max(grid[axis] * after, 1), grid[axis], after]).transpose(2, 3)
-    y: Tensor = torch.ops.sinuous.linear_scan(rows.flatten(0, 2), decay, None, None, None, False, "")[0]
+    y = operators.linear_scan(rows.flatten(0, 2), decay)[0]
     return y.view(rows.shape).transpose(2, 3).flatten(1, 3)
 
 

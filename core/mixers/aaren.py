@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
 from sinuous.core.mixers.heads import per_head
 from sinuous.core.mixers.states import zero_states
-from sinuous.core.ops import additive_decay  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 
 
 @register_state
@@ -81,8 +81,8 @@ class Aaren(Mixer):
         onto_query = (query @ self.k_proj.weight.unflatten(0, [self.num_heads, self.head_dim])).squeeze(1)
         s = (F.linear(x, onto_query) * self.head_dim**-0.5).unsqueeze(-1)
         v = self.v_proj(x).unflatten(-1, [self.num_heads, self.head_dim])
-        o, mean, log_weight, _, _ = torch.ops.sinuous.additive_decay(
-            torch.ones_like(s), s, v, None, mean, log_weight, cu_seqlens, 1.0, True, False, ""
+        o, mean, log_weight, _, _ = operators.additive_decay(
+            torch.ones_like(s), s, v, initial_S=mean, initial_z=log_weight, cu_seqlens=cu_seqlens, scale=1.0
         )
         return self.o_proj(o.flatten(-2)), mean, log_weight
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from sinuous.core.mixers.contract import Mixer, register_state
 from sinuous.core.mixers.states import zero_states
-from sinuous.core.ops import causal_conv1d, linear_scan  # noqa: F401  (registers torch.ops.sinuous)
 
 
 @register_state

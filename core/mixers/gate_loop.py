@@ -21,6 +21,7 @@ from sinuous.core import norms
 from sinuous.core.checks import check_choice, check_sizes
 from sinuous.core.mixers.contract import register_mixer
 from sinuous.core.mixers.elementwise import ElementwiseMixer
+from sinuous.core.ops.operators import operators
 
 TRANSITIONS = ("polar", "cartesian")
 
@@ -85,9 +86,8 @@ class GateLoop(ElementwiseMixer):
         else:
             a = torch.polar(torch.sigmoid(alpha), beta)
         kv = norms.at_least_fp32(k) * norms.at_least_fp32(v)
-        h, hidden, _ = torch.ops.sinuous.linear_scan(
-            torch.complex(kv, torch.zeros_like(kv)), a, None, hidden, cu_seqlens, False, ""
-        )
+        kv = torch.complex(kv, torch.zeros_like(kv))
+        h, hidden, _ = operators.linear_scan(kv, a, initial_state=hidden, cu_seqlens=cu_seqlens)
         y = self.maybe_sub_ln((q * torch.real(h)).to(q.dtype))
         if self.to_gates is not None:
             y = y * self.to_gates(x)

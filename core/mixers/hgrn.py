@@ -23,6 +23,7 @@ from sinuous.core.checks import check_sizes
 from sinuous.core.mixers.contract import register_mixer
 from sinuous.core.mixers.convolutions import ShortConvolution
 from sinuous.core.mixers.elementwise import ElementwiseMixer
+from sinuous.core.ops.operators import operators
 
 
 @register_mixer("hgrn")
@@ -96,8 +97,8 @@ class HGRN(ElementwiseMixer):
             weight = torch.cat([self.i_conv1d.weight, self.f_conv1d.weight]).squeeze(1)
             i_bias, f_bias = self.i_conv1d.bias, self.f_conv1d.bias
             bias = torch.cat([i_bias, f_bias]) if i_bias is not None and f_bias is not None else None
-            convolved, after = torch.ops.sinuous.causal_conv1d(
-                torch.cat([i, f], -1), weight, bias, conv, cu_seqlens, False, False, ""
+            convolved, after = operators.causal_conv1d(
+                torch.cat([i, f], -1), weight, bias, initial_state=conv, cu_seqlens=cu_seqlens
             )
             i, f = convolved.chunk(2, dim=-1)
         else:
@@ -106,7 +107,6 @@ class HGRN(ElementwiseMixer):
         renewed = torch.sigmoid(-norms.at_least_fp32(f))
         renewed = renewed * ((1 - self.lower_bound) if self.bounds is None else (1 - norms.at_least_fp32(self.bounds)))
         decay = 1 - 2 * renewed if self.allow_neg_eigval else 1 - renewed
-        h, hidden, _ = torch.ops.sinuous.linear_scan(
-            (renewed * F.silu(i)).to(i.dtype), decay, None, hidden, cu_seqlens, False, ""
-        )
+        i = (renewed * F.silu(i)).to(i.dtype)
+        h, hidden, _ = operators.linear_scan(i, decay, initial_state=hidden, cu_seqlens=cu_seqlens)
         return self.o_proj(self.g_norm(h, self.g_proj(x))), after, hidden

@@ -30,7 +30,7 @@ from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
 from sinuous.core.mixers.heads import heads_of, per_head
 from sinuous.core.mixers.matrix_mixer import QueryKeyValueMixer
 from sinuous.core.mixers.states import zero_states
-from sinuous.core.ops import additive_decay  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 
 
 @register_state
@@ -109,10 +109,10 @@ class LightNet(QueryKeyValueMixer):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         q, k, v, conv = self._streams(x, conv, cu_seqlens)
         heads = [self.num_heads, -1]
-        o, memory, log_weight, _, _ = torch.ops.sinuous.additive_decay(
-            F.silu(q).unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads), None, memory, log_weight,
-            cu_seqlens, None, True, False, "",
-        )  # fmt: skip
+        q, k, v = F.silu(q).unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
+        o, memory, log_weight, _, _ = operators.additive_decay(
+            q, k, v, initial_S=memory, initial_z=log_weight, cu_seqlens=cu_seqlens
+        )
         y: Tensor = self.o_proj(self.g_norm(o.flatten(-2), self.g_proj(x)))
         return y, conv, memory, log_weight
 
@@ -207,8 +207,7 @@ class LightNetNonCausal(Mixer):
             phase = positions.phases(q, cu_seqlens, grid, self.theta)
             factor = phase.to(k.dtype).expand(k.shape[0], -1, self.num_heads, -1)
             q, k = (torch.cat([q, q], -1) * phase).to(q.dtype), torch.cat([k, k], -1)
-        o, _, _, _, _ = torch.ops.sinuous.additive_decay(
-            q, k, v.unflatten(-1, heads), factor, None, None, cu_seqlens, self.scale, False, False, ""
-        )
+        v = v.unflatten(-1, heads)
+        o, _, _, _, _ = operators.additive_decay(q, k, v, factor, cu_seqlens=cu_seqlens, scale=self.scale, causal=False)
         y: Tensor = self.o_proj(self.g_norm(o.flatten(-2), self.g_proj(x)))
         return y

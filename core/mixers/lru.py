@@ -26,6 +26,7 @@ from sinuous.core import norms
 from sinuous.core.checks import check_choice, check_sizes
 from sinuous.core.mixers.contract import register_mixer
 from sinuous.core.mixers.elementwise import ElementwiseMixer
+from sinuous.core.ops.operators import operators
 
 ACTIVATIONS = ("full_glu", "half_glu1", "half_glu2", "gelu", "none")
 
@@ -70,9 +71,8 @@ class ConstantFactorMixer(ElementwiseMixer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         factor, into, out_of = self._system()
         real, imag = norms.at_least_fp32(F.linear(x, into.to(x.dtype))).chunk(2, dim=-1)
-        h, hidden, _ = torch.ops.sinuous.linear_scan(
-            torch.complex(real, imag), factor, None, hidden, cu_seqlens, False, ""
-        )
+        u = torch.complex(real, imag)
+        h, hidden, _ = operators.linear_scan(u, factor, initial_state=hidden, cu_seqlens=cu_seqlens)
         y = F.linear(torch.cat([torch.real(h), torch.imag(h)], -1).to(x.dtype), out_of.to(x.dtype))
         return self._read(y + (self.D * x).to(y.dtype)), x.new_zeros([x.shape[0], 0, 0]), hidden
 

@@ -23,6 +23,7 @@ from sinuous.core.checks import check_sizes
 from sinuous.core.mixers.contract import register_mixer
 from sinuous.core.mixers.convolutions import ShortConvolution
 from sinuous.core.mixers.elementwise import ElementwiseMixer
+from sinuous.core.ops.operators import operators
 
 
 def positive(x: Tensor) -> Tensor:
@@ -67,17 +68,15 @@ class MinimalRNN(ElementwiseMixer):
         self, x: Tensor, conv: Tensor | None, hidden: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.conv1d is not None:
-            x, after = torch.ops.sinuous.causal_conv1d(
-                x, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv, cu_seqlens, False, False, ""
-            )
+            weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+            x, after = operators.causal_conv1d(x, weight, bias, initial_state=conv, cu_seqlens=cu_seqlens)
         else:
             after = x.new_zeros([x.shape[0], 0, 0])
         candidate, forget_gate, input_gate = self._gates(x)
         candidate = positive(candidate) if self.positive_hidden else candidate
         factor = 2 * forget_gate - 1 if self.allow_neg_eigval else forget_gate
-        h, hidden, _ = torch.ops.sinuous.linear_scan(
-            (input_gate * candidate).to(candidate.dtype), factor, None, hidden, cu_seqlens, False, ""
-        )
+        candidate = (input_gate * candidate).to(candidate.dtype)
+        h, hidden, _ = operators.linear_scan(candidate, factor, initial_state=hidden, cu_seqlens=cu_seqlens)
         return self.to_out(h), after, hidden
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,7 +26,7 @@ from sinuous.core.mixers import positions
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
 from sinuous.core.mixers.heads import heads_of, per_head
 from sinuous.core.mixers.states import zero_states
-from sinuous.core.ops import causal_conv1d, linear_scan  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 
 
 @register_state
@@ -178,8 +178,8 @@ class RGLRU(Mixer):
         position: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        u, conv = torch.ops.sinuous.causal_conv1d(
-            self.linear_x(x), self.conv_1d.w.t(), self.conv_1d.b, conv, cu_seqlens, False, False, ""
+        u, conv = operators.causal_conv1d(
+            self.linear_x(x), self.conv_1d.w.t(), self.conv_1d.b, initial_state=conv, cu_seqlens=cu_seqlens
         )
         log_a, gate = self.rg_lru(u)
         a = torch.exp(log_a)
@@ -190,9 +190,8 @@ class RGLRU(Mixer):
             rest = -torch.expm1(2 * log_a)
         first = positions.steps(u, position, cu_seqlens) == 0
         size = torch.where(first.unsqueeze(-1), torch.ones_like(rest), bounded_sqrt(rest))
-        h, hidden, _ = torch.ops.sinuous.linear_scan(
-            (size * gate * u).to(u.dtype), a, None, hidden, cu_seqlens, False, ""
-        )
+        u = (size * gate * u).to(u.dtype)
+        h, hidden, _ = operators.linear_scan(u, a, initial_state=hidden, cu_seqlens=cu_seqlens)
         return self.linear_out(h * F.gelu(self.linear_y(x), approximate="tanh")), conv, hidden
 
     def prefill(self, x: Tensor, state: RGLRUState | None = None) -> tuple[Tensor, RGLRUState]:

@@ -29,7 +29,7 @@ from sinuous.core.checks import check_place, check_sizes
 from sinuous.core.mixers import positions
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
 from sinuous.core.mixers.states import zero_states
-from sinuous.core.ops import causal_conv1d, linear_scan  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 
 
 @register_state
@@ -159,9 +159,7 @@ class RWKV4(Mixer):
         self, x: Tensor, conv: Tensor | None, sums: Tensor | None, log_scale: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         one = x.new_ones([self.dim])
-        delta, conv = torch.ops.sinuous.causal_conv1d(
-            x, torch.stack([one, -one], 1), None, conv, cu_seqlens, False, False, ""
-        )
+        delta, conv = operators.causal_conv1d(x, torch.stack([one, -one], 1), initial_state=conv, cu_seqlens=cu_seqlens)
         k = norms.at_least_fp32(self.key(x + delta * (1 - self.time_mix_k)))
         v = norms.at_least_fp32(self.value(x + delta * (1 - self.time_mix_v)))
         r = torch.sigmoid(self.receptance(x + delta * (1 - self.time_mix_r)))
@@ -175,9 +173,8 @@ class RWKV4(Mixer):
         m_before = _first_steps(all_m[:, :-1], m_0, cu_seqlens)
         # In this order the difference of two large numbers is exact, and rounding is of the size of what is left.
         weight, decay = torch.exp(k - m), torch.exp((m_before - m) - w)
-        h, after, _ = torch.ops.sinuous.linear_scan(
-            torch.cat([weight * v, weight], -1), torch.cat([decay, decay], -1), None, sums, cu_seqlens, False, ""
-        )
+        added, decays = torch.cat([weight * v, weight], -1), torch.cat([decay, decay], -1)
+        h, after, _ = operators.linear_scan(added, decays, initial_state=sums, cu_seqlens=cu_seqlens)
         h_before = _first_steps(torch.cat([first.unsqueeze(1), h], 1)[:, :-1], first, cu_seqlens)
         log_bonus = norms.at_least_fp32(self.time_first) + k
         top = torch.maximum(m_before, log_bonus).detach()

@@ -35,7 +35,7 @@ from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
 from sinuous.core.mixers.delay import one_step_late
 from sinuous.core.mixers.s4_steps import S4Steps, S4System
 from sinuous.core.mixers.states import zero_states
-from sinuous.core.ops import lti_conv  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 from sinuous.kernels.torch.discretization import conj, discretize, matrix
 
 DISCRETIZATIONS = {"dplr": ("bilinear",), "diag": ("zoh", "bilinear", "dss")}
@@ -317,8 +317,7 @@ class S4(Mixer):
         if self.two_sided:
             super().initial_state(1)  # which refuses
         dt, A, B, C, P, D = self._continuous()
-        low_rank = None if P is None else P.double()
-        parts = discretize(dt.double(), A.double(), B.double(), low_rank, self.discretization)
+        parts = discretize(dt, A, B, P, self.discretization)
         factor, b, p, q = (None if part is None else part.to(C.dtype) for part in parts)
         assert factor is not None
         assert b is not None
@@ -335,13 +334,14 @@ class S4(Mixer):
         if channels > 1:
             x = x.repeat(1, 1, channels)
         past = C[:channels].flatten(0, 1)
-        y, hidden = torch.ops.sinuous.lti_conv(
-            x, dt, A, B, past, P, D, hidden, cu_seqlens, self.discretization, False, ""
+        rule = self.discretization
+        y, hidden = operators.lti_conv(
+            x, dt, A, B, past, P=P, D=D, initial_state=hidden, cu_seqlens=cu_seqlens, discretization=rule
         )
         if self.two_sided:
             future = C[channels:].flatten(0, 1)
-            back, _ = torch.ops.sinuous.lti_conv(
-                x, dt, A, B, future, P, None, None, cu_seqlens, self.discretization, True, ""
+            back, _ = operators.lti_conv(
+                x, dt, A, B, future, P=P, cu_seqlens=cu_seqlens, discretization=rule, reverse=True
             )
             y = y + one_step_late(back, cu_seqlens, True)
         return self.finish(y), hidden

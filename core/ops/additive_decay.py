@@ -22,8 +22,6 @@ that is not causal, an initial state with gradients through both its parts, reve
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -35,11 +33,12 @@ from sinuous.core.ops.checks import (
 )
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.flops import matrix_state
+from sinuous.core.ops.operators import operators
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.arguments import AdditiveDecay
 from sinuous.kernels.precision import working_dtype
-from sinuous.kernels.torch.packing import rows
+from sinuous.kernels.torch.packing import rows, sequences
 
 CHUNK_SIZE = 64
 """Time steps between two states that the forward pass keeps for the backward pass."""
@@ -61,25 +60,16 @@ def _shares(new: Tensor, old: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return share, rest, torch.where(none, old, torch.logaddexp(some, old))
 
 
-def recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    factor: Tensor | None,
-    initial_S: Tensor | None,
-    initial_z: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    causal: bool,
-    reverse: bool,
-    chunk_size: int = CHUNK_SIZE,
-) -> tuple[Tensor, ...]:
+def recurrent(args: AdditiveDecay, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, ...]:
     """Run the definition step by step; autograd differentiates it to any order."""
-    dtype = working_dtype(q.dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    S_shape, z_shape = _state_shapes(q, v, cu_seqlens)
-    z = q.new_full(z_shape, -torch.inf, dtype=dtype) if initial_z is None else initial_z.to(dtype)
-    S = q.new_zeros(S_shape, dtype=dtype) if initial_S is None else initial_S.to(dtype)
+    dtype = working_dtype(args.q.dtype)
+    scale = args.q.shape[-1] ** -0.5 if args.scale is None else args.scale
+    q, k, v, f = (None if t is None else t.to(dtype) for t in (args.q, args.k, args.v, args.factor))
+    assert q is not None
+    assert v is not None
+    S_shape, z_shape = _state(args)
+    z = q.new_full(z_shape, -torch.inf) if args.initial_z is None else args.initial_z.to(dtype)
+    S = q.new_zeros(S_shape) if args.initial_S is None else args.initial_S.to(dtype)
     S = S.masked_fill(torch.isneginf(z)[..., None], 0)
 
     def step(state: State, q_t: Tensor, k_t: Tensor, v_t: Tensor, f_t: Tensor | None) -> tuple[Tensor, State]:
@@ -89,14 +79,12 @@ def recurrent(
         S = rest[..., None] * S + share[..., None] * v_t[..., None, :]
         return (q_t[..., None, :] @ S).squeeze(-2) * scale, (S, z)
 
-    inputs = (q.to(dtype), k.to(dtype), v.to(dtype), None if factor is None else factor.to(dtype))
-    y, final, chunk_states = run_steps(step, inputs, (S, z), inputs[2][:, :0], cu_seqlens, reverse, chunk_size)
-    if not causal:
-        bounds = [0, q.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
-        pairs = enumerate(itertools.pairwise(bounds))
-        read = [inputs[0][:, a:b].transpose(1, 2) @ rows(final[0], n, cu_seqlens) * scale for n, (a, b) in pairs]
+    y, final, chunk_states = run_steps(step, (q, k, v, f), (S, z), v[:, :0], args.cu_seqlens, args.reverse, chunk_size)
+    if not args.causal:
+        places = enumerate(sequences(q.shape[1], args.cu_seqlens))
+        read = [q[:, steps].transpose(1, 2) @ rows(final[0], n, args.cu_seqlens) * scale for n, steps in places]
         y, chunk_states = torch.cat(read, 2).transpose(1, 2), tuple(t.detach().clone() for t in final)
-    return y.to(v.dtype), *final, *chunk_states
+    return y.to(args.v.dtype), *final, *chunk_states
 
 
 def merge(first: WeightedMemory, second: WeightedMemory) -> WeightedMemory:
@@ -111,53 +99,39 @@ def merge(first: WeightedMemory, second: WeightedMemory) -> WeightedMemory:
     return rest[..., None] * first[0] + share[..., None] * second[0], z
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    factor: Tensor | None,
-    initial_S: Tensor | None,
-    initial_z: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    causal: bool,
-    reverse: bool,
-) -> None:
-    check_attention(q, k, v)
-    check_shape("factor", factor, tuple(k.shape), "one per key channel, shaped like the keys")
-    check_packing(cu_seqlens, q.shape[0], q.shape[1])
-    S, z = _state_shapes(q, v, cu_seqlens)
-    check_shape("initial_S", initial_S, S, "[sequences, H, K, V]")
-    check_shape("initial_z", initial_z, z, "[sequences, H, K]")
+def _state(args: AdditiveDecay) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of S and z."""
+    z = (sequence_count(args.q, args.cu_seqlens), args.v.shape[2], args.q.shape[3])
+    return (*z, args.v.shape[3]), z
 
 
-def _state_shapes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    z = (sequence_count(q, cu_seqlens), v.shape[2], q.shape[3])
-    return (*z, v.shape[3]), z
+def _check(args: AdditiveDecay) -> None:
+    check_attention(args.q, args.k, args.v)
+    check_shape("factor", args.factor, tuple(args.k.shape), "one per key channel, shaped like the keys")
+    check_packing(args.cu_seqlens, args.q.shape[0], args.q.shape[1])
+    S, z = _state(args)
+    check_shape("initial_S", args.initial_S, S, "[sequences, H, K, V]")
+    check_shape("initial_z", args.initial_z, z, "[sequences, H, K]")
 
 
-def _fake(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, ...]:
-    shapes = _state_shapes(q, v, cu_seqlens)
-    return (torch.empty_like(v), *(torch.empty(s, dtype=working_dtype(q.dtype), device=q.device) for s in shapes))
+def _fake(args: AdditiveDecay) -> tuple[Tensor, ...]:
+    dtype = working_dtype(args.q.dtype)
+    return torch.empty_like(args.v), *(args.v.new_empty(shape, dtype=dtype) for shape in _state(args))
 
 
-def _kept_S(
-    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, causal: bool, chunk_size: int, **_: object
-) -> tuple[int, ...]:
-    S, _z = _state_shapes(q, v, cu_seqlens)
-    return (q.shape[0], -(-q.shape[1] // chunk_size), *S[1:]) if causal else S
+def _kept_S(args: AdditiveDecay, chunk_size: int) -> tuple[int, ...]:
+    S, _ = _state(args)
+    batch, length = args.q.shape[:2]
+    return (batch, -(-length // chunk_size), *S[1:]) if args.causal else S
 
 
-def _kept_z(
-    q: Tensor, v: Tensor, cu_seqlens: Tensor | None, causal: bool, chunk_size: int, **_: object
-) -> tuple[int, ...]:
-    return _kept_S(q, v, cu_seqlens, causal, chunk_size)[:-1]
+def _kept_z(args: AdditiveDecay, chunk_size: int) -> tuple[int, ...]:
+    return _kept_S(args, chunk_size)[:-1]
 
 
 FAMILY = Family(
     name="additive_decay",
     arguments=AdditiveDecay,
-    by_name=True,
     outputs=("y", "S", "z"),
     saved={"kept_S": _kept_S, "kept_z": _kept_z},
     integers=("cu_seqlens",),
@@ -211,7 +185,7 @@ def additive_decay(
 
     Source: LightNet (arXiv 2405.21022), the additive recurrence.
     """
-    y, S, z, _, _ = torch.ops.sinuous.additive_decay(
+    y, S, z, _, _ = operators.additive_decay(
         q, k, v, factor, *(initial_state or (None, None)), cu_seqlens, scale, causal, reverse, backend or ""
     )
     return (y, (S, z)) if return_state else y

@@ -13,13 +13,15 @@ Source: Martin and Cundy, "Parallelizing Linear Recurrent Neural Nets Over Seque
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sinuous.core.ops.checks import check_packing, check_shape, sequence_count
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.operators import operators
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.arguments import LinearScan
@@ -29,19 +31,10 @@ CHUNK_SIZE = 64
 """Time steps between two states that the forward pass keeps for the backward pass."""
 
 
-def recurrent(
-    x: Tensor,
-    a: Tensor,
-    reset: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-    chunk_size: int = CHUNK_SIZE,
-) -> tuple[Tensor, Tensor, Tensor]:
+def recurrent(args: LinearScan, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor, Tensor]:
     """Run the definition step by step; autograd differentiates it to any order."""
-    dtype = working_dtype(x.dtype)
-    shape = (sequence_count(x, cu_seqlens), x.shape[2])
-    initial = x.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    x = args.x.to(working_dtype(args.x.dtype))
+    initial = x.new_zeros(_state(args)) if args.initial_state is None else args.initial_state.to(x.dtype)
 
     def step(state: State, x_t: Tensor, a_t: Tensor, reset_t: Tensor | None) -> tuple[Tensor, State]:
         h = state[0]
@@ -50,9 +43,13 @@ def recurrent(
         h = a_t * h + x_t
         return h, (h,)
 
-    inputs = (x.to(dtype), a.to(dtype).expand(x.shape), reset)
-    y, (final,), (states,) = run_steps(step, inputs, (initial,), inputs[0][:, :0], cu_seqlens, reverse, chunk_size)
-    return y.to(x.dtype), final, states
+    inputs = (x, args.a.to(x.dtype).expand(x.shape), args.reset)
+    y, (final,), (states,) = run_steps(step, inputs, (initial,), x[:, :0], args.cu_seqlens, args.reverse, chunk_size)
+    return y.to(args.x.dtype), final, states
+
+
+def _state(args: LinearScan) -> tuple[int, ...]:
+    return sequence_count(args.x, args.cu_seqlens), args.x.shape[2]
 
 
 def _check_dtype(name: str, t: Tensor) -> None:
@@ -62,15 +59,9 @@ def _check_dtype(name: str, t: Tensor) -> None:
         raise ValueError(f"{name} must be real or complex floating point (got {t.dtype}); convert it with .float()")
 
 
-def _check(
-    x: Tensor,
-    a: Tensor,
-    reset: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-) -> None:
-    for name, t in (("a", a), ("initial_state", initial_state)):
+def _check(args: LinearScan) -> None:
+    x, a, reset = args.x, args.a, args.reset
+    for name, t in (("a", a), ("initial_state", args.initial_state)):
         if t is not None and t.is_complex() != x.is_complex():
             remedy = f"{name}.to({x.dtype})" if x.is_complex() else f"x.to({t.dtype})"
             raise ValueError(
@@ -84,30 +75,27 @@ def _check(
     if reset is not None and reset.dtype != torch.bool:
         raise ValueError(f"reset must be bool (got {reset.dtype}); pass reset.bool()")
     check_shape("reset", reset, (batch, length), "whether the state is dropped before a step, [B, T]")
-    check_packing(cu_seqlens, batch, length)
-    check_shape("initial_state", initial_state, (sequence_count(x, cu_seqlens), width), "[sequences, D]")
+    check_packing(args.cu_seqlens, batch, length)
+    check_shape("initial_state", args.initial_state, _state(args), "[sequences, D]")
 
 
-def _fake(x: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, Tensor]:
-    state = (sequence_count(x, cu_seqlens), x.shape[2])
-    return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty(state, dtype=working_dtype(x.dtype), device=x.device),
-    )
+def _fake(args: LinearScan) -> tuple[Tensor, Tensor]:
+    y = torch.empty(args.x.shape, dtype=args.x.dtype, device=args.x.device)
+    return y, y.new_empty(_state(args), dtype=working_dtype(y.dtype))
 
 
-def _chunk_states(x: Tensor, chunk_size: int, **_: object) -> tuple[int, ...]:
-    return x.shape[0], (x.shape[1] + chunk_size - 1) // chunk_size, x.shape[2]
+def _chunk_states(args: LinearScan, chunk_size: int) -> tuple[int, ...]:
+    batch, length, width = args.x.shape
+    return batch, -(-length // chunk_size), width
 
 
-def _multiply_adds(x: Sequence[int], **_: object) -> int:
-    return x[0] * x[1] * x[2]
+def _multiply_adds(args: Any) -> int:
+    return math.prod(args.x)
 
 
 FAMILY = Family(
     name="linear_scan",
     arguments=LinearScan,
-    by_name=True,
     outputs=("y", "final_state"),
     saved={"chunk_states": _chunk_states},
     integers=("reset", "cu_seqlens"),
@@ -154,5 +142,5 @@ def linear_scan(
 
     Source: Martin and Cundy (arXiv 1709.04057), section 2.
     """
-    y, state, _ = torch.ops.sinuous.linear_scan(x, a, reset, initial_state, cu_seqlens, reverse, backend or "")
+    y, state, _ = operators.linear_scan(x, a, reset, initial_state, cu_seqlens, reverse, backend or "")
     return (y, state) if return_state else y

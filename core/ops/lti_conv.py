@@ -21,7 +21,8 @@ diagonal systems. Beyond the reference: gradients through the initial and the fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from sinuous.core.ops.checks import (
     sequence_count,
 )
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.operators import operators
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.arguments import LTIConv
@@ -43,30 +45,18 @@ from sinuous.kernels.torch.discretization import conj, discretize, dot, times
 DISCRETIZATIONS = ("zoh", "bilinear")
 
 
-def recurrent(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    P: Tensor | None,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    discretization: str,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def recurrent(args: LTIConv) -> tuple[Tensor, Tensor]:
     """Run the definition step by step; autograd differentiates it to any order."""
-    dtype = working_dtype(u.dtype)
+    dtype = working_dtype(args.u.dtype)
     # The step in double precision: a slow mode's factor is so near 1 that fp32 would lose most of what it decays by.
-    system = discretize(dt.double(), A.double(), B.double(), None if P is None else P.double(), discretization)
+    system = discretize(args.dt, args.A, args.B, args.P, args.discretization)
     factor, b, p, q = (None if t is None else t.to(dtype) for t in system)
     assert factor is not None
     assert b is not None
-    readout = conj(C.to(dtype))
-    skip = None if D is None else D.to(dtype)
-    shape = (sequence_count(u, cu_seqlens), *factor.shape)
-    initial = u.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    readout = conj(args.C.to(dtype))
+    skip = None if args.D is None else args.D.to(dtype)
+    u = args.u.to(dtype)
+    initial = u.new_zeros(_state(args)) if args.initial_state is None else args.initial_state.to(dtype)
 
     def step(state: State, u_t: Tensor) -> tuple[Tensor, State]:
         (x,) = state
@@ -76,11 +66,13 @@ def recurrent(
         y_t = dot(readout, new)
         return y_t if skip is None else y_t + skip * u_t, (new,)
 
-    inputs = u.to(dtype)
-    y, (final,), _ = run_steps(
-        step, (inputs,), (initial,), inputs[:, :0], cu_seqlens, reverse, chunk_size=max(u.shape[1], 1)
-    )
-    return y.to(u.dtype), final
+    chunk_size = max(u.shape[1], 1)
+    y, (final,), _ = run_steps(step, (u,), (initial,), u[:, :0], args.cu_seqlens, args.reverse, chunk_size)
+    return y.to(args.u.dtype), final
+
+
+def _state(args: LTIConv) -> tuple[int, ...]:
+    return sequence_count(args.u, args.cu_seqlens), args.u.shape[2], args.A.shape[-2], 2
 
 
 def _check_dtype(name: str, t: Tensor) -> None:
@@ -89,19 +81,8 @@ def _check_dtype(name: str, t: Tensor) -> None:
     check_floating(name, t)
 
 
-def _check(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    P: Tensor | None,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    discretization: str,
-    reverse: bool,
-) -> None:
+def _check(args: LTIConv) -> None:
+    u, dt, A, P = args.u, args.dt, args.A, args.P
     if u.ndim != 3:
         raise ValueError(f"u must have shape [B, T, D] (got {list(u.shape)}); time is axis 1 and channels are last")
     batch, length, width = u.shape
@@ -112,41 +93,37 @@ def _check(
     if A.ndim not in (2, 3) or A.shape[-1] != 2 or A.shape[-2] < 1:
         raise ValueError(f"A must have shape [D, M, 2] or [M, 2] (got {list(A.shape)}): one of each conjugate pair")
     modes = A.shape[-2]
-    for name, t in (("A", A), ("B", B), ("C", C)):
+    for name, t in (("A", A), ("B", args.B), ("C", args.C)):
         shape = (modes, 2) if t.ndim == 2 else (width, modes, 2)
         check_shape(name, t, shape, "[D, M, 2], or [M, 2] where all channels have the same")
-    check_choice("discretization", discretization, DISCRETIZATIONS)
+    check_choice("discretization", args.discretization, DISCRETIZATIONS)
     if P is not None:
         if P.ndim not in (3, 4) or P.shape[0] < 1:
             raise ValueError(f"P must have shape [R, D, M, 2] or [R, M, 2] with R ≥ 1 (got {list(P.shape)})")
         shape = (modes, 2) if P.ndim == 3 else (width, modes, 2)
         check_shape("P", P, (P.shape[0], *shape), "[R, D, M, 2], or [R, M, 2] where all channels have the same")
-        if discretization != "bilinear":
+        if args.discretization != "bilinear":
             raise ValueError("zero-order hold is for a diagonal A; with P pass discretization='bilinear'")
-    check_shape("D", D, (width,), "one skip weight per channel")
-    check_packing(cu_seqlens, batch, length)
-    state = (sequence_count(u, cu_seqlens), width, modes, 2)
-    check_shape("initial_state", initial_state, state, "[sequences, D, M, 2]")
+    check_shape("D", args.D, (width,), "one skip weight per channel")
+    check_packing(args.cu_seqlens, batch, length)
+    check_shape("initial_state", args.initial_state, _state(args), "[sequences, D, M, 2]")
 
 
-def _fake(u: Tensor, A: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, Tensor]:
-    state = (sequence_count(u, cu_seqlens), u.shape[2], A.shape[-2], 2)
-    return (
-        torch.empty(u.shape, dtype=u.dtype, device=u.device),
-        torch.empty(state, dtype=working_dtype(u.dtype), device=u.device),
-    )
+def _fake(args: LTIConv) -> tuple[Tensor, Tensor]:
+    y = torch.empty(args.u.shape, dtype=args.u.dtype, device=args.u.device)
+    return y, y.new_empty(_state(args), dtype=working_dtype(y.dtype))
 
 
-def _multiply_adds(u: Sequence[int], A: Sequence[int], P: Sequence[int] | None, **_: object) -> int:
+def _multiply_adds(args: Any) -> int:
     """8 for each pair: a complex product with the state, the input in, the real part out; 8 more for each rank of P."""
-    ranks = 0 if P is None else P[0]
-    return 8 * (1 + ranks) * u[0] * u[1] * u[2] * A[-2]
+    ranks = 0 if args.P is None else args.P[0]
+    count: int = 8 * (1 + ranks) * math.prod(args.u) * args.A[-2]
+    return count
 
 
 FAMILY = Family(
     name="lti_conv",
     arguments=LTIConv,
-    by_name=True,
     outputs=("y", "final_state"),
     saved={},
     integers=("cu_seqlens",),
@@ -207,7 +184,7 @@ def lti_conv(
 
     Source: S4 (arXiv 2111.00396), sections 2 and 3; S4D (arXiv 2206.11893), section 3.
     """
-    y, state = torch.ops.sinuous.lti_conv(
+    y, state = operators.lti_conv(
         u, dt, A, B, C, P, D, initial_state, cu_seqlens, discretization, reverse, backend or ""
     )
     return (y, state) if return_state else y

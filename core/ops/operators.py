@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from sinuous.core.ops import permutations  # noqa: F401  (registers take_orders and sum_orders)
+
 One = Callable[..., Tensor]
 Two = Callable[..., tuple[Tensor, Tensor]]
 Three = Callable[..., tuple[Tensor, Tensor, Tensor]]

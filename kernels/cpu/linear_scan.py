@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sinuous.kernels.arguments import LinearScan
 from sinuous.kernels.cpu.call import SequenceCall, fields
 from sinuous.kernels.precision import working_dtype
 
@@ -18,26 +19,17 @@ _FIELDS = fields(
 class LinearScanCall(SequenceCall):
     """The arguments that forward and backward share."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        a: Tensor,
-        reset: Tensor | None,
-        initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        reverse: bool,
-        chunk_size: int,
-    ) -> None:
-        dtype = working_dtype(x.dtype)
-        super().__init__("linear_scan", _FIELDS, dtype, x.shape, cu_seqlens, reverse)
+    def __init__(self, args: LinearScan, chunk_size: int) -> None:
+        x, a, dtype = args.x, args.a, working_dtype(args.x.dtype)
+        super().__init__("linear_scan", _FIELDS, dtype, x.shape, args.cu_seqlens, args.reverse)
         self.width, self.constant = x.shape[2], a.ndim == 1
         self.chunks = self.cut(chunk_size)
         channels = self.width * (2 if dtype.is_complex else 1)
         self.over_time("x", x)
         self.over_time("a", a.expand(x.shape[0], 1, -1) if self.constant else a)
-        if reset is not None:
-            self.place("reset", reset, "reset")
-        self.states("initial", initial_state)
+        if args.reset is not None:
+            self.place("reset", args.reset, "reset")
+        self.states("initial", args.initial_state)
         self.arguments.update(
             channels=channels,
             blocks=-(-channels // int(self.library.block())),
@@ -46,37 +38,21 @@ class LinearScanCall(SequenceCall):
         )
 
 
-def forward(
-    x: Tensor,
-    a: Tensor,
-    reset: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(args: LinearScan, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)`; see sinuous.core.ops.linear_scan."""
-    call = LinearScanCall(x, a, reset, initial_state, cu_seqlens, reverse, chunk_size)
+    call = LinearScanCall(args, chunk_size)
     y, final = call.output_over_time("y", call.width), call.output("final", call.sequences, call.width)
     chunk_states = call.output("chunk_states", call.batch, call.chunks, call.width)
     call.run(call.library.forward)
-    return y.to(x.dtype), call.in_order(final), chunk_states
+    return y.to(args.x.dtype), call.in_order(final), chunk_states
 
 
 def backward(
-    grads: tuple[Tensor | None, Tensor | None],
-    x: Tensor,
-    a: Tensor,
-    reset: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_states: Tensor,
-    reverse: bool,
-    chunk_size: int,
+    args: LinearScan, grads: tuple[Tensor | None, Tensor | None], chunk_states: Tensor, chunk_size: int
 ) -> list[Tensor | None]:
     """Gradients of x, a and initial_state."""
-    call = LinearScanCall(x, a, reset, initial_state, cu_seqlens, reverse, chunk_size)
-    call.over_time("dy", torch.zeros_like(x) if grads[0] is None else grads[0])
+    call = LinearScanCall(args, chunk_size)
+    call.over_time("dy", torch.zeros_like(args.x) if grads[0] is None else grads[0])
     call.states("dfinal", grads[1])
     call.array("chunk_states", chunk_states)
     dx = call.output_over_time("dx", call.width)
@@ -86,7 +62,7 @@ def backward(
     return [
         dx,
         da.sum(0) if call.constant else da,
-        None if initial_state is None else call.in_order(dinitial),
+        None if args.initial_state is None else call.in_order(dinitial),
     ]
 
 
@@ -94,7 +70,7 @@ def self_test(dtype: torch.dtype) -> str | None:
     """Compile, load and compare one step, real and complex, with its closed form; None if all is well."""
     for kind, factor in ((dtype, 3), (torch.promote_types(dtype, torch.complex64), 3j)):
         one = torch.ones(1, 1, 1, dtype=kind)
-        y, state, _ = forward(one, factor * one, None, 2 * one[0], None, False, 64)
+        y, state, _ = forward(LinearScan(one, factor * one, initial_state=2 * one[0]), chunk_size=64)
         if y.item() != 1 + 2 * factor or state.item() != 1 + 2 * factor:
             return f"the compiled linear scan is wrong on this machine (got {y.item()}, wanted {1 + 2 * factor})"
     return None

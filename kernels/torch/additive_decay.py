@@ -12,16 +12,16 @@ Gradients: z enters y_i as exp(-z_i) only, so that dL/dz_i = -q_i ⊙ dL/dq_i, a
 from __future__ import annotations
 
 import functools
-import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sinuous.kernels.arguments import AdditiveDecay
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import chunked
 from sinuous.kernels.torch.chunked import LOWEST, Recurrence, State, Tensors
-from sinuous.kernels.torch.packing import rows
+from sinuous.kernels.torch.packing import rows, sequences
 
 SMALLEST_SUM = 1e-290
 """Bound below which a sum of exponentials, taken relative to the largest of a segment, has lost digits."""
@@ -135,16 +135,23 @@ def _recurrence(scale: float) -> Recurrence:
     return Recurrence(forward, backward)
 
 
-def initial_states(
-    q: Tensor, v: Tensor, initial_S: Tensor | None, initial_z: Tensor | None, cu_seqlens: Tensor | None
-) -> State:
+def initial_states(args: AdditiveDecay) -> State:
     """S `[sequences, H, K, V]` and z `[sequences, H, K]` before the first step; S is 0 where z is -inf."""
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dtype, shape = working_dtype(q.dtype), (sequences, v.shape[2], q.shape[3])
-    z = torch.full(shape, -torch.inf, dtype=dtype, device=q.device) if initial_z is None else initial_z.to(dtype)
-    if initial_S is None:
+    q, v, S, z = args.q, args.v, args.initial_S, args.initial_z
+    count = q.shape[0] if args.cu_seqlens is None else args.cu_seqlens.shape[0] - 1
+    dtype, shape = working_dtype(q.dtype), (count, v.shape[2], q.shape[3])
+    z = torch.full(shape, -torch.inf, dtype=dtype, device=q.device) if z is None else z.to(dtype)
+    if S is None:
         return torch.zeros(*shape, v.shape[3], dtype=dtype, device=q.device), z
-    return initial_S.to(dtype).masked_fill(torch.isneginf(z)[..., None], 0), z
+    return S.to(dtype).masked_fill(torch.isneginf(z)[..., None], 0), z
+
+
+def _inputs(args: AdditiveDecay) -> Tensors:
+    return args.q, args.k, args.v, args.factor
+
+
+def _scale(args: AdditiveDecay) -> float:
+    return args.q.shape[-1] ** -0.5 if args.scale is None else args.scale
 
 
 class AdditiveDecaySequence(NamedTuple):
@@ -155,11 +162,6 @@ class AdditiveDecaySequence(NamedTuple):
     factor: Tensor | None  # [B,H,T,K]
     share: Tensor  # [B,H,T,K], exp(k - z)
     total: Tensor  # [B,H,K], exp(z_0 - z)
-
-
-def _sequences(length: int, cu_seqlens: Tensor | None) -> list[tuple[int, slice]]:
-    bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
-    return [(n, slice(a, b)) for n, (a, b) in enumerate(itertools.pairwise(bounds))]
 
 
 def _sequence(inputs: Tensors, place: slice, z: Tensor) -> tuple[AdditiveDecaySequence, Tensor]:
@@ -175,32 +177,30 @@ def _sequence(inputs: Tensors, place: slice, z: Tensor) -> tuple[AdditiveDecaySe
     return AdditiveDecaySequence(q, v, factor, share, (before - end).to(z.dtype).exp_()), after
 
 
-def _forward_sequences(
-    inputs: Tensors, initial: State, y: Tensor, scale: float, cu_seqlens: Tensor | None
-) -> tuple[Tensor, State]:
+def _forward_sequences(args: AdditiveDecay, initial: State) -> tuple[Tensor, State]:
+    scale, bounds, y = _scale(args), args.cu_seqlens, torch.empty_like(args.v)
     final = tuple(t.clone() for t in initial)
-    for n, place in _sequences(y.shape[1], cu_seqlens):
-        S, z = (rows(t, n, cu_seqlens) for t in initial)
-        w, z = _sequence(inputs, place, z)
+    for n, place in enumerate(sequences(y.shape[1], bounds)):
+        S, z = (rows(t, n, bounds) for t in initial)
+        w, z = _sequence(_inputs(args), place, z)
         S = w.total[..., None] * S + _times(w.share, w.factor).mT @ w.v
         y[:, place] = ((w.q @ S) * scale).transpose(1, 2)
         for t, new in zip(final, (S, z), strict=True):
-            rows(t, n, cu_seqlens).copy_(new)
+            rows(t, n, bounds).copy_(new)
     return y, final
 
 
 def _backward_sequences(
-    grads: Tensors, inputs: Tensors, initial: State, final_S: Tensor, scale: float, cu_seqlens: Tensor | None
+    args: AdditiveDecay, grads: Tensors, initial: State, final_S: Tensor
 ) -> tuple[list[Tensor | None], State]:
-    dy, *dfinal = grads
+    scale, bounds, (dy, *dfinal) = _scale(args), args.cu_seqlens, grads
+    inputs = _inputs(args)
     dinputs = [None if t is None else torch.empty_like(t) for t in inputs]
     dinitial = tuple(
         torch.zeros_like(t) if d is None else d.to(t.dtype, copy=True) for t, d in zip(initial, dfinal, strict=True)
     )
-    like = inputs[0]
-    assert like is not None
-    for n, place in _sequences(like.shape[1], cu_seqlens):
-        S_before, z_before, S, dS, dz = (rows(t, n, cu_seqlens) for t in (*initial, final_S, *dinitial))
+    for n, place in enumerate(sequences(args.q.shape[1], bounds)):
+        S_before, z_before, S, dS, dz = (rows(t, n, bounds) for t in (*initial, final_S, *dinitial))
         w, _ = _sequence(inputs, place, z_before)
         dread = torch.zeros_like(w.v) if dy is None else dy[:, place].transpose(1, 2).to(S.dtype) * scale
         dS_all = dS + w.q.mT @ dread
@@ -217,68 +217,47 @@ def _backward_sequences(
     return dinputs, dinitial
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    factor: Tensor | None,
-    initial_S: Tensor | None,
-    initial_z: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    causal: bool,
-    reverse: bool,
-    chunk_size: int,
-) -> tuple[Tensor, ...]:
+def forward(args: AdditiveDecay, chunk_size: int) -> tuple[Tensor, ...]:
     """`(y, S, z, kept_S, kept_z)`, the last two the states at chunk starts, or the final ones if not causal; see
     sinuous.core.ops.additive_decay."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    inputs, y = (q, k, v, factor), torch.empty_like(v)
-    initial = initial_states(q, v, initial_S, initial_z, cu_seqlens)
-    if causal:
-        y, final, saved = chunked.forward(_recurrence(scale), inputs, (), initial, y, cu_seqlens, reverse, chunk_size)
-    else:
-        y, final = _forward_sequences(inputs, initial, y, scale, cu_seqlens)
-        saved = tuple(t.clone() for t in final)
-    return y, *final, *saved
+    initial = initial_states(args)
+    if not args.causal:
+        y, final = _forward_sequences(args, initial)
+        return y, *final, *(t.clone() for t in final)
+    y, final, kept = chunked.forward(
+        _recurrence(_scale(args)),
+        _inputs(args),
+        (),
+        initial,
+        torch.empty_like(args.v),
+        args.cu_seqlens,
+        args.reverse,
+        chunk_size,
+    )
+    return y, *final, *kept
 
 
 def backward(
-    grads: Tensors,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    factor: Tensor | None,
-    initial_S: Tensor | None,
-    initial_z: Tensor | None,
-    cu_seqlens: Tensor | None,
-    kept_S: Tensor,
-    kept_z: Tensor,
-    scale: float | None,
-    causal: bool,
-    reverse: bool,
-    chunk_size: int,
+    args: AdditiveDecay, grads: Tensors, kept_S: Tensor, kept_z: Tensor, chunk_size: int
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, factor, initial_S and initial_z."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    inputs, saved = (q, k, v, factor), (kept_S, kept_z)
-    initial = initial_states(q, v, initial_S, initial_z, cu_seqlens)
-    if causal:
+    initial = initial_states(args)
+    if args.causal:
         dinputs, _, (dS, dz) = chunked.backward(
-            _recurrence(scale),
-            inputs,
+            _recurrence(_scale(args)),
+            _inputs(args),
             (),
             initial,
-            saved,
+            (kept_S, kept_z),
             grads[0],
             grads[1:],
-            cu_seqlens,
-            reverse,
+            args.cu_seqlens,
+            args.reverse,
             chunk_size,
             value=2,
         )
     else:
-        dinputs, (dS, dz) = _backward_sequences(grads, inputs, initial, kept_S, scale, cu_seqlens)
-    if initial_S is not None:
+        dinputs, (dS, dz) = _backward_sequences(args, grads, initial, kept_S)
+    if args.initial_S is not None:
         dS = dS.masked_fill(torch.isneginf(initial[1])[..., None], 0)
-    return [*dinputs, None if initial_S is None else dS, None if initial_z is None else dz]
+    return [*dinputs, None if args.initial_S is None else dS, None if args.initial_z is None else dz]

@@ -107,11 +107,13 @@ def bilinear(dt: Tensor, A: Tensor, B: Tensor, P: Tensor | None) -> DiscreteSyst
 
 
 def discretize(dt: Tensor, A: Tensor, B: Tensor, P: Tensor | None, discretization: str) -> DiscreteSystem:
-    """The discrete system by rule `zoh`, for diagonal ones, or `bilinear`; P `[R, D, M, 2]`, `[R, M, 2]` or None."""
+    """The discrete system, in double precision, by rule `zoh`, for diagonal ones, or `bilinear`; P `[R, D, M, 2]`,
+    `[R, M, 2]` or None."""
+    dt, A, B = dt.double(), A.double(), B.double()
     if discretization == "zoh":
         return zoh(dt, A, B)
-    if P is not None and P.ndim == 3:
-        P = P.unsqueeze(1)
+    if P is not None:
+        P = P.double().unsqueeze(1) if P.ndim == 3 else P.double()
     return bilinear(dt, A, B, P)
 
 

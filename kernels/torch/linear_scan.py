@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sinuous.kernels.arguments import LinearScan
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import chunked
 from sinuous.kernels.torch.chunked import Recurrence, State, Tensors
@@ -72,55 +73,37 @@ def _backward(
 _RECURRENCE = Recurrence(_forward, _backward)
 
 
-def _arguments(
-    x: Tensor, a: Tensor, reset: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[list[Tensor | None], list[Tensor | None], State]:
+def _arguments(args: LinearScan) -> tuple[list[Tensor | None], list[Tensor | None], State]:
     """Inputs `[B, T, 1, …]`, parameters and initial states `[sequences, 1, D]` as the loop over chunks takes them."""
+    x, a = args.x, args.a
     dtype = working_dtype(x.dtype)
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    initial = x.new_zeros(sequences, x.shape[2]) if initial_state is None else initial_state
-    resets = None if reset is None else reset[..., None, None]
+    sequences = x.shape[0] if args.cu_seqlens is None else args.cu_seqlens.shape[0] - 1
+    initial = x.new_zeros(sequences, x.shape[2]) if args.initial_state is None else args.initial_state
+    resets = None if args.reset is None else args.reset[..., None, None]
     constant = a.ndim == 1
     inputs = [x.unsqueeze(2), None if constant else a.unsqueeze(2), resets]
     return inputs, [a.to(dtype) if constant else None], (initial.to(dtype).unsqueeze(1),)
 
 
-def forward(
-    x: Tensor,
-    a: Tensor,
-    reset: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(args: LinearScan, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)`; see sinuous.core.ops.linear_scan."""
-    inputs, parameters, initial = _arguments(x, a, reset, initial_state, cu_seqlens)
+    x = args.x
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device).unsqueeze(2)
     y, (final,), (chunk_states,) = chunked.forward(
-        _RECURRENCE, inputs, parameters, initial, y, cu_seqlens, reverse, chunk_size
+        _RECURRENCE, *_arguments(args), y, args.cu_seqlens, args.reverse, chunk_size
     )
     return y.squeeze(2), final.squeeze(1), chunk_states.squeeze(2)
 
 
 def backward(
-    grads: tuple[Tensor | None, Tensor | None],
-    x: Tensor,
-    a: Tensor,
-    reset: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_states: Tensor,
-    reverse: bool,
-    chunk_size: int,
+    args: LinearScan, grads: tuple[Tensor | None, Tensor | None], chunk_states: Tensor, chunk_size: int
 ) -> list[Tensor | None]:
     """Gradients of x, a and initial_state."""
-    inputs, parameters, initial = _arguments(x, a, reset, initial_state, cu_seqlens)
     dy, dfinal = (None if t is None else t.unsqueeze(axis) for t, axis in zip(grads, (2, 1), strict=True))
     starts = (chunk_states.unsqueeze(2),)
     (dx, da, _), (da_constant,), (dinitial,) = chunked.backward(
-        _RECURRENCE, inputs, parameters, initial, starts, dy, (dfinal,), cu_seqlens, reverse, chunk_size, value=0
+        _RECURRENCE, *_arguments(args), starts, dy, (dfinal,), args.cu_seqlens, args.reverse, chunk_size, value=0
     )
     assert dx is not None
     da = da_constant if da is None else da.squeeze(2)
-    return [dx.squeeze(2), da, None if initial_state is None else dinitial.squeeze(1)]
+    return [dx.squeeze(2), da, None if args.initial_state is None else dinitial.squeeze(1)]

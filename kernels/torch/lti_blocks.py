@@ -12,11 +12,12 @@ block. Time and memory are linear in T, and nothing of T × N is made: there is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sinuous.kernels.arguments import LTIConv
 from sinuous.kernels.torch.differentiation import autograd_inside_an_op
 from sinuous.kernels.torch.discretization import as_complex, conj
 from sinuous.kernels.torch.lti_operators import (
@@ -26,6 +27,7 @@ from sinuous.kernels.torch.lti_operators import (
     power_gradient,
     sums_of_diagonals,
     toeplitz,
+    with_leaves,
     with_skip,
 )
 
@@ -94,11 +96,10 @@ class BlockPlan(NamedTuple):
         runs = [_runs(u.shape[2], doublings, len(sequences) == 1) for u in sequences]
         return cls(runs, tuple({run.size for each in runs for run in each}))
 
-    def operators(self, dtype: torch.dtype, discretization: str, parameters: dict[str, Any]) -> Operators:
-        D, dynamics = parameters["D"], {name: t for name, t in parameters.items() if name != "D"}
-        long = operators(self.sizes, dtype, discretization, **dynamics)
+    def operators(self, dtype: torch.dtype, args: LTIConv) -> Operators:
+        long = operators(self.sizes, dtype, args)
         powers = tuple(power.to(dtype) for power in long.powers)
-        return long._replace(response=with_skip(long.response, D), powers=powers)
+        return long._replace(response=with_skip(long.response, args.D), powers=powers)
 
     def blocks(self, operators: Operators) -> dict[int, BlockOperators]:
         return {
@@ -145,22 +146,19 @@ def _backward_run(
     return du, dstate, BlockOperators(u.mT @ dy, dy.mT @ states, u.mT @ dadded, dpower)
 
 
-def _or_zeros(state: Tensor | None, u: Tensor, parameters: dict[str, Any]) -> Tensor:
-    return u.new_zeros(*u.shape[:2], 2 * parameters["A"].shape[-2]) if state is None else state
+def _or_zeros(state: Tensor | None, u: Tensor, args: LTIConv) -> Tensor:
+    return u.new_zeros(*u.shape[:2], 2 * args.A.shape[-2]) if state is None else state
 
 
 def forward(
-    sequences: Sequence[Tensor],
-    states: Sequence[Tensor | None],
-    discretization: str,
-    parameters: dict[str, Tensor | None],
+    args: LTIConv, sequences: Sequence[Tensor], states: Sequence[Tensor | None]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs `[D, B, T]` of each sequence `[D, B, T]` and the states after it; states `[D, B, N]`, or None for 0."""
     plan = BlockPlan.of(sequences)
-    blocks = plan.blocks(plan.operators(sequences[0].dtype, discretization, parameters))
+    blocks = plan.blocks(plan.operators(sequences[0].dtype, args))
     ys, ends = [], []
     for u, start, runs in zip(sequences, states, plan.runs, strict=True):
-        state, parts = _or_zeros(start, u, parameters), []
+        state, parts = _or_zeros(start, u, args), []
         for run in runs:
             y, state = _forward_run(blocks[run.size], run.rows(u), state)
             parts.append(y.reshape(*u.shape[:2], -1))
@@ -170,18 +168,17 @@ def forward(
 
 
 def backward(
+    args: LTIConv,
     sequences: Sequence[Tensor],
     states: Sequence[Tensor | None],
     dys: Sequence[Tensor],
     dends: Sequence[Tensor | None],
-    discretization: str,
-    parameters: dict[str, Tensor | None],
 ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
     """Gradients of the sequences, of the states before them and of the parameters that there are."""
     plan = BlockPlan.of(sequences)
     with autograd_inside_an_op():
-        leaves = {n: None if t is None else t.detach().requires_grad_() for n, t in parameters.items()}
-        operators = plan.operators(sequences[0].dtype, discretization, leaves)
+        args, leaves = with_leaves(args)
+        operators = plan.operators(sequences[0].dtype, args)
     outputs = (operators.response, operators.rows, operators.columns, *operators.powers)
     plain = [t.detach() for t in outputs]
     blocks = plan.blocks(Operators(operators.readout, plain[0], plain[1], plain[2], tuple(plain[3:])))
@@ -189,7 +186,7 @@ def backward(
     power_of = dict(zip(plan.sizes, powers, strict=True))
     dus, dstates = [], []
     for u, dy, start, dend, runs in zip(sequences, dys, states, dends, plan.runs, strict=True):
-        state, dstate = (_or_zeros(t, u, parameters) for t in (start, dend))
+        state, dstate = (_or_zeros(t, u, args) for t in (start, dend))
         starts, parts = [state], []
         for run in runs[:-1]:
             block = blocks[run.size]
@@ -205,6 +202,5 @@ def backward(
         dus.append(torch.cat(parts[::-1], -1))
         dstates.append(dstate)
     with autograd_inside_an_op():
-        present = {n: t for n, t in leaves.items() if t is not None}
-        gradients = torch.autograd.grad(outputs, list(present.values()), sums)
-    return dus, dstates, dict(zip(present, gradients, strict=True))
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), sums)
+    return dus, dstates, dict(zip(leaves, gradients, strict=True))

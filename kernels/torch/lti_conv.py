@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sinuous.kernels.arguments import LTIConv
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import lti_blocks, lti_fourier
+from sinuous.kernels.torch.lti_operators import PARAMETERS
 from sinuous.kernels.torch.packing import flip_sequences, flip_time, mirror, rows, segments
 
 MANY_BLOCKS = 16
@@ -34,10 +37,11 @@ class LTISequences(NamedTuple):
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, u: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> LTISequences:
-        ordered = mirror(cu_seqlens, u.shape[1]) if reverse else cu_seqlens
-        whole = segments(u.shape[1], max(u.shape[1], 1), ordered)
-        return cls([(s.start, s.stop, s.first or 0) for s in whole], ordered, reverse, working_dtype(u.dtype))
+    def of(cls, args: LTIConv) -> LTISequences:
+        length = args.u.shape[1]
+        ordered = mirror(args.cu_seqlens, length) if args.reverse else args.cu_seqlens
+        bounds = [(s.start, s.stop, s.first or 0) for s in segments(length, max(length, 1), ordered)]
+        return cls(bounds, ordered, args.reverse, working_dtype(args.u.dtype))
 
     def cut(self, t: Tensor) -> list[Tensor]:
         """`[D, B, T]` of each from `[B, ΣT, D]`."""
@@ -68,65 +72,38 @@ class LTISequences(NamedTuple):
         return flip_sequences(joined, self.cu_seqlens) if self.reverse else joined
 
 
-def _longest(sequences: LTISequences) -> int:
-    return max((stop - start for start, stop, _ in sequences.bounds), default=0)
+def _form(args: LTIConv, sequences: LTISequences) -> ModuleType:
+    longest = max((stop - start for start, stop, _ in sequences.bounds), default=0)
+    return lti_fourier if by_transforms(args.u, longest) else lti_blocks
 
 
-def _no_states(u: Tensor, A: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
-    count = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return torch.zeros(count, u.shape[2], A.shape[-2], 2, dtype=dtype, device=u.device)
+def _or_zeros(states: Tensor | None, args: LTIConv, dtype: torch.dtype) -> Tensor:
+    """States `[sequences, D, M, 2]`."""
+    if states is not None:
+        return states
+    count = args.u.shape[0] if args.cu_seqlens is None else args.cu_seqlens.shape[0] - 1
+    return torch.zeros(count, args.u.shape[2], args.A.shape[-2], 2, dtype=dtype, device=args.u.device)
 
 
-def forward(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    P: Tensor | None,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    discretization: str,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(args: LTIConv) -> tuple[Tensor, Tensor]:
     """`(y, final_state)`; see sinuous.core.ops.lti_conv."""
-    sequences = LTISequences.of(u, cu_seqlens, reverse)
-    before = _no_states(u, A, cu_seqlens, sequences.dtype) if initial_state is None else initial_state
+    u, sequences = args.u, LTISequences.of(args)
+    before = _or_zeros(args.initial_state, args, sequences.dtype)
     if not u.numel():
         return torch.empty_like(u), before.to(sequences.dtype, copy=True)
-    form = lti_fourier if by_transforms(u, _longest(sequences)) else lti_blocks
-    parameters = {"dt": dt, "A": A, "B": B, "C": C, "P": P, "D": D}
-    ys, ends = form.forward(sequences.cut(u), sequences.states(initial_state), discretization, parameters)
+    ys, ends = _form(args, sequences).forward(args, sequences.cut(u), sequences.states(args.initial_state))
     return sequences.join(ys, u), sequences.join_states(ends, before)
 
 
-def backward(
-    grads: tuple[Tensor | None, Tensor | None],
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    P: Tensor | None,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    discretization: str,
-    reverse: bool,
-) -> list[Tensor | None]:
+def backward(args: LTIConv, grads: tuple[Tensor | None, Tensor | None]) -> list[Tensor | None]:
     """Gradients of u, dt, A, B, C, P, D and initial_state."""
-    dy, dfinal = grads
-    parameters = {"dt": dt, "A": A, "B": B, "C": C, "P": P, "D": D}
-    sequences = LTISequences.of(u, cu_seqlens, reverse)
-    before = _no_states(u, A, cu_seqlens, sequences.dtype) if dfinal is None else dfinal
+    (dy, dfinal), u, sequences = grads, args.u, LTISequences.of(args)
+    after = _or_zeros(dfinal, args, sequences.dtype)
     if not u.numel():
-        zeros = [None if t is None else torch.zeros_like(t) for t in parameters.values()]
-        return [torch.zeros_like(u), *zeros, None if initial_state is None else before]
-    form = lti_fourier if by_transforms(u, _longest(sequences)) else lti_blocks
+        zeros = [None if (t := getattr(args, name)) is None else torch.zeros_like(t) for name in PARAMETERS]
+        return [torch.zeros_like(u), *zeros, None if args.initial_state is None else after]
     dys = sequences.cut(torch.zeros_like(u) if dy is None else dy)
-    dus, dstates, of_parameters = form.backward(
-        sequences.cut(u), sequences.states(initial_state), dys, sequences.states(dfinal), discretization, parameters
-    )
-    dinitial = None if initial_state is None else sequences.join_states(dstates, before)
-    return [sequences.join(dus, u), *(of_parameters.get(n) for n in parameters), dinitial]
+    states, dends = sequences.states(args.initial_state), sequences.states(dfinal)
+    dus, dstates, of_parameters = _form(args, sequences).backward(args, sequences.cut(u), states, dys, dends)
+    dinitial = None if args.initial_state is None else sequences.join_states(dstates, after)
+    return [sequences.join(dus, u), *(of_parameters.get(name) for name in PARAMETERS), dinitial]

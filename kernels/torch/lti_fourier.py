@@ -14,14 +14,15 @@ blocks keep what came before as it was.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sinuous.kernels.arguments import LTIConv
 from sinuous.kernels.torch.differentiation import autograd_inside_an_op
-from sinuous.kernels.torch.lti_operators import advance, operators, squared, with_skip
+from sinuous.kernels.torch.lti_operators import advance, operators, squared, with_leaves, with_skip
 
 
 class FourierSystem(NamedTuple):
@@ -35,15 +36,12 @@ class FourierSystem(NamedTuple):
     doublings: int
 
 
-def _system(
-    length: int, free: bool, dtype: torch.dtype, discretization: str, parameters: dict[str, Any]
-) -> FourierSystem:
+def _system(args: LTIConv, length: int, free: bool, dtype: torch.dtype) -> FourierSystem:
     """The system for up to `length` steps; with the powers below c only if `free`, which initial states need."""
     doublings = max(length, 1).bit_length() // 2
     block = 2**doublings
     exponents = range(0 if free else doublings, doublings + 1)
-    D, dynamics = parameters["D"], {name: t for name, t in parameters.items() if name != "D"}
-    short = operators(tuple(2**k for k in exponents), dtype, discretization, **dynamics)
+    short = operators(tuple(2**k for k in exponents), dtype, args)
     powers = dict(zip(exponents, short.powers, strict=True))
     far, last = short.readout.unsqueeze(1), doublings
     while far.shape[1] * block < length:
@@ -52,7 +50,7 @@ def _system(
         last += 1
     response = (far.to(dtype) @ short.columns.mT).flatten(1)[:, :length]
     narrow = {k: power.to(dtype) for k, power in powers.items()}
-    return FourierSystem(with_skip(response, D), short.rows, short.columns, narrow, doublings)
+    return FourierSystem(with_skip(response, args.D), short.rows, short.columns, narrow, doublings)
 
 
 def _end(system: FourierSystem, u: Tensor) -> Tensor:
@@ -94,14 +92,11 @@ def _size(length: int) -> int:
 
 
 def forward(
-    sequences: Sequence[Tensor],
-    states: Sequence[Tensor | None],
-    discretization: str,
-    parameters: dict[str, Tensor | None],
+    args: LTIConv, sequences: Sequence[Tensor], states: Sequence[Tensor | None]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs `[D, B, T]` of each sequence `[D, B, T]` and the states after it; states `[D, B, N]`, or None for 0."""
     longest = max(u.shape[2] for u in sequences)
-    system = _system(longest, any(s is not None for s in states), sequences[0].dtype, discretization, parameters)
+    system = _system(args, longest, any(s is not None for s in states), sequences[0].dtype)
     ys, ends = [], []
     for u, state in zip(sequences, states, strict=True):
         length, size = u.shape[2], _size(u.shape[2])
@@ -116,19 +111,18 @@ def forward(
 
 
 def backward(
+    args: LTIConv,
     sequences: Sequence[Tensor],
     states: Sequence[Tensor | None],
     dys: Sequence[Tensor],
     dends: Sequence[Tensor | None],
-    discretization: str,
-    parameters: dict[str, Tensor | None],
 ) -> tuple[list[Tensor], list[Tensor | None], dict[str, Tensor]]:
     """Gradients of the sequences, of the states before them and of the parameters that there are."""
     longest = max(u.shape[2] for u in sequences)
     free = any(s is not None for s in states)
     with autograd_inside_an_op():
-        leaves = {n: None if t is None else t.detach().requires_grad_() for n, t in parameters.items()}
-        system = _system(longest, free, sequences[0].dtype, discretization, leaves)
+        args, leaves = with_leaves(args)
+        system = _system(args, longest, free, sequences[0].dtype)
     dresponse, dus = torch.zeros_like(system.response), []
     outputs: list[Tensor] = [system.response]
     grads: list[Tensor] = [dresponse]
@@ -149,12 +143,11 @@ def backward(
                 y, end = _free(system, inner["state", n], length)
                 outputs += [y] if dend is None else [y, end]
                 grads += [dy] if dend is None else [dy, dend]
-    present = {n: t for n, t in leaves.items() if t is not None}
     with autograd_inside_an_op():
-        gradients = torch.autograd.grad(outputs, [*present.values(), *inner.values()], grads)
-    of_inner = dict(zip(inner, gradients[len(present) :], strict=True))
+        gradients = torch.autograd.grad(outputs, [*leaves.values(), *inner.values()], grads)
+    of_inner = dict(zip(inner, gradients[len(leaves) :], strict=True))
     for (kind, n), gradient in of_inner.items():
         if kind == "u":
             dus[n] = dus[n] + gradient
     dstates = [of_inner.get(("state", n)) for n in range(len(sequences))]
-    return dus, dstates, dict(zip(present, gradients, strict=False))
+    return dus, dstates, dict(zip(leaves, gradients, strict=False))

@@ -17,12 +17,14 @@ That costs c N² for each channel, where products of matrices Ā would cost N³ 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sinuous.kernels.arguments import LTIConv
 from sinuous.kernels.torch.discretization import DiscreteSystem, as_complex, conj, discretize, rotations, times
 
 
@@ -150,19 +152,21 @@ def _later(t: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(t[:, :1]), t[:, :-1]], 1)
 
 
-def operators(
-    sizes: tuple[int, ...],
-    dtype: torch.dtype,
-    discretization: str,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    P: Tensor | None,
-) -> Operators:
+PARAMETERS = ("dt", "A", "B", "C", "P", "D")
+"""Arguments that are the system's, not those of a sequence."""
+
+
+def with_leaves(args: LTIConv, names: Sequence[str] = PARAMETERS) -> tuple[LTIConv, dict[str, Tensor]]:
+    """The arguments with the named parameters, where there are any, as leaves of autograd, and these leaves."""
+    present = {name: t for name in names if (t := getattr(args, name)) is not None}
+    leaves: dict[str, Any] = {name: t.detach().requires_grad_() for name, t in present.items()}
+    return args._replace(**leaves), leaves
+
+
+def operators(sizes: tuple[int, ...], dtype: torch.dtype, args: LTIConv) -> Operators:
     """The operators of as many steps as the largest of `sizes` has, and the powers of all of them."""
-    system = discretize(dt.double(), A.double(), B.double(), None if P is None else P.double(), discretization)
-    return (_diagonal if system.p is None else _low_rank)(sizes, dtype, system, C.double())
+    system, C = discretize(args.dt, args.A, args.B, args.P, args.discretization), args.C.double()
+    return (_diagonal if system.p is None else _low_rank)(sizes, dtype, system, C)
 
 
 def _diagonal(sizes: tuple[int, ...], dtype: torch.dtype, system: DiscreteSystem, C: Tensor) -> Operators:

@@ -21,15 +21,20 @@ class Segment(NamedTuple):
     last: int | None
 
 
+def sequences(length: int, cu_seqlens: Tensor | None) -> list[slice]:
+    """Steps of each sequence; an ordinary batch is one."""
+    bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
+    return [slice(begin, end) for begin, end in itertools.pairwise(bounds)]
+
+
 def segments(length: int, chunk_size: int, cu_seqlens: Tensor | None) -> list[Segment]:
     """Cut time at every multiple of `chunk_size` and at every sequence boundary; empty sequences have no segment."""
-    bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
     result = []
-    for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        start = begin
-        while start < end:
-            stop = min(end, (start // chunk_size + 1) * chunk_size)
-            result.append(Segment(start, stop, n if start == begin else None, n if stop == end else None))
+    for n, steps in enumerate(sequences(length, cu_seqlens)):
+        start = steps.start
+        while start < steps.stop:
+            stop = min(steps.stop, (start // chunk_size + 1) * chunk_size)
+            result.append(Segment(start, stop, n if start == steps.start else None, n if stop == steps.stop else None))
             start = stop
     return result
 

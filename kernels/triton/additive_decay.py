@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from sinuous.kernels.arguments import AdditiveDecay, LinearScan
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import additive_decay as plain
 from sinuous.kernels.triton import INTERPRETED, linear_scan
@@ -45,21 +46,11 @@ class KeySoftmax(NamedTuple):
     chunk_z: Tensor
 
 
-def _softmax(
-    k: Tensor,
-    v: Tensor,
-    factor: Tensor | None,
-    z: Tensor,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    reverse: bool,
-    chunk_size: int,
-    shares: bool,
-) -> KeySoftmax:
-    dtype = working_dtype(k.dtype)
+def _softmax(args: AdditiveDecay, z: Tensor, chunk_size: int, shares: bool) -> KeySoftmax:
+    k, dtype = args.k, working_dtype(args.k.dtype)
     half = k.dtype == torch.bfloat16 and not INTERPRETED  # the interpreter truncates what it stores in it
     weights = torch.empty_like(k, dtype=k.dtype if half else dtype)
-    call = MatrixStatesCall.of(weights, v, cu_seqlens, scale, reverse, chunk_size)
+    call = MatrixStatesCall.of(weights, args.v, args.cu_seqlens, args.scale, args.reverse, chunk_size)
     width = call.heads * call.keys
     starts = torch.empty(call.segments, width, dtype=torch.float64, device=k.device)
     softmax = KeySoftmax(
@@ -85,32 +76,27 @@ def _softmax(
         )
         blocks, sizes = over(64, 2)
         share_out[(blocks * call.segments,)](
-            k, factor, starts, call.table, weights, softmax.shares, softmax.log_decay, call.length, call.sequences,
+            k, args.factor, starts, call.table, weights, softmax.shares, softmax.log_decay, call.length, call.sequences,
             ACC=call.sizes["ACC"], **sizes,
         )  # fmt: skip
     return softmax
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    factor: Tensor | None,
-    initial_S: Tensor | None,
-    initial_z: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    causal: bool,
-    reverse: bool,
-    chunk_size: int,
-) -> tuple[Tensor, ...]:
+def _contiguous(args: AdditiveDecay) -> tuple[AdditiveDecay, Tensor, Tensor]:
+    """The arguments in the kernels' layout, and the initial states."""
+    factor = None if args.factor is None else args.factor.contiguous()
+    args = args._replace(q=args.q.contiguous(), k=args.k.contiguous(), v=args.v.contiguous(), factor=factor)
+    S, z = plain.initial_states(args)
+    return args, S.contiguous(), z.contiguous()
+
+
+def forward(args: AdditiveDecay, chunk_size: int) -> tuple[Tensor, ...]:
     """`(y, S, z, kept_S, kept_z)` as `sinuous.core.ops.additive_decay` defines them."""
-    if not causal or v.numel() == 0:
-        return plain.forward(q, k, v, factor, initial_S, initial_z, cu_seqlens, scale, causal, reverse, chunk_size)
-    q, k, v, factor = q.contiguous(), k.contiguous(), v.contiguous(), None if factor is None else factor.contiguous()
-    S, z = plain.initial_states(q, v, initial_S, initial_z, cu_seqlens)
-    made = _softmax(k, v, factor, z.contiguous(), cu_seqlens, scale, reverse, chunk_size, shares=False)
-    y, final, chunk_S = GLACall(made.call, made.log_decay, None, False).forward(q, made.weights, v, S.contiguous())
+    if not args.causal or args.v.numel() == 0:
+        return plain.forward(args, chunk_size)
+    args, S, z = _contiguous(args)
+    made = _softmax(args, z, chunk_size, shares=False)
+    y, final, chunk_S = GLACall(made.call, made.log_decay, None, False).forward(args.q, made.weights, args.v, S)
     return y, final, made.last, chunk_S, made.chunk_z
 
 
@@ -125,29 +111,14 @@ def _next(t: Tensor, ends: Tensor, cu_seqlens: Tensor | None, reverse: bool) -> 
 
 
 def backward(
-    grads: tuple[Tensor | None, ...],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    factor: Tensor | None,
-    initial_S: Tensor | None,
-    initial_z: Tensor | None,
-    cu_seqlens: Tensor | None,
-    kept_S: Tensor,
-    kept_z: Tensor,
-    scale: float | None,
-    causal: bool,
-    reverse: bool,
-    chunk_size: int,
+    args: AdditiveDecay, grads: tuple[Tensor | None, ...], kept_S: Tensor, kept_z: Tensor, chunk_size: int
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, factor, initial_S and initial_z."""
-    if not causal or v.numel() == 0:
-        return plain.backward(
-            grads, q, k, v, factor, initial_S, initial_z, cu_seqlens, kept_S, kept_z, scale, causal, reverse, chunk_size
-        )
-    q, k, v, factor = q.contiguous(), k.contiguous(), v.contiguous(), None if factor is None else factor.contiguous()
-    S, z = (t.contiguous() for t in plain.initial_states(q, v, initial_S, initial_z, cu_seqlens))
-    softmax = _softmax(k, v, factor, z, cu_seqlens, scale, reverse, chunk_size, shares=True)
+    if not args.causal or args.v.numel() == 0:
+        return plain.backward(args, grads, kept_S, kept_z, chunk_size)
+    args, S, z = _contiguous(args)
+    q, v, factor = args.q, args.v, args.factor
+    softmax = _softmax(args, z, chunk_size, shares=True)
     weights, shares = softmax.weights, softmax.shares
     assert shares is not None
     made = GLACall(softmax.call, softmax.log_decay, None, False)
@@ -165,10 +136,15 @@ def backward(
         final, _ = made.carry(prepared.keys, v, prepared.totals, S, adjoint=False)
         dz = dz - (final * dfinal).sum(-1)
     dzs, left = -q * dq, softmax.log_decay.exp()
-    through, dbefore, _ = linear_scan.forward(
-        (left * dzs).flatten(2), left.flatten(2), None, dz.flatten(1), cu_seqlens, not reverse, chunk_size
+    against_time = LinearScan(
+        (left * dzs).flatten(2),
+        left.flatten(2),
+        initial_state=dz.flatten(1),
+        cu_seqlens=args.cu_seqlens,
+        reverse=not args.reverse,
     )
-    later = dzs + _next(through.view(dzs.shape), dz, cu_seqlens, reverse)
+    through, dbefore, _ = linear_scan.forward(against_time, chunk_size)
+    later = dzs + _next(through.view(dzs.shape), dz, args.cu_seqlens, args.reverse)
     dk = shares * (later + (dweights if factor is None else dweights * factor))
     none = torch.isneginf(z)
     return [
@@ -176,6 +152,6 @@ def backward(
         dk,
         dv,
         None if factor is None else shares * dweights,
-        None if initial_S is None else dinitial.masked_fill(none[..., None], 0),
-        None if initial_z is None else (dbefore.view(z.shape) + (S * dinitial).sum(-1)).masked_fill(none, 0),
+        None if args.initial_S is None else dinitial.masked_fill(none[..., None], 0),
+        None if args.initial_z is None else (dbefore.view(z.shape) + (S * dinitial).sum(-1)).masked_fill(none, 0),
     ]

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sinuous.kernels.arguments import LinearScan
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.triton.channel_states import SERIAL_PROGRAMS, boundaries
 from sinuous.kernels.triton.complex_product import times
@@ -283,38 +284,31 @@ def _real(t: Tensor) -> Tensor:
 class LinearScanCall:
     """The arguments that forward and backward give to their kernels."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        a: Tensor,
-        reset: Tensor | None,
-        initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        reverse: bool,
-        chunk_size: int,
-    ) -> None:
+    def __init__(self, args: LinearScan, chunk_size: int) -> None:
+        x = args.x
         self.batch, self.length, self.width = x.shape
         self.dtype, self.device = working_dtype(x.dtype), x.device
-        count = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        count = self.batch if args.cu_seqlens is None else args.cu_seqlens.shape[0] - 1
         self.states = (count, self.width)
         self.chunks, self.blocks = triton.cdiv(self.length, chunk_size), triton.cdiv(self.width, CHANNELS)
-        self.x, self.a = _real(x), _real(a)
-        self.reset = None if reset is None else reset.contiguous().view(torch.int8)
-        self.initial = x.new_zeros(self.states, dtype=self.dtype) if initial_state is None else initial_state
+        self.x, self.a = _real(x), _real(args.a)
+        self.reset = None if args.reset is None else args.reset.contiguous().view(torch.int8)
+        self.initial = self.empty(*self.states).zero_() if args.initial_state is None else args.initial_state
         self.initial = self.initial.to(self.dtype).contiguous()
         self.starts: Tensor | None = None
         self.stops: Tensor | None = None
-        if cu_seqlens is not None:
-            self.starts, self.stops, *_ = boundaries(cu_seqlens, self.length, chunk_size, reverse)
+        if args.cu_seqlens is not None:
+            self.starts, self.stops, *_ = boundaries(args.cu_seqlens, self.length, chunk_size, args.reverse)
         self.carry: dict[str, Any] = {
             "BD": CHANNELS,
             "CHUNK": chunk_size,
             "COMPLEX": x.is_complex(),
-            "PACKED": cu_seqlens is not None,
+            "PACKED": args.cu_seqlens is not None,
             "ACC": accumulator(x.dtype),
             **OPTIONS,
         }
-        self.steps = {"CONSTANT": a.ndim == 1, "RESETS": reset is not None, "REVERSE": reverse, **self.carry}
+        flags = {"CONSTANT": args.a.ndim == 1, "RESETS": args.reset is not None, "REVERSE": args.reverse}
+        self.steps = {**flags, **self.carry}
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -333,17 +327,9 @@ class LinearScanCall:
         return carried
 
 
-def forward(
-    x: Tensor,
-    a: Tensor,
-    reset: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(args: LinearScan, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)` as `sinuous.core.ops.linear_scan` defines them."""
-    call = LinearScanCall(x, a, reset, initial_state, cu_seqlens, reverse, chunk_size)
+    x, call = args.x, LinearScanCall(args, chunk_size)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     # Sequences without a step end where they begin.
     final = call.initial.clone()
@@ -363,25 +349,17 @@ def forward(
 
 
 def backward(
-    grads: tuple[Tensor | None, Tensor | None],
-    x: Tensor,
-    a: Tensor,
-    reset: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_states: Tensor,
-    reverse: bool,
-    chunk_size: int,
+    args: LinearScan, grads: tuple[Tensor | None, Tensor | None], chunk_states: Tensor, chunk_size: int
 ) -> list[Tensor | None]:
     """Gradients of x, a and initial_state, given those of y and of the final state."""
-    call = LinearScanCall(x, a, reset, initial_state, cu_seqlens, reverse, chunk_size)
+    x, call = args.x, LinearScanCall(args, chunk_size)
     grad_y, grad_final = grads
     grad_final = call.empty(*call.states).zero_() if grad_final is None else grad_final.to(call.dtype).contiguous()
     # Sequences without a step end where they begin.
     dinitial = grad_final.clone()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    constant = a.ndim == 1
-    da = call.empty(call.batch, call.chunks, call.width) if constant else torch.empty_like(dx, dtype=a.dtype)
+    constant = args.a.ndim == 1
+    da = call.empty(call.batch, call.chunks, call.width) if constant else torch.empty_like(dx, dtype=args.a.dtype)
     if x.numel():
         grad_y = _real(torch.zeros_like(x) if grad_y is None else grad_y)
         with on_device(x):
@@ -391,4 +369,4 @@ def backward(
                 call.stops, _real(chunk_states.contiguous()), _real(carried), _real(dx), _real(da),
                 _real(dinitial), call.length, call.width, **call.steps,
             )  # fmt: skip
-    return [dx, da.sum((0, 1)) if constant else da, dinitial if initial_state is not None else None]
+    return [dx, da.sum((0, 1)) if constant else da, None if args.initial_state is None else dinitial]

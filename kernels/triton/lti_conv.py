@@ -12,10 +12,12 @@ import torch
 import triton
 from torch import Tensor
 
+from sinuous.kernels.arguments import LTIConv
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import lti_conv as plain
 from sinuous.kernels.torch.differentiation import autograd_inside_an_op
 from sinuous.kernels.torch.discretization import conj, discretize, plus_one, times
+from sinuous.kernels.torch.lti_operators import with_leaves
 from sinuous.kernels.triton.channel_states import SERIAL_PROGRAMS, Boundaries, blocks, boundaries
 from sinuous.kernels.triton.lti_conv_kernels import adjoint_sums, carry_chunks, chunk_ends, forward_sums, outputs
 from sinuous.kernels.triton.packing import accumulator, on_device
@@ -34,32 +36,30 @@ class DiagonalSystem(NamedTuple):
     readout: Tensor
 
     @classmethod
-    def of(cls, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, discretization: str) -> DiagonalSystem:
-        factor, into, _, _ = discretize(dt.double(), A.double(), B.double(), None, discretization)
-        return cls(factor, into.expand_as(factor), (2 * conj(C.double())).expand_as(factor))
+    def of(cls, args: LTIConv) -> DiagonalSystem:
+        factor, into, _, _ = discretize(args.dt, args.A, args.B, None, args.discretization)
+        return cls(factor, into.expand_as(factor), (2 * conj(args.C.double())).expand_as(factor))
 
 
 class LTIConvCall:
     """The arguments that forward and backward give to their kernels."""
 
-    def __init__(
-        self, u: Tensor, exact: DiagonalSystem, D: Tensor | None, initial: Tensor | None, cu_seqlens: Tensor | None,
-        reverse: bool,
-    ) -> None:  # fmt: skip
+    def __init__(self, args: LTIConv, exact: DiagonalSystem) -> None:
+        u, D = args.u, args.D
         self.batch, self.length, self.width = u.shape
         self.modes = exact.factor.shape[1]
         self.dtype, self.device, self.exact = working_dtype(u.dtype), u.device, exact
-        self.count = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.count = self.batch if args.cu_seqlens is None else args.cu_seqlens.shape[0] - 1
         self.chunks = triton.cdiv(self.length, CHUNK)
         self.u = u.contiguous()
         self.factor, self.into, self.readout = (t.to(self.dtype).contiguous() for t in exact)
         self.D = None if D is None else D.to(self.dtype).contiguous()
-        self.initial = self.states(initial)
+        self.initial = self.states(args.initial_state)
         self.marks: Boundaries | None = None
-        if cu_seqlens is not None:
-            self.marks = boundaries(cu_seqlens, self.length, CHUNK, reverse)
-        self.form = {"PACKED": cu_seqlens is not None, "ACC": accumulator(u.dtype)}
-        self.reverse = reverse
+        if args.cu_seqlens is not None:
+            self.marks = boundaries(args.cu_seqlens, self.length, CHUNK, args.reverse)
+        self.form = {"PACKED": args.cu_seqlens is not None, "ACC": accumulator(u.dtype)}
+        self.reverse = args.reverse
 
     @property
     def bounds(self) -> tuple[Tensor | None, Tensor | None]:
@@ -113,23 +113,11 @@ class LTIConvCall:
         return carried
 
 
-def forward(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    P: Tensor | None,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    discretization: str,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(args: LTIConv) -> tuple[Tensor, Tensor]:
     """`(y, final_state)`; see sinuous.core.ops.lti_conv."""
-    if P is not None:
-        return plain.forward(u, dt, A, B, C, P, D, initial_state, cu_seqlens, discretization, reverse)
-    call = LTIConvCall(u, DiagonalSystem.of(dt, A, B, C, discretization), D, initial_state, cu_seqlens, reverse)
+    if args.P is not None:
+        return plain.forward(args)
+    u, call = args.u, LTIConvCall(args, DiagonalSystem.of(args))
     y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     # Sequences without a step end where they begin.
     final = call.initial.clone()
@@ -140,33 +128,20 @@ def forward(
             carried = None if serial else call.into_chunks(call.u, call.initial, adjoint=False)
             outputs[(call.batch * total * (1 if serial else call.chunks),)](
                 call.u, call.factor, call.into, call.readout, call.D, call.initial, *call.bounds, carried, y, final,
-                call.length, call.width, SKIP=D is not None, REVERSE=reverse, SERIAL=serial, **block,
+                call.length, call.width, SKIP=args.D is not None, REVERSE=args.reverse, SERIAL=serial, **block,
             )  # fmt: skip
     return y, final
 
 
-def backward(
-    grads: tuple[Tensor | None, Tensor | None],
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    P: Tensor | None,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    discretization: str,
-    reverse: bool,
-) -> list[Tensor | None]:
+def backward(args: LTIConv, grads: tuple[Tensor | None, Tensor | None]) -> list[Tensor | None]:
     """Gradients of u, dt, A, B, C, P, D and initial_state."""
-    if P is not None:
-        return plain.backward(grads, u, dt, A, B, C, P, D, initial_state, cu_seqlens, discretization, reverse)
+    if args.P is not None:
+        return plain.backward(args, grads)
     with autograd_inside_an_op():
-        leaves = dt, A, B, C = tuple(t.detach().requires_grad_() for t in (dt, A, B, C))
-        system = DiagonalSystem.of(dt, A, B, C, discretization)
+        args, leaves = with_leaves(args, ("dt", "A", "B", "C"))
+        system = DiagonalSystem.of(args)
     exact = DiagonalSystem(*(t.detach() for t in system))
-    call = LTIConvCall(u, exact, D, initial_state, cu_seqlens, reverse)
+    call = LTIConvCall(args, exact)
     grad_y = torch.zeros_like(call.u) if grads[0] is None else grads[0].contiguous()
     grad_final = call.states(grads[1])
     # Sequences without a step end where they begin.
@@ -174,25 +149,25 @@ def backward(
     total, block = call.blocks(128)
     slots = max(1, min(call.batch * call.chunks, triton.cdiv(PROGRAMS, total)))
     dfactor, dinto, dreadout = (call.empty(slots, call.width, call.modes, 2) for _ in range(3))
-    dD = call.empty(slots, call.width) if D is not None else None
-    if u.numel():
+    dD = None if args.D is None else call.empty(slots, call.width)
+    if args.u.numel():
         inputs = (call.u, call.factor, call.into, call.readout)
         sizes = (call.batch, call.length, call.width, slots)
-        with on_device(u):
+        with on_device(args.u):
             states = call.into_chunks(call.u, call.initial, adjoint=False)
             adjoints = call.into_chunks(grad_y, grad_final, adjoint=True)
             forward_sums[(slots * total,)](
                 *inputs, grad_y, call.initial, grad_final, *call.bounds, states, adjoints, dfactor, dreadout, *sizes,
-                REVERSE=reverse, **block,
+                REVERSE=args.reverse, **block,
             )  # fmt: skip
             adjoint_sums[(slots * total,)](
                 *inputs, call.D, grad_y, grad_final, *call.bounds, adjoints, du, dinto, dD, dinitial, *sizes,
-                SKIP=D is not None, REVERSE=reverse, **block,
+                SKIP=args.D is not None, REVERSE=args.reverse, **block,
             )  # fmt: skip
         sums = [t.sum(0, dtype=torch.float64) for t in (dfactor, dinto, dreadout)]
     else:
         sums = [torch.zeros_like(t) for t in exact]
     with autograd_inside_an_op():
-        of_leaves = torch.autograd.grad(tuple(system), leaves, sums)
-    grad_D = None if dD is None else dD.sum(0) if u.numel() else torch.zeros_like(dD[0])
-    return [du, *of_leaves, None, grad_D, None if initial_state is None else dinitial]
+        of_leaves = torch.autograd.grad(tuple(system), list(leaves.values()), sums)
+    grad_D = None if dD is None else dD.sum(0) if args.u.numel() else torch.zeros_like(dD[0])
+    return [du, *of_leaves, None, grad_D, None if args.initial_state is None else dinitial]

@@ -199,7 +199,7 @@ def forward_sums(
                 end = tl.load(stops + p)
                 if end >= 0:
                     m_re, m_im = read(grad_final + end.to(tl.int64) * width * M * 2 + dm, there_dm)
-                    re, im = times(s_re, -s_im, m_re, m_im)
+                    re, im = times(s_re, s_im, m_re, m_im, CONJUGATED=True)
                     last_re += re
                     last_im += im
                     s_re, s_im = tl.zeros([BD, BM], ACC), tl.zeros([BD, BM], ACC)
@@ -207,11 +207,11 @@ def forward_sums(
         if PACKED:  # what comes from behind a boundary is another sequence's
             inside = tl.load(stops + tl.minimum(first + CHUNK, length) - 1) < 0
             m_re, m_im = tl.where(inside, m_re, 0.0), tl.where(inside, m_im, 0.0)
-        re, im = times(s_re, -s_im, m_re, m_im)
+        re, im = times(s_re, s_im, m_re, m_im, CONJUGATED=True)
         last_re += re
         last_im += im
     r_re, r_im = read(readout + dm, there_dm)
-    re, im = times(through_re, -through_im, r_re, r_im)
+    re, im = times(through_re, through_im, r_re, r_im, CONJUGATED=True)
     mine = slot.to(tl.int64) * width * M * 2 + dm
     write(dfactor + mine, re + last_re, im + last_im, there_dm)
     write(dreadout + mine, seen_re, seen_im, there_dm)
@@ -255,7 +255,7 @@ def adjoint_sums(
             sum_re += m_re * u_t[:, None]
             sum_im += m_im * u_t[:, None]
             sum_D += g_t * u_t
-            m_re, m_im = times(f_re, -f_im, m_re, m_im)
+            m_re, m_im = times(f_re, f_im, m_re, m_im, CONJUGATED=True)
             if PACKED:
                 start = tl.load(starts + p)
                 if start >= 0:

@@ -12,6 +12,7 @@ from keys_over_time import KEYS, joined
 from parity import assert_close, cast, draw, error, run_with_gradients
 
 from sinuous.core.ops.laws import LAWS
+from sinuous.kernels.arguments import AdditiveDecay
 
 pytestmark = MARKS
 
@@ -71,8 +72,7 @@ def test_an_initial_state_without_weight_counts_for_nothing(variant: str) -> Non
 def test_what_one_form_keeps_another_goes_on_with(form: str, reverse: bool) -> None:
     a = single("full", 1, BOUNDS[-1], len(BOUNDS) - 1)
     S, z = a["initial_state"]
-    bounds = torch.tensor(BOUNDS)
-    values = [a["q"], a["k"], a["v"], a["factor"], S, z, bounds, None, True, reverse]
+    values = AdditiveDecay(a["q"], a["k"], a["v"], a["factor"], S, z, cu_seqlens=torch.tensor(BOUNDS), reverse=reverse)
     y, *state, kept_S, kept_z = torch.ops.sinuous.additive_decay(*values, "recurrent")
     kept = torch.ops.sinuous.additive_decay(*values, form)[3:]
     assert error(kept[0], kept_S) <= 1e-6
@@ -85,8 +85,8 @@ def test_what_one_form_keeps_another_goes_on_with(form: str, reverse: bool) -> N
 
 
 def test_gradients_of_the_outputs_alone() -> None:
-    values = [single("full", 1, 70)[n] for n in ("q", "k", "v", "factor")]
-    values += [*single("full", 1, 70)["initial_state"], None, None, True, False]
+    a = single("full", 1, 70)
+    values = AdditiveDecay(a["q"], a["k"], a["v"], a["factor"], *a["initial_state"])
     y, *_, kept_S, kept_z = torch.ops.sinuous.additive_decay(*values, "triton")
     grads = (torch.randn_like(y), None, None)
     found, wanted = (

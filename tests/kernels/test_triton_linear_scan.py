@@ -11,6 +11,7 @@ from interpreted import BOUNDS, MARKS
 from parity import assert_close, cast, draw, error, run_with_gradients
 
 from sinuous.core.ops.laws import LAWS
+from sinuous.kernels.arguments import LinearScan
 
 pytestmark = MARKS
 
@@ -73,8 +74,8 @@ def test_packed(variant: str, reverse: bool) -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 def test_chunk_states_are_those_of_the_definition(reverse: bool) -> None:
     arguments = single("full", 1, BOUNDS[-1], len(BOUNDS) - 1) | {"cu_seqlens": torch.tensor(BOUNDS)}
-    values = [{**arguments, "reverse": reverse}[name] for name in SCAN.family.arguments._fields]
-    found, wanted = (torch.ops.sinuous.linear_scan(*values, form)[2] for form in ("triton", "recurrent"))
+    args = LinearScan(**arguments, reverse=reverse)
+    found, wanted = (torch.ops.sinuous.linear_scan(*args, form)[2] for form in ("triton", "recurrent"))
     assert error(found, wanted) <= 1e-6
 
 
