@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from aot_compile import TYPES, Launch, recording
 
-from sinuous.kernels.arguments import MLSTM, SLSTM, SSD, AdditiveDecay, LinearScan, LTIConv
+from sinuous.kernels.arguments import DPLR, GLA, MLSTM, SLSTM, SSD, AdditiveDecay, DeltaRule, LinearScan, LTIConv
 from sinuous.kernels.triton import (
     additive_decay,
     causal_conv1d,
@@ -170,20 +170,20 @@ def gla_launches(
     packed: bool = False,
 ) -> list[Launch]:
     """The launches of gla on 16 heads with every optional argument, forward and backward."""
-    arguments: dict[str, Any] = {
-        **attention_arguments(dtype, keys, values, 16, 16),
-        "log_decay": torch.empty(1, 4096, 16, values if on_values else keys, dtype=gates, device="meta"),
-        "bonus": None if on_values else torch.empty(16, keys, device="meta"),
-        "initial_state": torch.empty(3 if packed else 1, 16, keys, values, device="meta"),
-        "cu_seqlens": torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
-        "scale": None,
-        "on_values": on_values,
-        "reverse": False,
-        "chunk_size": 64,
-    }
+    q, k, v = attention_arguments(dtype, keys, values, 16, 16).values()
+    args = GLA(
+        q,
+        k,
+        v,
+        log_decay=torch.empty(1, 4096, 16, values if on_values else keys, dtype=gates, device="meta"),
+        bonus=None if on_values else torch.empty(16, keys, device="meta"),
+        initial_state=torch.empty(3 if packed else 1, 16, keys, values, device="meta"),
+        cu_seqlens=torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
+        on_values=on_values,
+    )
     with recording() as launches:
-        y, final, chunk_states = gla.forward(**arguments)
-        gla.backward((y, final), chunk_states=chunk_states, **arguments)
+        y, final, chunk_states = gla.forward(args, chunk_size=64)
+        gla.backward(args, (y, final), chunk_states, chunk_size=64)
     return launches
 
 
@@ -191,21 +191,19 @@ def delta_rule_launches(
     dtype: torch.dtype, *, keys: int = 64, values: int = 64, factors: int = 1, packed: bool = False
 ) -> list[Launch]:
     """The launches of delta_rule on 16 heads with every optional argument, forward and backward."""
-    given = attention_arguments(dtype, keys, values, 16, 16)
-    arguments: dict[str, Any] = {
-        **given,
-        **{name: given[name].unsqueeze(2).expand(-1, -1, factors, -1, -1) for name in ("k", "v")},
-        "beta": torch.empty(1, 4096, factors, 16, dtype=dtype, device="meta"),
-        "log_decay": torch.empty(1, 4096, 16, device="meta"),
-        "initial_state": torch.empty(3 if packed else 1, 16, keys, values, device="meta"),
-        "cu_seqlens": torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
-        "scale": None,
-        "reverse": False,
-        "chunk_size": 64,
-    }
+    q, k, v = attention_arguments(dtype, keys, values, 16, 16).values()
+    args = DeltaRule(
+        q,
+        k.unsqueeze(2).expand(-1, -1, factors, -1, -1),
+        v.unsqueeze(2).expand(-1, -1, factors, -1, -1),
+        beta=torch.empty(1, 4096, factors, 16, dtype=dtype, device="meta"),
+        log_decay=torch.empty(1, 4096, 16, device="meta"),
+        initial_state=torch.empty(3 if packed else 1, 16, keys, values, device="meta"),
+        cu_seqlens=torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
+    )
     with recording() as launches:
-        y, final, chunk_states = delta_rule.forward(**arguments)
-        delta_rule.backward((y, final), chunk_states=chunk_states, **arguments)
+        y, final, chunk_states = delta_rule.forward(args, chunk_size=64)
+        delta_rule.backward(args, (y, final), chunk_states, chunk_size=64)
     return launches
 
 
@@ -213,21 +211,20 @@ def dplr_launches(
     dtype: torch.dtype, *, keys: int = 64, values: int = 64, gates: torch.dtype = torch.float32, packed: bool = False
 ) -> list[Launch]:
     """The launches of dplr on 16 heads with every optional argument, forward and backward."""
-    given = attention_arguments(dtype, keys, values, 16, 16)
-    arguments: dict[str, Any] = {
-        **given,
-        "log_decay": torch.empty(1, 4096, 16, keys, dtype=gates, device="meta"),
-        "a": given["k"],
-        "b": given["k"],
-        "initial_state": torch.empty(3 if packed else 1, 16, keys, values, device="meta"),
-        "cu_seqlens": torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
-        "scale": None,
-        "reverse": False,
-        "chunk_size": 64,
-    }
+    q, k, v = attention_arguments(dtype, keys, values, 16, 16).values()
+    args = DPLR(
+        q,
+        k,
+        v,
+        log_decay=torch.empty(1, 4096, 16, keys, dtype=gates, device="meta"),
+        a=k,
+        b=k,
+        initial_state=torch.empty(3 if packed else 1, 16, keys, values, device="meta"),
+        cu_seqlens=torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
+    )
     with recording() as launches:
-        y, final, chunk_states = dplr.forward(**arguments)
-        dplr.backward((y, final), chunk_states=chunk_states, **arguments)
+        y, final, chunk_states = dplr.forward(args, chunk_size=64)
+        dplr.backward(args, (y, final), chunk_states, chunk_size=64)
     return launches
 
 

@@ -28,7 +28,7 @@ from sinuous.core.mixers.decay_init import init_A_log_uniform, init_dt_bias
 from sinuous.core.mixers.feature_maps import Fixed
 from sinuous.core.mixers.heads import per_head
 from sinuous.core.mixers.matrix_mixer import QueryKeyValueMixer
-from sinuous.core.ops import delta_rule  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 
 GATES = {"silu": "silu", "swish": "silu", "sigmoid": "sigmoid"}
 ACTIVATIONS = {"silu": "swish", "relu": "relu", "elu": "elu", "identity": "identity"}
@@ -141,10 +141,8 @@ class DeltaNet(DeltaRuleMixer):
             beta = torch.ones_like(norms.at_least_fp32(q[..., 0]))
         else:
             beta = torch.sigmoid(norms.at_least_fp32(self.b_proj(x)))
-        o, memory, _ = torch.ops.sinuous.delta_rule(
-            q, k, v.unflatten(-1, [-1, self.head_v_dim]), beta * self.greatest_beta, None, memory, cu_seqlens, None,
-            False, "",
-        )  # fmt: skip
+        v, beta = v.unflatten(-1, [-1, self.head_v_dim]), beta * self.greatest_beta
+        o, memory, _ = operators.delta_rule(q, k, v, beta, initial_state=memory, cu_seqlens=cu_seqlens)
         return o, memory
 
 
@@ -220,8 +218,8 @@ class ProductMixer(DeltaRuleMixer):
             beta = beta.unflatten(-1, [self.factors, -1])
         if self.groups > 1:
             q, k = q.repeat_interleave(self.groups, -2), k.repeat_interleave(self.groups, -2)
-        o, memory, _ = torch.ops.sinuous.delta_rule(
-            q, k, v, beta, self._log_decay(x), memory, cu_seqlens, None, False, ""
+        o, memory, _ = operators.delta_rule(
+            q, k, v, beta, self._log_decay(x), initial_state=memory, cu_seqlens=cu_seqlens
         )
         return o, memory
 

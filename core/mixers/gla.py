@@ -21,7 +21,7 @@ from sinuous.core.mixers.convolutions import convolve_together, short_convolutio
 from sinuous.core.mixers.feature_maps import ELEMENTWISE, build_feature_map
 from sinuous.core.mixers.heads import heads_of, per_head
 from sinuous.core.mixers.matrix_mixer import MatrixMixer, SwishGatedMixer
-from sinuous.core.ops import gla  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 
 
 @register_mixer("gla")
@@ -90,9 +90,7 @@ class GLA(SwishGatedMixer):
         k, v = self.feature_map(self._shared(k, self.head_k_dim)), self._shared(v, self.head_v_dim)
         log_decay = F.logsigmoid(norms.at_least_fp32(self.gk_proj(x))) / self.gate_logit_normalizer
         log_decay = self._shared(log_decay.clamp(min=self.clamp_min), self.head_k_dim)
-        o, memory, _ = torch.ops.sinuous.gla(
-            q, k, v, log_decay, None, memory, cu_seqlens, None, False, False, ""
-        )  # fmt: skip
+        o, memory, _ = operators.gla(q, k, v, log_decay, initial_state=memory, cu_seqlens=cu_seqlens)
         return o, memory
 
 
@@ -171,9 +169,9 @@ class HGRN2(MatrixMixer):
         elif self.lower_bound > 0:
             log_decay = torch.log(self.lower_bound + (1 - self.lower_bound) * torch.exp(log_decay))
         keys, heads = -torch.expm1(log_decay), [-1, self.size]
-        o, memory, _ = torch.ops.sinuous.gla(
+        o, memory, _ = operators.gla(
             F.silu(q).unflatten(-1, heads), keys.to(q.dtype).unflatten(-1, heads), v.unflatten(-1, heads),
-            log_decay.unflatten(-1, heads), None, memory, cu_seqlens, None, False, False, "",
+            log_decay.unflatten(-1, heads), initial_state=memory, cu_seqlens=cu_seqlens,
         )  # fmt: skip
         return o, memory
 

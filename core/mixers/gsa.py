@@ -23,7 +23,7 @@ from sinuous.core.mixers.contract import register_mixer, register_state
 from sinuous.core.mixers.feature_maps import build_feature_map
 from sinuous.core.mixers.matrix_mixer import GroupedMixer
 from sinuous.core.mixers.states import zero_states
-from sinuous.core.ops import gla  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 
 FEATURE_MAPS = ("swish", "relu", "t2r")
 
@@ -107,12 +107,12 @@ class GSA(GroupedMixer):
         log_decay = F.logsigmoid(norms.at_least_fp32(self.f_proj(x))) / self.gate_logit_normalizer
         log_decay = self._shared(log_decay, self.num_slots)
         write = (-torch.expm1(log_decay)).to(q.dtype)
-        logits, slot_keys, _ = torch.ops.sinuous.gla(
-            q, k, write, log_decay, None, slot_keys, cu_seqlens, self.scale, True, False, ""
+        logits, slot_keys, _ = operators.gla(
+            q, k, write, log_decay, initial_state=slot_keys, cu_seqlens=cu_seqlens, scale=self.scale, on_values=True
         )
         weights = torch.softmax(norms.at_least_fp32(logits), -1).to(q.dtype)
-        o, slot_values, _ = torch.ops.sinuous.gla(
-            weights, write, v, log_decay, None, slot_values, cu_seqlens, 1.0, False, False, ""
+        o, slot_values, _ = operators.gla(
+            weights, write, v, log_decay, initial_state=slot_values, cu_seqlens=cu_seqlens, scale=1.0
         )
         return self.o_proj(self.g_norm(F.silu(o.flatten(-2)))), conv, slot_keys, slot_values
 

@@ -25,7 +25,7 @@ from sinuous.core.mixers.contract import register_mixer
 from sinuous.core.mixers.decay_init import init_A_log_uniform, init_dt_bias
 from sinuous.core.mixers.heads import heads_of, per_head
 from sinuous.core.mixers.matrix_mixer import QueryKeyValueMixer
-from sinuous.core.ops import dplr  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 
 HEAD_SIZE = 128
 
@@ -125,11 +125,10 @@ class KDA(QueryKeyValueMixer):
             q, k = q.repeat_interleave(self.groups, -2), k.repeat_interleave(self.groups, -2)
         log_decay = self._log_decay(x)
         beta = torch.sigmoid(norms.at_least_fp32(self.b_proj(x))) * self.greatest_beta
-        written = k * beta.unsqueeze(-1)
-        o, memory, _ = torch.ops.sinuous.dplr(
-            q, written, v.unflatten(-1, [-1, self.head_v_dim]), log_decay, k * torch.exp(log_decay), -written, memory,
-            cu_seqlens, None, False, "",
-        )  # fmt: skip
+        written, v = k * beta.unsqueeze(-1), v.unflatten(-1, [-1, self.head_v_dim])
+        o, memory, _ = operators.dplr(
+            q, written, v, log_decay, k * torch.exp(log_decay), -written, initial_state=memory, cu_seqlens=cu_seqlens
+        )
         return o, memory
 
     def _normed(self, x: Tensor, o: Tensor) -> Tensor:

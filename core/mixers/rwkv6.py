@@ -23,7 +23,7 @@ from sinuous.core.mixers.heads import heads_of, per_head
 from sinuous.core.mixers.matrix_mixer import MatrixMixer
 from sinuous.core.mixers.projections import LowRank
 from sinuous.core.norms import MultiHeadLayerNorm
-from sinuous.core.ops import causal_conv1d, gla  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 
 STREAMS = 5  # r, w, k, v, g
 HEAD_SIZE = 64
@@ -156,17 +156,15 @@ class RWKV6(MatrixMixer):
         self, x: Tensor, conv: Tensor | None, memory: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         one = x.new_ones([self.dim])
-        delta, conv = torch.ops.sinuous.causal_conv1d(
-            x, torch.stack([one, -one], 1), None, conv, cu_seqlens, False, False, ""
-        )
+        delta, conv = operators.causal_conv1d(x, torch.stack([one, -one], 1), initial_state=conv, cu_seqlens=cu_seqlens)
         low_rank = torch.tanh(self.x_proj["0"](x, delta)).unflatten(-1, [-1, self.rank])
         raised = self.x_proj["2"].weight.unflatten(-1, [-1, self.rank])  # type: ignore[operator]
         mixes = torch.einsum("btnr,dnr->nbtd", low_rank, raised) + self.x_bias.unsqueeze(1).unsqueeze(1)
         r, w, k, v, g = mixes.unbind(0)
         keys, values = [-1, self.head_k_dim], [-1, self.head_v_dim]
-        o, memory, _ = torch.ops.sinuous.gla(
+        o, memory, _ = operators.gla(
             self.r_proj(x, delta, r).unflatten(-1, keys), self.k_proj(x, delta, k).unflatten(-1, keys),
             self.v_proj(x, delta, v).unflatten(-1, values), -torch.exp(self.w_proj(x, delta, w)).unflatten(-1, keys),
-            self.bonus, memory, cu_seqlens, 1.0, False, False, "",
+            bonus=self.bonus, initial_state=memory, cu_seqlens=cu_seqlens, scale=1.0,
         )  # fmt: skip
         return self.o_proj(self.g_norm(o) * F.silu(self.g_proj(x, delta, g))), conv, memory

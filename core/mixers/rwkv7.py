@@ -34,7 +34,7 @@ from sinuous.core.mixers.heads import heads_of, per_head
 from sinuous.core.mixers.matrix_mixer import MatrixMixer, MatrixState
 from sinuous.core.mixers.projections import LowRank
 from sinuous.core.mixers.rwkv6 import HEAD_SIZE
-from sinuous.core.ops import causal_conv1d, dplr  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 
 
 def rank_of(dim: int, factor: float) -> int:
@@ -189,10 +189,7 @@ class RWKV7(MatrixMixer):
 
     def _shift(self, x: Tensor, conv: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         one = x.new_ones([self.dim])
-        delta, conv = torch.ops.sinuous.causal_conv1d(
-            x, torch.stack([one, -one], 1), None, conv, cu_seqlens, False, False, ""
-        )
-        return delta, conv
+        return operators.causal_conv1d(x, torch.stack([one, -one], 1), initial_state=conv, cu_seqlens=cu_seqlens)
 
     def _mix_with(
         self,
@@ -218,9 +215,9 @@ class RWKV7(MatrixMixer):
         kappa = F.normalize((wide * self.k_k).unflatten(-1, keys), dim=-1)
         k = torch.addcmul(wide, wide * (rate - 1), self.k_a.to(wide.dtype)).to(k.dtype).unflatten(-1, keys)
         r, heads = r.unflatten(-1, keys), v.unflatten(-1, [-1, self.head_v_dim])
-        o, memory, _ = torch.ops.sinuous.dplr(
-            r, k, heads, log_decay.unflatten(-1, keys), -kappa, kappa * rate.unflatten(-1, keys), memory, cu_seqlens,
-            1.0, False, "",
+        o, memory, _ = operators.dplr(
+            r, k, heads, log_decay.unflatten(-1, keys), -kappa, kappa * rate.unflatten(-1, keys),
+            initial_state=memory, cu_seqlens=cu_seqlens, scale=1.0,
         )  # fmt: skip
         bonus = (norms.at_least_fp32(r) * k * self.r_k).sum(-1, keepdim=True) * heads
         mixed = self.g_norm(o) + bonus.flatten(-2).to(o.dtype)

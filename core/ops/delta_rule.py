@@ -15,7 +15,7 @@ Sources: Yang et al. (arXiv 2406.06484), section 3; with decay (arXiv 2412.06464
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from sinuous.core.ops.checks import (
     sequence_count,
 )
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.operators import operators
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.arguments import DeltaRule
@@ -36,24 +37,15 @@ CHUNK_SIZE = 64
 """Time steps between two states that the forward pass keeps for the backward pass."""
 
 
-def recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    reverse: bool,
-    chunk_size: int = CHUNK_SIZE,
-) -> tuple[Tensor, Tensor, Tensor]:
+def recurrent(args: DeltaRule, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor, Tensor]:
     """Run the definition step by step; autograd differentiates it to any order."""
-    dtype = working_dtype(q.dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    k, v, beta = with_factors(k, v, beta)
-    shape = (sequence_count(q, cu_seqlens), q.shape[2], q.shape[3], v.shape[4])
-    initial = q.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    dtype = working_dtype(args.q.dtype)
+    scale = args.q.shape[-1] ** -0.5 if args.scale is None else args.scale
+    q, k, v, beta = (t.to(dtype) for t in (args.q, args.k, args.v, args.beta))
+    if k.ndim == 4:
+        k, v, beta = k[:, :, None], v[:, :, None], beta[:, :, None]
+    decay = None if args.log_decay is None else args.log_decay.to(dtype).exp()
+    initial = q.new_zeros(_state(args)) if args.initial_state is None else args.initial_state.to(dtype)
 
     def step(
         state: State, q_t: Tensor, k_t: Tensor, v_t: Tensor, beta_t: Tensor, a_t: Tensor | None
@@ -64,29 +56,18 @@ def recurrent(
             S = S + (beta_j[..., None] * k_j)[..., :, None] * error[..., None, :]
         return (q_t[..., None, :] @ S).squeeze(-2) * scale, (S,)
 
-    decay = None if log_decay is None else log_decay.to(dtype).exp()
-    inputs = (q.to(dtype), k.to(dtype), v.to(dtype), beta.to(dtype), decay)
-    nothing = inputs[2][:, :0].sum(2)
-    y, (final,), (states,) = run_steps(step, inputs, (initial,), nothing, cu_seqlens, reverse, chunk_size)
-    return y.to(v.dtype), final, states
+    y, (final,), (states,) = run_steps(
+        step, (q, k, v, beta, decay), (initial,), v[:, :0].sum(2), args.cu_seqlens, args.reverse, chunk_size
+    )
+    return y.to(args.v.dtype), final, states
 
 
-def with_factors(k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Give k, v and beta an axis of factors after time if they have none."""
-    return (k, v, beta) if k.ndim == 5 else (k[:, :, None], v[:, :, None], beta[:, :, None])
+def _state(args: DeltaRule) -> tuple[int, ...]:
+    return sequence_count(args.q, args.cu_seqlens), *args.q.shape[2:], args.v.shape[-1]
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    reverse: bool,
-) -> None:
+def _check(args: DeltaRule) -> None:
+    q, k, v, beta = args.q, args.k, args.v, args.beta
     if q.ndim != 4:
         raise ValueError(f"q must have shape [B, T, H, K] (got {list(q.shape)}); time is axis 1, heads are axis 2")
     batch, length, heads, keys = q.shape
@@ -101,39 +82,36 @@ def _check(
         shape = ", ".join(map(str, (*k.shape[:-1], "V")))
         raise ValueError(f"v must have shape [{shape}] (got {list(v.shape)}): values, one for each key")
     check_shape("beta", beta, tuple(k.shape[:-1]), f"one per key, [B, T{many}, H]")
-    check_shape("log_decay", log_decay, (batch, length, heads), "one per step and head, [B, T, H]")
-    check_log_decay(log_decay)
+    check_shape("log_decay", args.log_decay, (batch, length, heads), "one per step and head, [B, T, H]")
+    check_log_decay(args.log_decay)
     if beta.device.type == "cpu" and beta.numel():  # on a GPU the look would wait for the device
         lowest, highest = beta.min().item(), beta.max().item()
         if lowest < 0 or highest > 2:
             raise ValueError(
                 f"beta must lie in [0, 2] (got {lowest:.3g} to {highest:.3g}); pass sigmoid(x) or 2 * sigmoid(x)"
             )
-    check_packing(cu_seqlens, batch, length)
-    state = (sequence_count(q, cu_seqlens), heads, keys, v.shape[-1])
-    check_shape("initial_state", initial_state, state, "[sequences, H, K, V]")
+    check_packing(args.cu_seqlens, batch, length)
+    check_shape("initial_state", args.initial_state, _state(args), "[sequences, H, K, V]")
 
 
-def _fake(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, Tensor]:
-    state = (sequence_count(q, cu_seqlens), q.shape[2], q.shape[3], v.shape[-1])
-    return (
-        torch.empty((*q.shape[:3], v.shape[-1]), dtype=v.dtype, device=v.device),
-        torch.empty(state, dtype=working_dtype(q.dtype), device=q.device),
-    )
+def _fake(args: DeltaRule) -> tuple[Tensor, Tensor]:
+    y = torch.empty((*args.q.shape[:3], args.v.shape[-1]), dtype=args.v.dtype, device=args.v.device)
+    return y, y.new_empty(_state(args), dtype=working_dtype(args.q.dtype))
 
 
-def _chunk_states(q: Tensor, v: Tensor, chunk_size: int, **_: object) -> tuple[int, ...]:
-    return q.shape[0], (q.shape[1] + chunk_size - 1) // chunk_size, q.shape[2], q.shape[3], v.shape[-1]
+def _chunk_states(args: DeltaRule, chunk_size: int) -> tuple[int, ...]:
+    batch, length, heads, keys = args.q.shape
+    return batch, -(-length // chunk_size), heads, keys, args.v.shape[-1]
 
 
-def _multiply_adds(k: Sequence[int], v: Sequence[int], **_: object) -> int:
-    return 4 * math.prod(v) * k[-1]
+def _multiply_adds(args: Any) -> int:
+    count: int = 4 * math.prod(args.v) * args.k[-1]
+    return count
 
 
 FAMILY = Family(
     name="delta_rule",
     arguments=DeltaRule,
-    by_name=True,
     outputs=("y", "final_state"),
     saved={"chunk_states": _chunk_states},
     integers=("cu_seqlens",),
@@ -187,7 +165,7 @@ def delta_rule(
     Source: DeltaNet (arXiv 2406.06484), section 3; Gated DeltaNet (arXiv 2412.06464), section 3; DeltaProduct (arXiv
     2502.10297), section 4.
     """
-    y, state, _ = torch.ops.sinuous.delta_rule(
+    y, state, _ = operators.delta_rule(
         q, k, v, beta, log_decay, initial_state, cu_seqlens, scale, reverse, backend or ""
     )
     return (y, state) if return_state else y

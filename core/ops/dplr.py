@@ -35,6 +35,7 @@ from sinuous.core.ops.checks import (
 )
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.flops import matrix_state
+from sinuous.core.ops.operators import operators
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.arguments import DPLR
@@ -44,24 +45,13 @@ CHUNK_SIZE = 64
 """Time steps between two states that the forward pass keeps for the backward pass."""
 
 
-def recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    a: Tensor,
-    b: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    reverse: bool,
-    chunk_size: int = CHUNK_SIZE,
-) -> tuple[Tensor, Tensor, Tensor]:
+def recurrent(args: DPLR, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor, Tensor]:
     """Run the definition step by step; autograd differentiates it to any order."""
-    dtype = working_dtype(q.dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    shape = (sequence_count(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
-    initial = q.new_zeros(shape, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    dtype = working_dtype(args.q.dtype)
+    scale = args.q.shape[-1] ** -0.5 if args.scale is None else args.scale
+    q, k, v, a, b = (t.to(dtype) for t in (args.q, args.k, args.v, args.a, args.b))
+    decay = args.log_decay.to(dtype).exp()
+    initial = q.new_zeros(_state(args)) if args.initial_state is None else args.initial_state.to(dtype)
 
     def step(
         state: State, q_t: Tensor, k_t: Tensor, v_t: Tensor, decay_t: Tensor, a_t: Tensor, b_t: Tensor
@@ -70,50 +60,40 @@ def recurrent(
         S = decay_t[..., :, None] * state[0] + b_t[..., :, None] * read + k_t[..., :, None] * v_t[..., None, :]
         return (q_t[..., None, :] @ S).squeeze(-2) * scale, (S,)
 
-    inputs = (q.to(dtype), k.to(dtype), v.to(dtype), log_decay.to(dtype).exp(), a.to(dtype), b.to(dtype))
-    y, (final,), (states,) = run_steps(step, inputs, (initial,), inputs[2][:, :0], cu_seqlens, reverse, chunk_size)
-    return y.to(v.dtype), final, states
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    a: Tensor,
-    b: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    reverse: bool,
-) -> None:
-    check_attention(q, k, v)
-    keys = tuple(q.shape)
-    check_shape("log_decay", log_decay, keys, "one per key channel, [B, T, H, K]")
-    check_log_decay(log_decay)
-    check_shape("a", a, keys, "the vector that reads the state, shaped like keys, [B, T, H, K]")
-    check_shape("b", b, keys, "the vector that it is written at, shaped like keys, [B, T, H, K]")
-    check_packing(cu_seqlens, q.shape[0], q.shape[1])
-    state = (sequence_count(q, cu_seqlens), *keys[2:], v.shape[3])
-    check_shape("initial_state", initial_state, state, "[sequences, H, K, V]")
-
-
-def _fake(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, Tensor]:
-    state = (sequence_count(q, cu_seqlens), v.shape[2], q.shape[3], v.shape[3])
-    return (
-        torch.empty(v.shape, dtype=v.dtype, device=v.device),
-        torch.empty(state, dtype=working_dtype(q.dtype), device=q.device),
+    y, (final,), (states,) = run_steps(
+        step, (q, k, v, decay, a, b), (initial,), v[:, :0], args.cu_seqlens, args.reverse, chunk_size
     )
+    return y.to(args.v.dtype), final, states
 
 
-def _chunk_states(q: Tensor, v: Tensor, chunk_size: int, **_: object) -> tuple[int, ...]:
-    return q.shape[0], (q.shape[1] + chunk_size - 1) // chunk_size, v.shape[2], q.shape[3], v.shape[3]
+def _state(args: DPLR) -> tuple[int, ...]:
+    return sequence_count(args.q, args.cu_seqlens), *args.q.shape[2:], args.v.shape[3]
+
+
+def _check(args: DPLR) -> None:
+    check_attention(args.q, args.k, args.v)
+    keys = tuple(args.q.shape)
+    check_shape("log_decay", args.log_decay, keys, "one per key channel, [B, T, H, K]")
+    check_log_decay(args.log_decay)
+    check_shape("a", args.a, keys, "the vector that reads the state, shaped like keys, [B, T, H, K]")
+    check_shape("b", args.b, keys, "the vector that it is written at, shaped like keys, [B, T, H, K]")
+    check_packing(args.cu_seqlens, keys[0], keys[1])
+    check_shape("initial_state", args.initial_state, _state(args), "[sequences, H, K, V]")
+
+
+def _fake(args: DPLR) -> tuple[Tensor, Tensor]:
+    y = torch.empty(args.v.shape, dtype=args.v.dtype, device=args.v.device)
+    return y, y.new_empty(_state(args), dtype=working_dtype(args.q.dtype))
+
+
+def _chunk_states(args: DPLR, chunk_size: int) -> tuple[int, ...]:
+    batch, length, heads, keys = args.q.shape
+    return batch, -(-length // chunk_size), heads, keys, args.v.shape[3]
 
 
 FAMILY = Family(
     name="dplr",
     arguments=DPLR,
-    by_name=True,
     outputs=("y", "final_state"),
     saved={"chunk_states": _chunk_states},
     integers=("cu_seqlens",),
@@ -167,7 +147,5 @@ def dplr(
 
     Source: RWKV-7 (arXiv 2503.14456), section 4; KDA (arXiv 2510.26692), section 3.
     """
-    y, state, _ = torch.ops.sinuous.dplr(
-        q, k, v, log_decay, a, b, initial_state, cu_seqlens, scale, reverse, backend or ""
-    )
+    y, state, _ = operators.dplr(q, k, v, log_decay, a, b, initial_state, cu_seqlens, scale, reverse, backend or "")
     return (y, state) if return_state else y

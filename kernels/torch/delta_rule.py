@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sinuous.kernels.arguments import DeltaRule
 from sinuous.kernels.torch import chunked
 from sinuous.kernels.torch.chunked import Decays, Recurrence, State, Tensors, decay_gradient, decays
 
@@ -125,73 +126,35 @@ def _backward(
     return (dS,), dinputs, ()
 
 
-def _recurrence(scale: float) -> Recurrence:
-    return Recurrence(functools.partial(_forward, scale=scale), functools.partial(_backward, scale=scale))
+def _of_call(args: DeltaRule) -> tuple[Recurrence, Tensors, Tensors, State]:
+    """Passes, inputs with an axis of factors after the heads, `[B, T, H, n, …]`, no parameters, and initial state."""
+    scale = args.q.shape[-1] ** -0.5 if args.scale is None else args.scale
+    passes = Recurrence(functools.partial(_forward, scale=scale), functools.partial(_backward, scale=scale))
+    factors = (t.transpose(2, 3) if args.k.ndim == 5 else t.unsqueeze(3) for t in (args.k, args.v, args.beta))
+    initial = chunked.initial_matrix(args.q, args.v, args.initial_state, args.cu_seqlens)
+    return passes, (args.q, *factors, args.log_decay), (), initial
 
 
-def _factors_last(k: Tensor, v: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with an axis of factors after the heads, `[B, T, H, n, …]`."""
-    if k.ndim == 5:
-        return k.transpose(2, 3), v.transpose(2, 3), beta.transpose(2, 3)
-    return k.unsqueeze(3), v.unsqueeze(3), beta.unsqueeze(3)
+def _empty_output(args: DeltaRule) -> Tensor:
+    return args.v.new_empty(*args.q.shape[:3], args.v.shape[-1])
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    reverse: bool,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(args: DeltaRule, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)`; see sinuous.core.ops.delta_rule."""
     y, (final,), (chunk_states,) = chunked.forward(
-        _recurrence(q.shape[-1] ** -0.5 if scale is None else scale),
-        (q, *_factors_last(k, v, beta), log_decay),
-        (),
-        chunked.initial_matrix(q, v, initial_state, cu_seqlens),
-        torch.empty((*q.shape[:3], v.shape[-1]), dtype=v.dtype, device=v.device),
-        cu_seqlens,
-        reverse,
-        chunk_size,
+        *_of_call(args), _empty_output(args), args.cu_seqlens, args.reverse, chunk_size
     )
     return y, final, chunk_states
 
 
 def backward(
-    grads: tuple[Tensor | None, Tensor | None],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_states: Tensor,
-    scale: float | None,
-    reverse: bool,
-    chunk_size: int,
+    args: DeltaRule, grads: tuple[Tensor | None, Tensor | None], chunk_states: Tensor, chunk_size: int
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, beta, log_decay and initial_state."""
     dy, dfinal = grads
-    if dy is None:
-        dy = torch.zeros((*q.shape[:3], v.shape[-1]), dtype=v.dtype, device=v.device)
+    dy = _empty_output(args).zero_() if dy is None else dy
     (dq, *dfactors, dlog_decay), _, (dinitial,) = chunked.backward(
-        _recurrence(q.shape[-1] ** -0.5 if scale is None else scale),
-        (q, *_factors_last(k, v, beta), log_decay),
-        (),
-        chunked.initial_matrix(q, v, initial_state, cu_seqlens),
-        (chunk_states,),
-        dy,
-        (dfinal,),
-        cu_seqlens,
-        reverse,
-        chunk_size,
-        value=0,
+        *_of_call(args), (chunk_states,), dy, (dfinal,), args.cu_seqlens, args.reverse, chunk_size, value=0
     )
-    dk, dv, dbeta = (t if t is None else t.transpose(2, 3) if k.ndim == 5 else t.squeeze(3) for t in dfactors)
-    return [dq, dk, dv, dbeta, dlog_decay, None if initial_state is None else dinitial]
+    dk, dv, dbeta = (t if t is None else t.transpose(2, 3) if args.k.ndim == 5 else t.squeeze(3) for t in dfactors)
+    return [dq, dk, dv, dbeta, dlog_decay, None if args.initial_state is None else dinitial]

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sinuous.kernels.arguments import DPLR
 from sinuous.kernels.torch import chunked
 from sinuous.kernels.torch.chunked import Recurrence, State, Tensors
 
@@ -134,67 +135,29 @@ def _backward_step(
     return (decay.mT * dafter + a.mT @ dread,), gradients, ()
 
 
-def _recurrence(q: Tensor, scale: float | None) -> Recurrence:
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+def _of_call(args: DPLR) -> tuple[Recurrence, Tensors, Tensors, State]:
+    """Passes, inputs, no parameters, and initial state."""
+    scale = args.q.shape[-1] ** -0.5 if args.scale is None else args.scale
     passes = Recurrence(functools.partial(_forward, scale=scale), functools.partial(_backward, scale=scale))
-    return chunked.in_short_segments(passes, gate=3)
+    inputs = (args.q, args.k, args.v, args.log_decay, args.a, args.b)
+    initial = chunked.initial_matrix(args.q, args.v, args.initial_state, args.cu_seqlens)
+    return chunked.in_short_segments(passes, gate=3), inputs, (), initial
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    a: Tensor,
-    b: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    reverse: bool,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(args: DPLR, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)`; see sinuous.core.ops.dplr."""
     y, (final,), (chunk_states,) = chunked.forward(
-        _recurrence(q, scale),
-        (q, k, v, log_decay, a, b),
-        (),
-        chunked.initial_matrix(q, v, initial_state, cu_seqlens),
-        torch.empty_like(v),
-        cu_seqlens,
-        reverse,
-        chunk_size,
+        *_of_call(args), torch.empty_like(args.v), args.cu_seqlens, args.reverse, chunk_size
     )
     return y, final, chunk_states
 
 
 def backward(
-    grads: tuple[Tensor | None, Tensor | None],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    a: Tensor,
-    b: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_states: Tensor,
-    scale: float | None,
-    reverse: bool,
-    chunk_size: int,
+    args: DPLR, grads: tuple[Tensor | None, Tensor | None], chunk_states: Tensor, chunk_size: int
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, log_decay, a, b and initial_state."""
     dy, dfinal = grads
     inputs, _, (dinitial,) = chunked.backward(
-        _recurrence(q, scale),
-        (q, k, v, log_decay, a, b),
-        (),
-        chunked.initial_matrix(q, v, initial_state, cu_seqlens),
-        (chunk_states,),
-        dy,
-        (dfinal,),
-        cu_seqlens,
-        reverse,
-        chunk_size,
-        value=2,
+        *_of_call(args), (chunk_states,), dy, (dfinal,), args.cu_seqlens, args.reverse, chunk_size, value=2
     )
-    return [*inputs, None if initial_state is None else dinitial]
+    return [*inputs, None if args.initial_state is None else dinitial]

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from sinuous.kernels.arguments import DeltaRule
 from sinuous.kernels.torch import delta_rule as plain
 from sinuous.kernels.torch.chunked import initial_matrix
 from sinuous.kernels.triton.delta_rule_kernels import carry, carry_adjoint, prepare, read, sides
@@ -49,27 +50,17 @@ def tiles(kernel: object, dtype: torch.dtype, keys: int, values: int) -> dict[st
 class DeltaRuleCall:
     """A call with its factors as rows, and the launches that it is made of."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        beta: Tensor,
-        log_decay: Tensor | None,
-        initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        scale: float | None,
-        reverse: bool,
-        chunk_size: int,
-    ) -> None:
-        self.product, self.factors, self.reverse = k.ndim == 5, k.shape[2] if k.ndim == 5 else 1, reverse
-        self.q, self.k, self.v, self.beta = q.contiguous(), self.as_rows(k), self.as_rows(v), self.as_rows(beta)
-        bounds = None if cu_seqlens is None else cu_seqlens * self.factors
-        rows = tiles(prepare, q.dtype, q.shape[-1], v.shape[-1])["CHUNK"]
-        self.call = MatrixStatesCall.of(self.q, self.v, bounds, scale, reverse, rows)
+    def __init__(self, args: DeltaRule, chunk_size: int) -> None:
+        self.product, self.reverse = args.k.ndim == 5, args.reverse
+        self.factors = args.k.shape[2] if self.product else 1
+        self.q, self.k, self.v, self.beta = args.q.contiguous(), *map(self.as_rows, (args.k, args.v, args.beta))
+        bounds = None if args.cu_seqlens is None else args.cu_seqlens * self.factors
+        rows = tiles(prepare, args.q.dtype, args.q.shape[-1], args.v.shape[-1])["CHUNK"]
+        self.call = MatrixStatesCall.of(self.q, self.v, bounds, args.scale, args.reverse, rows)
         self.span = chunk_size * self.factors
-        self.log_decay = over_time(log_decay if self.factors == 1 else self._on_first_rows(log_decay), self.v)
-        self.initial = self.state(initial_state)
+        log_decay = args.log_decay if self.factors == 1 else self._on_first_rows(args.log_decay)
+        self.log_decay = over_time(log_decay, self.v)
+        self.initial = self.state(args.initial_state)
 
     def as_rows(self, t: Tensor) -> Tensor:
         if self.product:
@@ -92,6 +83,9 @@ class DeltaRuleCall:
         """A state per sequence; zeros for None."""
         (matrix,) = initial_matrix(self.q, self.v, state, self.call.bounds)
         return matrix
+
+    def empty_output(self) -> Tensor:
+        return self.v.new_empty(*self.q.shape[:3], self.call.values)
 
     def _over(self, kernel: Any) -> tuple[int, int, dict[str, Any]]:
         """Blocks of keys, blocks of values, and compile-time arguments, of a kernel."""
@@ -152,8 +146,7 @@ class DeltaRuleCall:
 
     def read(self) -> Tensor:
         """The outputs."""
-        call, (_, value_blocks, sizes) = self.call, self._over(read)
-        y = self.v.new_empty(*self.q.shape[:3], call.values)
+        call, (_, value_blocks, sizes), y = self.call, self._over(read), self.empty_output()
         with on_device(self.q):
             read[(value_blocks * call.heads * call.segments,)](
                 self.q, self.beta, self.weights, self.residual, self.decays.since_start, self.states, self.initial,
@@ -187,60 +180,36 @@ class DeltaRuleCall:
         return dq, dk, dv, dbeta, decay_gradient(call, self.log_decay, dots[0], dots[1], ends), dinitial
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    reverse: bool,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(args: DeltaRule, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)`; see sinuous.core.ops.delta_rule."""
-    arguments = (q, k, v, beta, log_decay, initial_state, cu_seqlens, scale, reverse, chunk_size)
-    if not fits(q):
-        return plain.forward(*arguments)
-    rows = DeltaRuleCall(*arguments)
-    if v.numel() == 0:
-        y, chunk_states = v.new_empty(*q.shape[:3], v.shape[-1]), rows.call.empty_states(rows.initial)
-        return y, rows.initial.clone(), chunk_states
+    if not fits(args.q):
+        return plain.forward(args, chunk_size)
+    rows = DeltaRuleCall(args, chunk_size)
+    if args.v.numel() == 0:
+        return rows.empty_output(), rows.initial.clone(), rows.call.empty_states(rows.initial)
     rows.prepare()
     final, chunk_states = rows.carry()
     return rows.read(), final, chunk_states
 
 
 def backward(
-    grads: tuple[Tensor | None, Tensor | None],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_states: Tensor,
-    scale: float | None,
-    reverse: bool,
-    chunk_size: int,
+    args: DeltaRule, grads: tuple[Tensor | None, Tensor | None], chunk_states: Tensor, chunk_size: int
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, beta, log_decay and initial_state."""
-    arguments = (q, k, v, beta, log_decay, initial_state, cu_seqlens)
-    if not fits(q):
-        return plain.backward(grads, *arguments, chunk_states, scale, reverse, chunk_size)
-    rows = DeltaRuleCall(*arguments, scale, reverse, chunk_size)
+    if not fits(args.q):
+        return plain.backward(args, grads, chunk_states, chunk_size)
+    rows = DeltaRuleCall(args, chunk_size)
     dfinal = rows.state(grads[1])
-    if v.numel() == 0:
-        zeros = [None if t is None else torch.zeros_like(t) for t in (q, k, v, beta, log_decay)]
-        return [*zeros, None if initial_state is None else dfinal]
+    if args.v.numel() == 0:
+        inputs = (args.q, args.k, args.v, args.beta, args.log_decay)
+        zeros = [None if t is None else torch.zeros_like(t) for t in inputs]
+        return [*zeros, None if args.initial_state is None else dfinal]
     rows.prepare()
     rows.carry_again(chunk_states.contiguous())
-    dy = v.new_zeros(*q.shape[:3], v.shape[-1]) if grads[0] is None else grads[0].contiguous()
+    dy = rows.empty_output().zero_() if grads[0] is None else grads[0].contiguous()
     dq, dk, dv, dbeta, drows, dinitial = rows.gradients(dy, dfinal)
     dk, dv, dbeta = (rows.as_factors(t) for t in (dk, dv, dbeta))
     dlog_decay = None
-    if log_decay is not None:
+    if args.log_decay is not None:
         dlog_decay = rows.as_factors(drows)[:, :, 0] if rows.product else drows
-    return [dq, dk, dv, dbeta, dlog_decay, None if initial_state is None else dinitial]
+    return [dq, dk, dv, dbeta, dlog_decay, None if args.initial_state is None else dinitial]

@@ -9,7 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
+from sinuous.kernels.arguments import DPLR
 from sinuous.kernels.torch import dplr as plain
+from sinuous.kernels.torch.chunked import initial_matrix
 from sinuous.kernels.triton.delta_rule import fits
 from sinuous.kernels.triton.dplr_kernels import carry, pass_through, sides, solve
 from sinuous.kernels.triton.gla import GLACall
@@ -71,36 +73,20 @@ class DPLRTransitions(NamedTuple):
 class DPLRCall:
     """One call, and the launches that it is made of."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor,
-        a: Tensor,
-        b: Tensor,
-        initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        scale: float | None,
-        reverse: bool,
-        chunk_size: int,
-    ) -> None:
-        self.q, self.k, self.v, self.a, self.b = (t.contiguous() for t in (q, k, v, a, b))
-        self.call = MatrixStatesCall.of(self.q, self.v, cu_seqlens, scale, reverse, chunk_size)
-        self.queries = GLACall(self.call, log_decay, None, transposed=False)
+    def __init__(self, args: DPLR, chunk_size: int) -> None:
+        self.q, self.k, self.v, self.a, self.b = (t.contiguous() for t in (args.q, args.k, args.v, args.a, args.b))
+        self.call = MatrixStatesCall.of(self.q, self.v, args.cu_seqlens, args.scale, args.reverse, chunk_size)
+        self.queries = GLACall(self.call, args.log_decay, None, transposed=False)
         # a reads ahead of the decay of its own step, and before that step writes.
         self.readers = copy.copy(self.queries)
-        self.readers.bonus = torch.zeros(q.shape[2:], dtype=self.call.dtype, device=q.device)
+        self.readers.bonus = self.q.new_zeros(self.q.shape[2:], dtype=self.call.dtype)
         self.readers.sizes = {**self.queries.sizes, "BONUS": True, "SCALE": 1.0}
-        self.initial = self.state(initial_state)
+        self.initial = self.state(args.initial_state)
 
     def state(self, state: Tensor | None) -> Tensor:
         """A state per sequence; zeros for None."""
-        call = self.call
-        if state is not None:
-            return state.to(call.dtype).contiguous()
-        shape = (call.sequences, call.heads, call.keys, call.values)
-        return torch.zeros(shape, dtype=call.dtype, device=self.q.device)
+        (matrix,) = initial_matrix(self.q, self.v, state, self.call.bounds)
+        return matrix
 
     def _over(self, kernel: Any, **more: Any) -> tuple[int, int, dict[str, Any]]:
         """Blocks of keys, blocks of values, and compile-time arguments, of a kernel."""
@@ -204,53 +190,27 @@ class DPLRCall:
         return of_reader, of_writer, of_gates
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    a: Tensor,
-    b: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float | None,
-    reverse: bool,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(args: DPLR, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)`; see sinuous.core.ops.dplr."""
-    arguments = (q, k, v, log_decay, a, b, initial_state, cu_seqlens, scale, reverse, chunk_size)
-    if not fits(q):
-        return plain.forward(*arguments)
-    made = DPLRCall(*arguments)
-    if v.numel() == 0:
-        return torch.empty_like(v), made.initial.clone(), made.call.empty_states(made.initial)
+    if not fits(args.q):
+        return plain.forward(args, chunk_size)
+    made = DPLRCall(args, chunk_size)
+    if args.v.numel() == 0:
+        return torch.empty_like(args.v), made.initial.clone(), made.call.empty_states(made.initial)
     return made.forward()
 
 
 def backward(
-    grads: tuple[Tensor | None, Tensor | None],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    a: Tensor,
-    b: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_states: Tensor,
-    scale: float | None,
-    reverse: bool,
-    chunk_size: int,
+    args: DPLR, grads: tuple[Tensor | None, Tensor | None], chunk_states: Tensor, chunk_size: int
 ) -> list[Tensor | None]:
     """Gradients of q, k, v, log_decay, a, b and initial_state."""
-    arguments = (q, k, v, log_decay, a, b, initial_state, cu_seqlens)
-    if not fits(q):
-        return plain.backward(grads, *arguments, chunk_states, scale, reverse, chunk_size)
-    made = DPLRCall(*arguments, scale, reverse, chunk_size)
+    if not fits(args.q):
+        return plain.backward(args, grads, chunk_states, chunk_size)
+    made = DPLRCall(args, chunk_size)
     dfinal = made.state(grads[1])
-    if v.numel() == 0:
-        zeros = [torch.zeros_like(t) for t in (q, k, v, log_decay, a, b)]
-        return [*zeros, None if initial_state is None else dfinal]
+    if args.v.numel() == 0:
+        zeros = [torch.zeros_like(t) for t in (args.q, args.k, args.v, args.log_decay, args.a, args.b)]
+        return [*zeros, None if args.initial_state is None else dfinal]
     dy = torch.zeros_like(made.v) if grads[0] is None else grads[0].contiguous()
     *dinputs, dinitial = made.gradients(dy, dfinal, chunk_states.contiguous())
-    return [*dinputs, None if initial_state is None else dinitial]
+    return [*dinputs, None if args.initial_state is None else dinitial]
