@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from sinuous.core import checks, norms
 from sinuous.core.checks import check_choice
 from sinuous.core.mixers.contract import Mixer, register_mixer
-from sinuous.core.ops import grid_scan  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 
 CORNERS = 4
 
@@ -257,10 +257,7 @@ class PLSTMGrid(Mixer):
 
 def _scan(tensors: list[Tensor]) -> Tensor:
     q, k, v, source, transition, mark, direct = tensors
-    y: Tensor = torch.ops.sinuous.grid_scan(
-        q, k, v, source, transition, mark, direct, None, None, [0, 1, 2, 3], None, False, ""
-    )[0]
-    return y
+    return operators.grid_scan(q, k, v, source, transition, mark, direct, orientations=[0, 1, 2, 3])[0]
 
 
 def _scan_packed(tensors: list[Tensor], cu_seqlens: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ from torch import Tensor
 from sinuous.core.checks import check_choice
 from sinuous.core.ops.checks import check_floating, check_shape
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.operators import operators
 from sinuous.core.ops.public import public
 from sinuous.kernels.arguments import GridScan
 from sinuous.kernels.precision import at_least_fp32, working_dtype
@@ -43,31 +45,19 @@ MODES = ("P", "D", "free")
 ORIENTATIONS = 4
 
 
-def recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    source: Tensor,
-    transition: Tensor,
-    mark: Tensor,
-    direct: Tensor | None,
-    left: Tensor | None,
-    up: Tensor | None,
-    orientations: Sequence[int],
-    scale: float | None,
-    with_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def recurrent(args: GridScan) -> tuple[Tensor, Tensor, Tensor]:
     """Run the definition cell by cell; autograd differentiates it to any order."""
-    dtype = working_dtype(q.dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    left_shape, up_shape = _state_shapes(q, v, orientations)
-    left = q.new_zeros(left_shape, dtype=dtype) if left is None else left.to(dtype)
-    up = q.new_zeros(up_shape, dtype=dtype) if up is None else up.to(dtype)
-    q, k, values = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
+    dtype, orientations = working_dtype(args.q.dtype), args.orientations
+    scale = args.q.shape[-1] ** -0.5 if args.scale is None else args.scale
+    left, up = (
+        args.q.new_zeros(shape, dtype=dtype) if t is None else t.to(dtype)
+        for t, shape in zip((args.left, args.up), _states(args), strict=True)
+    )
+    q, k, values = args.q.to(dtype) * scale, args.k.to(dtype), args.v.to(dtype)
     first, second = walked(left, orientations, None, 1, 3), walked(up, orientations, 1, None, 3)
     rights, downs = list(first.unbind(2)), list(second.unbind(2))
     shared = [walked(t, orientations, 1, 2) for t in (q, k, values)]
-    gates = [walked(t.to(dtype), orientations, 1, 2, 4) for t in (source, transition, mark)]
+    gates = [walked(t.to(dtype), orientations, 1, 2, 4) for t in (args.source, args.transition, args.mark)]
     rows = []
     for x, row in enumerate(zip(*(t.unbind(2) for t in (*shared, *gates)), strict=True)):
         ys = []
@@ -79,35 +69,24 @@ def recurrent(
             downs[x] = T[..., 1, 0, :, :] * C_l + T[..., 1, 1, :, :] * C_u + S[..., 1, :, :] * pair
         rows.append(torch.stack(ys, 2) if ys else shared[2][:, :, x])
     y_all = unwalked(torch.stack(rows, 2) if rows else shared[2], orientations, 1, 2)
-    if direct is not None:
-        y_all = y_all + (direct.to(dtype) * (q * k).sum(-1))[..., None] * values
-    if not with_state:
-        return y_all.to(v.dtype), left.new_empty(0), up.new_empty(0)
+    if args.direct is not None:
+        y_all = y_all + (args.direct.to(dtype) * (q * k).sum(-1))[..., None] * values
+    y_all = y_all.to(args.v.dtype)
+    if not args.with_state:
+        return y_all, left.new_empty(0), up.new_empty(0)
     right = unwalked(torch.stack(rights, 2) if rights else first, orientations, None, 1, 3)
     down = unwalked(torch.stack(downs, 2) if downs else second, orientations, 1, None, 3)
-    return y_all.to(v.dtype), right, down
+    return y_all, right, down
 
 
-def _state_shapes(q: Tensor, v: Tensor, orientations: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    batch, width, height, heads, keys = q.shape
-    state = (heads, len(orientations), keys, v.shape[-1])
+def _states(args: GridScan) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    batch, width, height, heads, keys = args.q.shape
+    state = (heads, len(args.orientations), keys, args.v.shape[-1])
     return (batch, height, *state), (batch, width, *state)
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    source: Tensor,
-    transition: Tensor,
-    mark: Tensor,
-    direct: Tensor | None,
-    left: Tensor | None,
-    up: Tensor | None,
-    orientations: Sequence[int],
-    scale: float | None,
-    with_state: bool,
-) -> None:
+def _check(args: GridScan) -> None:
+    q, k, v, orientations = args.q, args.k, args.v, args.orientations
     if q.ndim != 5:
         raise ValueError(f"q must have shape [B, X, Y, H, K] (got {list(q.shape)}); axes 1 and 2 are the grid's sides")
     check_shape("k", k, tuple(q.shape), "keys are shaped like queries, [B, X, Y, H, K]")
@@ -117,32 +96,32 @@ def _check(
     if not orientations or any(o not in range(ORIENTATIONS) for o in orientations):
         raise ValueError(f"orientations must be numbers from 0 to 3, at least one of them (got {list(orientations)})")
     cells, count = tuple(q.shape[:4]), len(orientations)
-    check_shape("source", source, (*cells, count, 2), "right and down, [B, X, Y, H, orientations, 2]")
-    check_shape("transition", transition, (*cells, count, 2, 2), "(right, down) from (left, up), [B, X, Y, H, O, 2, 2]")
-    check_shape("mark", mark, (*cells, count, 2), "left and up, [B, X, Y, H, orientations, 2]")
-    check_shape("direct", direct, cells, "[B, X, Y, H]")
-    left_shape, up_shape = _state_shapes(q, v, orientations)
-    check_shape("left", left, left_shape, "one state per row, [B, Y, H, orientations, K, V]")
-    check_shape("up", up, up_shape, "one state per column, [B, X, H, orientations, K, V]")
+    check_shape("source", args.source, (*cells, count, 2), "right and down, [B, X, Y, H, orientations, 2]")
+    check_shape(
+        "transition", args.transition, (*cells, count, 2, 2), "(right, down) from (left, up), [B, X, Y, H, O, 2, 2]"
+    )
+    check_shape("mark", args.mark, (*cells, count, 2), "left and up, [B, X, Y, H, orientations, 2]")
+    check_shape("direct", args.direct, cells, "[B, X, Y, H]")
+    left, up = _states(args)
+    check_shape("left", args.left, left, "one state per row, [B, Y, H, orientations, K, V]")
+    check_shape("up", args.up, up, "one state per column, [B, X, H, orientations, K, V]")
 
 
-def _fake(
-    q: Tensor, v: Tensor, orientations: Sequence[int], with_state: bool, **_: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = _state_shapes(q, v, orientations) if with_state else ((0,), (0,))
-    right, down = (torch.empty(shape, dtype=working_dtype(q.dtype), device=q.device) for shape in shapes)
-    return torch.empty(v.shape, dtype=v.dtype, device=v.device), right, down
+def _fake(args: GridScan) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = _states(args) if args.with_state else ((0,), (0,))
+    right, down = (args.q.new_empty(shape, dtype=working_dtype(args.q.dtype)) for shape in shapes)
+    return torch.empty(args.v.shape, dtype=args.v.dtype, device=args.v.device), right, down
 
 
-def _multiply_adds(q: Sequence[int], v: Sequence[int], source: Sequence[int], **_: object) -> int:
+def _multiply_adds(args: Any) -> int:
     """8 K V for each orientation: two edges in times two out, their marks, and what a cell adds to either."""
-    return 8 * source[-2] * math.prod(q[:4]) * q[4] * v[4]
+    count: int = 8 * args.source[-2] * math.prod(args.q) * args.v[4]
+    return count
 
 
 FAMILY = Family(
     name="grid_scan",
     arguments=GridScan,
-    by_name=True,
     outputs=("y", "right", "down"),
     saved={},
     integers=(),
@@ -237,7 +216,7 @@ def grid_scan(
             )
     if orientations is None:
         orientations = range(source.shape[-2] if source.ndim > 1 else 1)
-    y, right, down = torch.ops.sinuous.grid_scan(
+    y, right, down = operators.grid_scan(
         q, k, v, source, bounded(transition, mode), mark, direct, left, up, list(orientations), scale, return_state,
         backend or "",
     )  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sinuous.kernels.arguments import GridScan
 from sinuous.kernels.cpu.call import Call, fields
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.grid_scan import add_direct, add_direct_gradients
@@ -27,26 +28,14 @@ TASKS = 16
 class GridScanCall(Call):
     """The arguments that forward and backward share."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        source: Tensor,
-        transition: Tensor,
-        mark: Tensor,
-        orientations: Sequence[int],
-        scale: float | None,
-    ) -> None:
-        super().__init__("grid_scan", _FIELDS, working_dtype(q.dtype))
-        self.scale = q.shape[-1] ** -0.5 if scale is None else scale
-        self.q, self.k, self.v = (self.array(name, t) for name, t in (("q", q), ("k", k), ("v", v)))
-        self.source, self.transition, self.mark = (
-            self.array(name, t) for name, t in (("source", source), ("transition", transition), ("mark", mark))
-        )
-        self.orientations = torch.tensor(orientations, dtype=torch.int64)
-        self.batch, self.width, self.height, self.heads, self.keys = q.shape
-        self.values = v.shape[-1]
+    def __init__(self, args: GridScan) -> None:
+        super().__init__("grid_scan", _FIELDS, working_dtype(args.q.dtype))
+        self.scale = args.q.shape[-1] ** -0.5 if args.scale is None else args.scale
+        inputs = ("q", "k", "v", "source", "transition", "mark")
+        self.args = args._replace(**{name: self.array(name, getattr(args, name)) for name in inputs})
+        self.orientations = torch.tensor(args.orientations, dtype=torch.int64)
+        self.batch, self.width, self.height, self.heads, self.keys = args.q.shape
+        self.values = args.v.shape[-1]
         self.swapped = self.width > self.height
         inner, outer = (self.width, self.height), (self.height, 1)  # of each side its cells, and how far apart they are
         if self.swapped:
@@ -61,7 +50,7 @@ class GridScanCall(Call):
             heads=self.heads,
             keys=self.keys,
             values=self.values,
-            orientations=len(orientations),
+            orientations=len(args.orientations),
             orientation=self.orientations.data_ptr(),
         )
 
@@ -82,68 +71,42 @@ class GridScanCall(Call):
         return torch.empty(self.batch, length, self.heads, len(self.orientations), *shape, dtype=self.dtype)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    source: Tensor,
-    transition: Tensor,
-    mark: Tensor,
-    direct: Tensor | None,
-    left: Tensor | None,
-    up: Tensor | None,
-    orientations: Sequence[int],
-    scale: float | None,
-    with_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(args: GridScan) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, right, down)`; see sinuous.core.ops.grid_scan."""
-    call = GridScanCall(q, k, v, source, transition, mark, orientations, scale)
-    call.states("{}", left, up)
-    y = call.output("y", *v.shape)
+    call = GridScanCall(args)
+    call.states("{}", args.left, args.up)
+    y = call.output("y", *args.v.shape)
     right, down = y.new_empty(0), y.new_empty(0)
-    if with_state:
+    if args.with_state:
         right, down = (call.side(length, call.keys, call.values) for length in (call.height, call.width))
         call.states("{}_end", right, down)
     call.run(call.library.forward)
-    add_direct(y, call.q, call.k, call.v, direct)
-    return y.mul_(call.scale).to(v.dtype), right, down
+    add_direct(y, call.args)
+    return y.mul_(call.scale).to(args.v.dtype), right, down
 
 
-def backward(
-    grads: Sequence[Tensor | None],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    source: Tensor,
-    transition: Tensor,
-    mark: Tensor,
-    direct: Tensor | None,
-    left: Tensor | None,
-    up: Tensor | None,
-    orientations: Sequence[int],
-    scale: float | None,
-    with_state: bool,
-) -> list[Tensor | None]:
+def backward(args: GridScan, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients of q, k, v, source, transition, mark, direct, left and up."""
-    call = GridScanCall(q, k, v, source, transition, mark, orientations, scale)
-    dy = call.array("dy", torch.zeros_like(call.v) if grads[0] is None else grads[0] * call.scale)
+    call = GridScanCall(args)
+    dy = call.array("dy", torch.zeros_like(call.args.v) if grads[0] is None else grads[0] * call.scale)
     # In the backward pass lanes run over keys.
-    value_first = [None if t is None else t.mT for t in (left, up, *(grads[1:] if with_state else ()))]
+    ends = grads[1:] if args.with_state else ()
+    value_first = [None if t is None else t.mT for t in (args.left, args.up, *ends)]
     call.states("{}", *value_first[:2])
-    if with_state:
+    if args.with_state:
         call.states("d{}_end", *value_first[2:])
-    sides = ((left, call.height), (up, call.width))
+    sides = ((args.left, call.height), (args.up, call.width))
     dleft, dup = (None if t is None else call.side(length, call.values, call.keys) for t, length in sides)
     call.states("d{}", dleft, dup)
     groups = call.groups()
     call.arguments["groups"] = groups
-    dq, dk, dv = call.output("dq", *q.shape), call.output("dk", *k.shape), call.output("dv", groups, *v.shape)
-    dv.zero_()
-    gates = (("dsource", source), ("dtransition", transition), ("dmark", mark))
+    dq, dk = call.output("dq", *args.q.shape), call.output("dk", *args.k.shape)
+    dv = call.output("dv", groups, *args.v.shape).zero_()
+    gates = (("dsource", args.source), ("dtransition", args.transition), ("dmark", args.mark))
     dgates = [call.output(name, groups, *t.shape) for name, t in gates]
     call.run(call.library.backward)
     dv, *dgates = (t[0] if groups == 1 else t.sum(0) for t in (dv, *dgates))
-    ddirect = add_direct_gradients(dq, dk, dv, dy, call.q, call.k, call.v, direct)
+    ddirect = add_direct_gradients(dq, dk, dv, dy, call.args)
     return [dq, dk, dv, *dgates, ddirect, None if dleft is None else dleft.mT, None if dup is None else dup.mT]
 
 
@@ -152,7 +115,7 @@ def self_test(dtype: torch.dtype) -> str | None:
     one = torch.ones(1, 2, 1, 1, 1, dtype=dtype)
     gate = torch.full((1, 2, 1, 1, 1, 2), 2, dtype=dtype)
     state = torch.full((1, 1, 1, 1, 1, 1), 3, dtype=dtype)
-    y, *_ = forward(one, one, one, gate, torch.stack([gate, gate], -2), gate, None, state, None, [0], None, False)
+    y, *_ = forward(GridScan(one, one, one, gate, torch.stack([gate, gate], -2), gate, left=state))
     if y.flatten().tolist() != [6, 16]:
         return f"the compiled grid scan is wrong on this machine (got {y.flatten().tolist()}, wanted [6, 16])"
     return None

@@ -14,6 +14,7 @@ in the number of cells.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sinuous.kernels.arguments import GridScan
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.differentiation import autograd_inside_an_op
 from sinuous.kernels.torch.grid_blocks import Blocks, block_maps, cut_edges, uncut_edges
@@ -96,18 +98,6 @@ def _pass_back(
     return dW, dC.view_as(C), dq, dk, dv
 
 
-class GridWalks(NamedTuple):
-    """Walks that go together, in the precision of the states: `[B, X, Y, H, …]`."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    gates: tuple[Tensor, ...]
-    left: Tensor | None
-    up: Tensor | None
-    orientations: tuple[int, ...]
-
-
 class GridGradients(NamedTuple):
     q: Tensor
     k: Tensor
@@ -115,6 +105,10 @@ class GridGradients(NamedTuple):
     gates: tuple[Tensor, ...]
     left: Tensor | None = None
     up: Tensor | None = None
+
+
+def _gates(args: GridScan) -> tuple[Tensor, Tensor, Tensor]:
+    return args.source, args.transition, args.mark
 
 
 def _weights(source: Tensor, transition: Tensor, mark: Tensor, orientations: Sequence[int]) -> Tensor:
@@ -138,9 +132,8 @@ def _flat(t: Tensor) -> Tensor:
     return t.flatten(1, 2).transpose(1, 2)
 
 
-def _whole_forward(g: GridWalks) -> Tensor:
-    source, transition, mark = g.gates
-    W = _weights(source, transition, mark, g.orientations)
+def _whole_forward(g: GridScan) -> Tensor:
+    W = _weights(*_gates(g), g.orientations)
     cells = (W * (_flat(g.q) @ _flat(g.k).mT)) @ _flat(g.v)
     y: Tensor = cells.transpose(1, 2).unflatten(1, g.v.shape[1:3])
     return y
@@ -161,8 +154,8 @@ def _with_gates(
     return result.detach(), pull
 
 
-def _whole_backward(g: GridWalks, dy: Tensor) -> GridGradients:
-    W, pull = _with_gates(lambda source, transition, mark: _weights(source, transition, mark, g.orientations), g.gates)
+def _whole_backward(g: GridScan, dy: Tensor) -> GridGradients:
+    W, pull = _with_gates(functools.partial(_weights, orientations=g.orientations), _gates(g))
     q, k, v, dy = _flat(g.q), _flat(g.k), _flat(g.v), _flat(dy)
     scores, inside = q @ k.mT, dy @ v.mT
     dgates = pull(scores * inside)
@@ -176,7 +169,7 @@ def _whole_backward(g: GridWalks, dy: Tensor) -> GridGradients:
 class GridWalk:
     """A part of a batch cut into blocks, with orientations and heads as rows: N = B · O · H."""
 
-    def __init__(self, g: GridWalks, space: Workspace) -> None:
+    def __init__(self, g: GridScan, space: Workspace) -> None:
         self.g, self.space = g, space
         self.batch, self.width, self.height, self.heads = g.q.shape[:4]
         side = _of_device(SIDE, g.q)
@@ -239,7 +232,7 @@ class GridWalk:
 
     def backward(self, dy: Tensor, dright: Tensor | None, ddown: Tensor | None) -> GridGradients:
         g, b = self.g, self.blocks
-        W, pull = _with_gates(self.maps, g.gates)
+        W, pull = _with_gates(self.maps, _gates(g))
         self.forward(W, True)
         left, up = self.edges(dright, ddown)
         diagonals = zip(
@@ -259,8 +252,9 @@ class GridWalk:
         return GridGradients(dq, dk, dv, pull(dW), *edges)
 
 
-def _is_whole(q: Tensor, left: Tensor | None, up: Tensor | None, with_state: bool) -> bool:
-    return not with_state and left is None and up is None and q.shape[1] * q.shape[2] <= _of_device(WHOLE, q)
+def _is_whole(args: GridScan) -> bool:
+    with_states = args.with_state or args.left is not None or args.up is not None
+    return not with_states and args.q.shape[1] * args.q.shape[2] <= _of_device(WHOLE, args.q)
 
 
 class GridPart(NamedTuple):
@@ -269,6 +263,15 @@ class GridPart(NamedTuple):
     batch: slice
     heads: slice
     orientations: slice
+
+    def of(self, args: GridScan) -> GridScan:
+        """The arguments of these walks, in the precision of the states; `direct`, which is added at the end, is not."""
+        dtype = working_dtype(args.q.dtype)
+        q, k, v = (self.cells(t).to(dtype) for t in (args.q, args.k, args.v))
+        source, transition, mark = (self.gates(t).to(dtype) for t in _gates(args))
+        left, up = (None if t is None else self.states(t).to(dtype) for t in (args.left, args.up))
+        walks = args._replace(q=q, k=k, v=v, source=source, transition=transition, mark=mark, left=left, up=up)
+        return walks._replace(orientations=args.orientations[self.orientations])
 
     def cells(self, t: Tensor) -> Tensor:
         """This part of a tensor that orientations share, `[B, X, Y, H, …]`."""
@@ -283,13 +286,13 @@ class GridPart(NamedTuple):
         return t[self.batch, :, self.heads, self.orientations]
 
 
-def _parts(q: Tensor, v: Tensor, orientations: Sequence[int], whole: bool) -> Iterator[GridPart]:
+def _parts(args: GridScan) -> Iterator[GridPart]:
     """Walks in parts of about `ELEMENTS`: orientations stay together longest, then heads."""
-    cells = q.shape[1] * q.shape[2]
-    side = _of_device(SIDE, q)
-    each = cells * cells if whole else cells * (2 * q.shape[-1] * v.shape[-1] // side + 4 * side * side)
-    sizes = [q.shape[0], q.shape[3], len(orientations)]
-    most = _of_device(ELEMENTS, q) // max(1, each)
+    batch, width, height, heads, keys = args.q.shape
+    cells, side = width * height, _of_device(SIDE, args.q)
+    per_cell = cells if _is_whole(args) else 2 * keys * args.v.shape[-1] // side + 4 * side * side
+    sizes = [batch, heads, len(args.orientations)]
+    most = _of_device(ELEMENTS, args.q) // max(1, cells * per_cell)
     steps = []
     for n, size in enumerate(sizes):
         steps.append(min(size, max(1, most // max(1, math.prod(sizes[n + 1 :])))))
@@ -298,51 +301,27 @@ def _parts(q: Tensor, v: Tensor, orientations: Sequence[int], whole: bool) -> It
         yield GridPart(*part)
 
 
-def _boundary(q: Tensor, v: Tensor, length: int, orientations: Sequence[int], states: Tensor | None) -> Tensor:
+def _boundary(args: GridScan, length: int, states: Tensor | None) -> Tensor:
     """A copy of the states on one side of the grid, or zeros, to be overwritten."""
-    dtype = working_dtype(q.dtype)
+    dtype = working_dtype(args.q.dtype)
     if states is not None:
         return states.to(dtype, copy=True)
-    shape = (q.shape[0], length, q.shape[3], len(orientations), q.shape[-1], v.shape[-1])
-    return torch.zeros(shape, dtype=dtype, device=q.device)
+    batch, *_, heads, keys = args.q.shape
+    return args.q.new_zeros(batch, length, heads, len(args.orientations), keys, args.v.shape[-1], dtype=dtype)
 
 
-def _grid(
-    part: GridPart,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Sequence[Tensor],
-    left: Tensor | None,
-    up: Tensor | None,
-    orientations: Sequence[int],
-) -> GridWalks:
-    dtype = working_dtype(q.dtype)
-    return GridWalks(
-        part.cells(q).to(dtype),
-        part.cells(k).to(dtype),
-        part.cells(v).to(dtype),
-        tuple(part.gates(t).to(dtype) for t in gates),
-        None if left is None else part.states(left).to(dtype),
-        None if up is None else part.states(up).to(dtype),
-        tuple(orientations[part.orientations]),
-    )
-
-
-def add_direct(y: Tensor, q: Tensor, k: Tensor, v: Tensor, direct: Tensor | None) -> None:
+def add_direct(y: Tensor, args: GridScan) -> None:
     """Add D (q · k) v to y, in its precision."""
-    if direct is not None:
-        match = (q.to(y.dtype) * k.to(y.dtype)).sum(-1).mul_(direct)
-        y.addcmul_(match[..., None], v.to(y.dtype))
+    if args.direct is not None:
+        match = (args.q.to(y.dtype) * args.k.to(y.dtype)).sum(-1).mul_(args.direct)
+        y.addcmul_(match[..., None], args.v.to(y.dtype))
 
 
-def add_direct_gradients(
-    dq: Tensor, dk: Tensor, dv: Tensor, dy: Tensor, q: Tensor, k: Tensor, v: Tensor, direct: Tensor | None
-) -> Tensor | None:
+def add_direct_gradients(dq: Tensor, dk: Tensor, dv: Tensor, dy: Tensor, args: GridScan) -> Tensor | None:
     """Add the part through the direct gate to the gradients of q, k and v; return the gradient of the gate."""
-    if direct is None:
+    if args.direct is None:
         return None
-    q, k, v, gate = (t.to(dy.dtype) for t in (q, k, v, direct))
+    q, k, v, gate = (t.to(dy.dtype) for t in (args.q, args.k, args.v, args.direct))
     match, dmatch = (q * k).sum(-1), (dy * v).sum(-1)
     ddirect = match * dmatch
     dv.addcmul_(match.mul_(gate)[..., None], dy)
@@ -351,76 +330,50 @@ def add_direct_gradients(
     return ddirect
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    source: Tensor,
-    transition: Tensor,
-    mark: Tensor,
-    direct: Tensor | None,
-    left: Tensor | None,
-    up: Tensor | None,
-    orientations: Sequence[int],
-    scale: float | None,
-    with_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(args: GridScan) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, right, down)`; see sinuous.core.ops.grid_scan."""
-    whole = _is_whole(q, left, up, with_state)
+    q, v = args.q, args.v
     y = torch.zeros(v.shape, dtype=working_dtype(q.dtype), device=v.device)
     right, down = y.new_empty(0), y.new_empty(0)
-    if with_state:
-        right = _boundary(q, v, q.shape[2], orientations, left)
-        down = _boundary(q, v, q.shape[1], orientations, up)
+    if args.with_state:
+        right, down = _boundary(args, q.shape[2], args.left), _boundary(args, q.shape[1], args.up)
     if 0 in q.shape[:4]:  # no cells: the states pass as they are
         return y.to(v.dtype), right, down
-    space = Workspace(y)
-    for part in _parts(q, v, orientations, whole):
-        g = _grid(part, q, k, v, (source, transition, mark), left, up, orientations)
+    whole, space = _is_whole(args), Workspace(y)
+    for part in _parts(args):
+        g = part.of(args)
         if whole:
             part.cells(y).add_(_whole_forward(g))
             continue
         walk = GridWalk(g, space)
-        nodes, *edges = walk.forward(walk.maps(*g.gates), False)
+        nodes, *edges = walk.forward(walk.maps(*_gates(g)), False)
         part.cells(y).add_(walk.from_nodes(nodes))
-        if with_state:
+        if args.with_state:
             for t, states in zip((right, down), walk.from_edges(*edges), strict=True):
                 part.states(t).copy_(states)
-    add_direct(y, q, k, v, direct)
-    return y.mul_(q.shape[-1] ** -0.5 if scale is None else scale).to(v.dtype), right, down
+    add_direct(y, args)
+    return y.mul_(q.shape[-1] ** -0.5 if args.scale is None else args.scale).to(v.dtype), right, down
 
 
-def backward(
-    grads: Sequence[Tensor | None],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    source: Tensor,
-    transition: Tensor,
-    mark: Tensor,
-    direct: Tensor | None,
-    left: Tensor | None,
-    up: Tensor | None,
-    orientations: Sequence[int],
-    scale: float | None,
-    with_state: bool,
-) -> list[Tensor | None]:
+def backward(args: GridScan, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients of q, k, v, source, transition, mark, direct, left and up."""
-    dtype, gates = working_dtype(q.dtype), (source, transition, mark)
-    dy, dright, ddown = grads if with_state else (grads[0], None, None)
+    dtype, direct = working_dtype(args.q.dtype), args.direct
+    scale = args.q.shape[-1] ** -0.5 if args.scale is None else args.scale
+    dy, dright, ddown = grads if args.with_state else (grads[0], None, None)
     dright, ddown = (None if t is None else t.to(dtype, copy=True) for t in (dright, ddown))
-    dq, dk, dv = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (q, k, v))
-    dy = torch.zeros_like(dv) if dy is None else dy.to(dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    dgates = [torch.zeros(t.shape, dtype=dtype, device=t.device) for t in gates]
+    dq, dk, dv, *dgates = (
+        torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (args.q, args.k, args.v, *_gates(args))
+    )
+    dy = torch.zeros_like(dv) if dy is None else dy.to(dtype) * scale
     dleft, dup = (
         None if t is None else torch.zeros(t.shape, dtype=dtype, device=t.device) if d is None else d
-        for t, d in ((left, dright), (up, ddown))
+        for t, d in ((args.left, dright), (args.up, ddown))
     )
-    if 0 in q.shape[:4]:  # no cells: the states pass as they are
+    if 0 in args.q.shape[:4]:  # no cells: the states pass as they are
         return [dq, dk, dv, *dgates, None if direct is None else torch.zeros_like(direct), dleft, dup]
-    whole, space = _is_whole(q, left, up, with_state), Workspace(dv)
-    for part in _parts(q, v, orientations, whole):
-        g = _grid(part, q, k, v, gates, left, up, orientations)
+    whole, space = _is_whole(args), Workspace(dv)
+    for part in _parts(args):
+        g = part.of(args)
         if whole:
             d = _whole_backward(g, part.cells(dy))
         else:
@@ -433,5 +386,4 @@ def backward(
         for side, dstates in ((dleft, d.left), (dup, d.up)):
             if side is not None and dstates is not None:
                 part.states(side).copy_(dstates)
-    ddirect = add_direct_gradients(dq, dk, dv, dy, q, k, v, direct)
-    return [dq, dk, dv, *dgates, ddirect, dleft, dup]
+    return [dq, dk, dv, *dgates, add_direct_gradients(dq, dk, dv, dy, args), dleft, dup]

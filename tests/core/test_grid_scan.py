@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sinuous.core.ops import dispatch, grid_scan, ssd
 from sinuous.core.ops.grid_scan import bounded
 from sinuous.core.ops.laws import LAWS
+from sinuous.kernels.arguments import GridScan
 from sinuous.kernels.torch.grid_scan import backward, forward
 
 GRID = LAWS["grid_scan"]
@@ -339,10 +340,10 @@ def test_memory_is_linear_in_the_cells_of_a_large_grid() -> None:
     def largest(side: int) -> int:
         a = sample(side, side, states=False)
         a = {k: v[:1].float() for k, v in a.items() if isinstance(v, Tensor)}
-        fixed: Arguments = {**a, "left": None, "up": None, "orientations": [0], "scale": None, "with_state": False}
+        args = GridScan(**a)
         with _Largest() as mode:
-            y, *_ = forward(**fixed)
-            backward((torch.ones_like(y), None, None), **fixed)
+            y, *_ = forward(args)
+            backward(args, (torch.ones_like(y), None, None))
         return mode.elements
 
     assert largest(96) <= 4.2 * largest(48)
