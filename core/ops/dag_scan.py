@@ -18,44 +18,35 @@ Source: pLSTM, Pöppel et al. (arXiv 2506.11997), section 3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sinuous.core.ops.checks import check_shape
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.operators import operators
 from sinuous.core.ops.public import public
 from sinuous.kernels.arguments import DAGScan
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.dag_scan import depths
 
 
-def recurrent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    edges: Tensor,
-    line_edges: Tensor,
-    source: Tensor,
-    transition: Tensor,
-    mark: Tensor,
-    direct: Tensor | None,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
+def recurrent(args: DAGScan) -> tuple[Tensor, Tensor]:
     """Run the definition edge by edge; autograd differentiates it to any order."""
-    dtype = working_dtype(q.dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, values = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
-    source, transition, mark = source.to(dtype), transition.to(dtype), mark.to(dtype)
-    tails, heads = edges.tolist()
+    dtype = working_dtype(args.q.dtype)
+    scale = args.q.shape[-1] ** -0.5 if args.scale is None else args.scale
+    q, k, values = args.q.to(dtype) * scale, args.k.to(dtype), args.v.to(dtype)
+    source, transition, mark = (t.to(dtype) for t in (args.source, args.transition, args.mark))
+    tails, heads = args.edges.tolist()
     entering: list[list[tuple[int, int]]] = [[] for _ in tails]  # of each edge, (line edge, edge before it)
-    for line, (before, after) in enumerate(line_edges.T.tolist()):
+    for line, (before, after) in enumerate(args.line_edges.T.tolist()):
         entering[after].append((line, before))
     ys = list(torch.zeros_like(values).unbind(0))
-    if direct is not None:
-        ys = list(((direct.to(dtype) * (q * k).sum(-1)).unsqueeze(-1) * values).unbind(0))
-    depth = depths(edges, q.shape[0]) or []
+    if args.direct is not None:
+        ys = list(((args.direct.to(dtype) * (q * k).sum(-1)).unsqueeze(-1) * values).unbind(0))
+    depth = depths(args.edges, q.shape[0]) or []
     states: dict[int, Tensor] = {}
     for edge in sorted(range(len(tails)), key=lambda edge: depth[tails[edge]]):
         tail, head = tails[edge], heads[edge]
@@ -64,21 +55,11 @@ def recurrent(
             state = state + transition[line, :, None, None] * states[before]
         states[edge] = state
         ys[head] = ys[head] + mark[edge].unsqueeze(-1) * (q[head].unsqueeze(-2) @ state).squeeze(-2)
-    return (torch.stack(ys) if ys else values).to(v.dtype), torch.tensor(depth, dtype=dtype, device=q.device)
+    return (torch.stack(ys) if ys else values).to(args.v.dtype), torch.tensor(depth, dtype=dtype, device=q.device)
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    edges: Tensor,
-    line_edges: Tensor,
-    source: Tensor,
-    transition: Tensor,
-    mark: Tensor,
-    direct: Tensor | None,
-    scale: float | None,
-) -> None:
+def _check(args: DAGScan) -> None:
+    q, k, v, edges, line_edges = args.q, args.k, args.v, args.edges, args.line_edges
     if q.ndim != 3:
         raise ValueError(f"q must have shape [N, H, K] (got {list(q.shape)}); axis 0 are the nodes")
     nodes, heads = q.shape[:2]
@@ -89,10 +70,10 @@ def _check(
         )
     _check_pairs("edges", edges, nodes, "nodes, (from, to)")
     _check_pairs("line_edges", line_edges, edges.shape[1], "edges, (edge in, edge out)")
-    check_shape("source", source, (edges.shape[1], heads), "one for each edge and head, [E, H]")
-    check_shape("mark", mark, (edges.shape[1], heads), "one for each edge and head, [E, H]")
-    check_shape("transition", transition, (line_edges.shape[1], heads), "one for each line edge and head, [L, H]")
-    check_shape("direct", direct, (nodes, heads), "one for each node and head, [N, H]")
+    check_shape("source", args.source, (edges.shape[1], heads), "one for each edge and head, [E, H]")
+    check_shape("mark", args.mark, (edges.shape[1], heads), "one for each edge and head, [E, H]")
+    check_shape("transition", args.transition, (line_edges.shape[1], heads), "one for each line edge and head, [L, H]")
+    check_shape("direct", args.direct, (nodes, heads), "one for each node and head, [N, H]")
     apart = (edges[1, line_edges[0]] != edges[0, line_edges[1]]).nonzero()
     if apart.numel():
         line = int(apart[0])
@@ -120,24 +101,22 @@ def _check_pairs(name: str, pairs: Tensor, count: int, meaning: str) -> None:
         )
 
 
-def _fake(v: Tensor, **_: object) -> tuple[Tensor]:
-    return (torch.empty(v.shape, dtype=v.dtype, device=v.device),)
+def _fake(args: DAGScan) -> tuple[Tensor]:
+    return (torch.empty(args.v.shape, dtype=args.v.dtype, device=args.v.device),)
 
 
-def _depth(q: Tensor, **_: object) -> tuple[int, ...]:
-    return (q.shape[0],)
+def _depth(args: DAGScan) -> tuple[int, ...]:
+    return (args.q.shape[0],)
 
 
-def _multiply_adds(
-    q: Sequence[int], v: Sequence[int], edges: Sequence[int], line_edges: Sequence[int], **_: object
-) -> int:
-    return (2 * edges[1] + line_edges[1]) * q[1] * q[2] * v[2]
+def _multiply_adds(args: Any) -> int:
+    count: int = (2 * args.edges[1] + args.line_edges[1]) * math.prod(args.q[1:]) * args.v[2]
+    return count
 
 
 FAMILY = Family(
     name="dag_scan",
     arguments=DAGScan,
-    by_name=True,
     outputs=("y",),
     saved={"depth": _depth},
     integers=("edges", "line_edges"),
@@ -194,7 +173,4 @@ def dag_scan(
 
     Source: pLSTM (arXiv 2506.11997), section 3.
     """
-    y: Tensor = torch.ops.sinuous.dag_scan(
-        q, k, v, edges, line_edges, source, transition, mark, direct, scale, backend or ""
-    )[0]
-    return y
+    return operators.dag_scan(q, k, v, edges, line_edges, source, transition, mark, direct, scale, backend or "")[0]

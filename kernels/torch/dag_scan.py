@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sinuous.kernels.arguments import DAGScan
 from sinuous.kernels.precision import working_dtype
 
 Level = tuple[Tensor, Tensor, Tensor]
@@ -35,7 +36,7 @@ def depths(edges: Tensor, nodes: int) -> list[int] | None:
     return depth if len(ready) == nodes else None
 
 
-def levels(edges: Tensor, line_edges: Tensor, depth: Tensor) -> list[Level]:
+def _levels(edges: Tensor, line_edges: Tensor, depth: Tensor) -> list[Level]:
     """Edges by the depth of the node that they leave."""
     if edges.shape[1] == 0:
         return []
@@ -49,80 +50,55 @@ def levels(edges: Tensor, line_edges: Tensor, depth: Tensor) -> list[Level]:
     return [(members, lines, place[line_edges[1, lines]]) for members, lines in zip(*parts, strict=True)]
 
 
-def _states(
-    by_level: Sequence[Level],
-    k: Tensor,
-    v: Tensor,
-    edges: Tensor,
-    line_edges: Tensor,
-    source: Tensor,
-    transition: Tensor,
-) -> Tensor:
+def _wide(args: DAGScan) -> tuple[DAGScan, float]:
+    """The arguments in the precision of the states, their queries scaled, and the scale."""
+    dtype = working_dtype(args.q.dtype)
+    scale = args.q.shape[-1] ** -0.5 if args.scale is None else args.scale
+    names = ("k", "v", "source", "transition", "mark", "direct")
+    wide = {name: t.to(dtype) for name in names if (t := getattr(args, name)) is not None}
+    return args._replace(q=args.q.to(dtype) * scale, **wide), scale
+
+
+def _states(args: DAGScan, by_level: Sequence[Level]) -> Tensor:
+    k, v, edges, transition = args.k, args.v, args.edges, args.transition
     states = k.new_zeros(edges.shape[1], *k.shape[1:], v.shape[2])
     for members, lines, place in by_level:
         tails = edges[0, members]
-        fresh = (source[members].unsqueeze(-1) * k[tails]).unsqueeze(-1) * v[tails].unsqueeze(-2)
-        handed_on = transition[lines, :, None, None] * states[line_edges[0, lines]]
+        fresh = (args.source[members].unsqueeze(-1) * k[tails]).unsqueeze(-1) * v[tails].unsqueeze(-2)
+        handed_on = transition[lines, :, None, None] * states[args.line_edges[0, lines]]
         states[members] = fresh.index_add_(0, place, handed_on)
     return states
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    edges: Tensor,
-    line_edges: Tensor,
-    source: Tensor,
-    transition: Tensor,
-    mark: Tensor,
-    direct: Tensor | None,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]:
-    dtype = working_dtype(q.dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, values = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
-    source, transition, mark = source.to(dtype), transition.to(dtype), mark.to(dtype)
-    depth = torch.tensor(depths(edges, q.shape[0]), dtype=torch.int64, device=q.device)
-    states = _states(levels(edges, line_edges, depth), k, values, edges, line_edges, source, transition)
-    read = mark.unsqueeze(-1) * (q[edges[1]].unsqueeze(-2) @ states).squeeze(-2)
-    y = torch.zeros_like(values).index_add_(0, edges[1], read)
-    if direct is not None:
-        y += (direct.to(dtype) * (q * k).sum(-1)).unsqueeze(-1) * values
-    return y.to(v.dtype), depth.to(dtype)
+def forward(args: DAGScan) -> tuple[Tensor, Tensor]:
+    """`(y, depth)`; see sinuous.core.ops.dag_scan."""
+    (wide, _), heads = _wide(args), args.edges[1]
+    depth = torch.tensor(depths(args.edges, args.q.shape[0]), dtype=torch.int64, device=args.q.device)
+    states = _states(wide, _levels(args.edges, args.line_edges, depth))
+    read = wide.mark.unsqueeze(-1) * (wide.q[heads].unsqueeze(-2) @ states).squeeze(-2)
+    y = torch.zeros_like(wide.v).index_add_(0, heads, read)
+    if wide.direct is not None:
+        y += (wide.direct * (wide.q * wide.k).sum(-1)).unsqueeze(-1) * wide.v
+    return y.to(args.v.dtype), depth.to(y.dtype)
 
 
-def backward(
-    grads: Sequence[Tensor | None],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    edges: Tensor,
-    line_edges: Tensor,
-    source: Tensor,
-    transition: Tensor,
-    mark: Tensor,
-    direct: Tensor | None,
-    scale: float | None,
-    depth: Tensor,
-) -> list[Tensor | None]:
-    dtype = working_dtype(q.dtype)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, v = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
-    source, transition, mark = source.to(dtype), transition.to(dtype), mark.to(dtype)
-    dy = torch.zeros_like(v) if grads[0] is None else grads[0].to(dtype)
-    tails, heads = edges
-    by_level = levels(edges, line_edges, depth.long())
-    states = _states(by_level, k, v, edges, line_edges, source, transition)
+def backward(args: DAGScan, grads: Sequence[Tensor | None], depth: Tensor) -> list[Tensor | None]:
+    """Gradients of q, k, v, source, transition, mark and direct."""
+    args, scale = _wide(args)
+    q, k, v, source, transition = args.q, args.k, args.v, args.source, args.transition
+    dy = torch.zeros_like(v) if grads[0] is None else grads[0].to(v.dtype)
+    tails, heads = args.edges
+    by_level = _levels(args.edges, args.line_edges, depth.long())
+    states = _states(args, by_level)
 
     q_h, dy_h = q[heads], dy[heads]
     from_states = (states @ dy_h.unsqueeze(-1)).squeeze(-1)
     d_mark = (q_h * from_states).sum(-1)
-    dq = torch.zeros_like(q).index_add_(0, heads, mark.unsqueeze(-1) * from_states)
-    d_states = (mark.unsqueeze(-1) * q_h).unsqueeze(-1) * dy_h.unsqueeze(-2)
+    dq = torch.zeros_like(q).index_add_(0, heads, args.mark.unsqueeze(-1) * from_states)
+    d_states = (args.mark.unsqueeze(-1) * q_h).unsqueeze(-1) * dy_h.unsqueeze(-2)
     d_transition = torch.zeros_like(transition)
     for _, lines, _ in reversed(by_level):
-        before, after = line_edges[:, lines]
+        before, after = args.line_edges[:, lines]
         d_transition[lines] = (d_states[after] * states[before]).sum((-2, -1))
         d_states.index_add_(0, before, transition[lines, :, None, None] * d_states[after])
 
@@ -133,10 +109,10 @@ def backward(
     dk = torch.zeros_like(k).index_add_(0, tails, source.unsqueeze(-1) * by_value)
     dv = torch.zeros_like(v).index_add_(0, tails, source.unsqueeze(-1) * by_key)
     d_direct = None
-    if direct is not None:
+    if args.direct is not None:
         match, pull = (q * k).sum(-1), (v * dy).sum(-1)
-        d_direct, weight = match * pull, (direct.to(dtype) * pull).unsqueeze(-1)
+        d_direct, weight = match * pull, (args.direct * pull).unsqueeze(-1)
         dq += weight * k
         dk += weight * q
-        dv += (direct.to(dtype) * match).unsqueeze(-1) * dy
+        dv += (args.direct * match).unsqueeze(-1) * dy
     return [dq * scale, dk, dv, d_source, d_transition, d_mark, d_direct]
