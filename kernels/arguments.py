@@ -174,6 +174,32 @@ class SelectiveScan(NamedTuple):
     reverse: bool = False
 
 
+class ChannelStates(NamedTuple):
+    """The arguments of `SelectiveScan` or `Longhorn`, for what they share; without A the step is Longhorn's."""
+
+    u: Tensor
+    dt: Tensor
+    A: Tensor | None
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    dt_softplus: bool
+    reverse: bool
+
+    @classmethod
+    def of(cls, args: SelectiveScan | Longhorn) -> ChannelStates:
+        if isinstance(args, SelectiveScan):
+            return cls._make(args)
+        return cls(
+            args.x, args.dt, None, args.k, args.q, args.D, args.z, args.dt_bias,
+            args.initial_state, args.cu_seqlens, False, args.reverse,
+        )  # fmt: skip
+
+
 class SLSTM(NamedTuple):
     gates: Tensor
     R: Tensor

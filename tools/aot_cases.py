@@ -8,7 +8,20 @@ from typing import Any
 import torch
 from aot_compile import TYPES, Launch, recording
 
-from sinuous.kernels.arguments import DPLR, GLA, MLSTM, SLSTM, SSD, AdditiveDecay, DeltaRule, LinearScan, LTIConv
+from sinuous.kernels.arguments import (
+    DPLR,
+    GLA,
+    MLSTM,
+    SLSTM,
+    SSD,
+    AdditiveDecay,
+    CausalConv1d,
+    DeltaRule,
+    LinearScan,
+    Longhorn,
+    LTIConv,
+    SelectiveScan,
+)
 from sinuous.kernels.triton import (
     additive_decay,
     causal_conv1d,
@@ -29,10 +42,10 @@ def scan_launches(
     dtype: torch.dtype, *, batch: int = 1, length: int = 4096, width: int = 768, state: int = 16, packed: bool = False
 ) -> list[Launch]:
     """The launches of a selective scan with every optional argument, forward and backward."""
-    arguments = scan_arguments(dtype, batch, length, width, state, packed)
+    args = scan_arguments(dtype, batch, length, width, state, packed)
     with recording() as launches:
-        y, final, chunk_states = selective_scan.forward(**arguments)
-        selective_scan.backward((y, final), chunk_states=chunk_states, **arguments)
+        y, final, chunk_states = selective_scan.forward(args, chunk_size=64)
+        selective_scan.backward(args, (y, final), chunk_states, chunk_size=64)
     return launches
 
 
@@ -40,55 +53,43 @@ def longhorn_launches(
     dtype: torch.dtype, *, batch: int = 1, length: int = 4096, width: int = 768, state: int = 16, packed: bool = False
 ) -> list[Launch]:
     """The launches of Longhorn with every optional argument, forward and backward."""
-    names = {"u": "x", "B": "k", "C": "q"}
     scan = scan_arguments(dtype, batch, length, width, state, packed)
-    arguments = {names.get(n, n): v for n, v in scan.items() if n not in ("A", "dt_softplus")}
+    args = Longhorn(scan.u, scan.dt, scan.B, scan.C, scan.D, scan.z, scan.dt_bias, scan.initial_state, scan.cu_seqlens)
     with recording() as launches:
-        y, final, chunk_states = longhorn.forward(**arguments)
-        longhorn.backward((y, final), chunk_states=chunk_states, **arguments)
+        y, final, chunk_states = longhorn.forward(args, chunk_size=64)
+        longhorn.backward(args, (y, final), chunk_states, chunk_size=64)
     return launches
 
 
-def scan_arguments(dtype: torch.dtype, batch: int, length: int, width: int, state: int, packed: bool) -> dict[str, Any]:
+def scan_arguments(dtype: torch.dtype, batch: int, length: int, width: int, state: int, packed: bool) -> SelectiveScan:
     """Arguments of a selective scan, none left out."""
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     wide, narrow = meta(batch, length, width, dtype=dtype), meta(batch, length, state, dtype=dtype)
-    return {
-        "u": wide,
-        "dt": wide,
-        "A": meta(width, state),
-        "B": narrow,
-        "C": narrow,
-        "D": meta(width),
-        "z": wide,
-        "dt_bias": meta(width),
-        "initial_state": meta(3 if packed else batch, width, state),
-        "cu_seqlens": meta(4, dtype=torch.int32) if packed else None,
-        "dt_softplus": True,
-        "reverse": False,
-        "chunk_size": 64,
-    }
+    initial = meta(3 if packed else batch, width, state)
+    bounds = meta(4, dtype=torch.int32) if packed else None
+    return SelectiveScan(
+        wide, wide, meta(width, state), narrow, narrow, meta(width), wide, meta(width), initial, bounds
+    )
 
 
 def convolution_launches(
     dtype: torch.dtype, *, batch: int = 1, length: int = 4096, width: int = 768, taps: int = 4, packed: bool = False
 ) -> list[Launch]:
     """The launches of a causal convolution with every optional argument, forward and backward."""
-    arguments: dict[str, Any] = {
-        "x": torch.empty(batch, length, width, dtype=dtype, device="meta"),
-        "weight": torch.empty(width, taps, device="meta"),
-        "bias": torch.empty(width, device="meta"),
-        "initial_state": torch.empty(3 if packed else batch, taps - 1, width, dtype=dtype, device="meta"),
-        "cu_seqlens": torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
-        "silu": True,
-        "reverse": False,
-    }
+    args = CausalConv1d(
+        torch.empty(batch, length, width, dtype=dtype, device="meta"),
+        torch.empty(width, taps, device="meta"),
+        torch.empty(width, device="meta"),
+        torch.empty(3 if packed else batch, taps - 1, width, dtype=dtype, device="meta"),
+        torch.empty(4, dtype=torch.int32, device="meta") if packed else None,
+        silu=True,
+    )
     with recording() as launches:
-        y, final = causal_conv1d.forward(**arguments)
-        causal_conv1d.backward((y, final), **arguments)
+        y, final = causal_conv1d.forward(args)
+        causal_conv1d.backward(args, (y, final))
     return launches
 
 

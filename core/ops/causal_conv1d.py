@@ -10,89 +10,59 @@ Source: Mamba (arXiv 2312.00752), section 3.4; the function of the same name in 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sinuous.core.ops.checks import (
-    check_packing,
-    check_shape,
-    sequence_count,
-)
+from sinuous.core.ops.checks import check_packing, check_shape, sequence_count
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.operators import operators
 from sinuous.core.ops.public import public
+from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.arguments import CausalConv1d
 from sinuous.kernels.precision import working_dtype
-from sinuous.kernels.torch.packing import flip_sequences, flip_time, mirror, rows
+from sinuous.kernels.torch.packing import flip_time
 
 MAX_WIDTH = 8
 
 
-def recurrent(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def recurrent(args: CausalConv1d) -> tuple[Tensor, Tensor]:
     """Run the definition step by step; autograd differentiates it to any order."""
-    length, width = x.shape[1], weight.shape[1]
-    if reverse:
-        initial_state, bounds = flip_sequences(initial_state, cu_seqlens), mirror(cu_seqlens, length)
-        y, final = recurrent(flip_time(x), weight, bias, initial_state, bounds, silu, False)
-        return y.flip(1), flip_sequences(final, cu_seqlens)
-    dtype = working_dtype(x.dtype)
-    weight, inputs = weight.to(dtype), x.to(dtype).unbind(1)
-    count = sequence_count(x, cu_seqlens)
-    initial = x.new_zeros(count, width - 1, x.shape[2]) if initial_state is None else initial_state
-    initial = initial.to(dtype)
-    ys, finals = [], []
-    edges = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
-    for n, (begin, end) in enumerate(itertools.pairwise(edges)):
-        window = list(rows(initial, n, cu_seqlens).unbind(1))
-        for x_t in inputs[begin:end]:
-            window.append(x_t)
-            ys.append((torch.stack(window, 1) * weight.T).sum(1))
-            window.pop(0)
-        finals.append(torch.stack(window, 1) if window else rows(initial, n, cu_seqlens))
-    y = torch.stack(ys, 1) if ys else x.to(dtype) * 0
-    y = y if bias is None else y + bias.to(dtype)
-    y = F.silu(y) if silu else y
-    return y.to(x.dtype), torch.cat(finals).to(x.dtype)
+    dtype = working_dtype(args.x.dtype)
+    x, weight = args.x.to(dtype), args.weight.to(dtype)
+    initial = x.new_zeros(_state(args)) if args.initial_state is None else args.initial_state.to(dtype)
+
+    def step(state: State, x_t: Tensor) -> tuple[Tensor, State]:
+        window = (*state, x_t)
+        return (torch.stack(window, 1) * weight.T).sum(1), window[1:]
+
+    whole = max(x.shape[1], 1)
+    y, inputs, _ = run_steps(step, (x,), initial.unbind(1), x[:, :0], args.cu_seqlens, args.reverse, whole)
+    final = torch.stack(inputs, 1) if inputs else initial
+    y = y if args.bias is None else y + args.bias.to(dtype)
+    y = F.silu(y) if args.silu else y
+    return y.to(args.x.dtype), final.to(args.x.dtype)
 
 
-def _as_convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def _as_convolution(args: CausalConv1d) -> tuple[Tensor, Tensor]:
     """The definition of sequences that are not packed, by torch's own convolution."""
-    taps = weight.shape[1]
-    past = x.new_zeros(x.shape[0], taps - 1, x.shape[2]) if initial_state is None else initial_state
-    padded = torch.cat([past, flip_time(x) if reverse else x], 1)
-    y = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), bias, groups=x.shape[2]).transpose(1, 2)
-    y = F.silu(y) if silu else y
-    return (flip_time(y) if reverse else y), padded[:, padded.shape[1] - taps + 1 :]
+    x, taps = args.x, args.weight.shape[1]
+    past = x.new_zeros(_state(args)) if args.initial_state is None else args.initial_state
+    padded = torch.cat([past, flip_time(x) if args.reverse else x], 1)
+    y = F.conv1d(padded.transpose(1, 2), args.weight.unsqueeze(1), args.bias, groups=x.shape[2]).transpose(1, 2)
+    y = F.silu(y) if args.silu else y
+    return (flip_time(y) if args.reverse else y), padded[:, padded.shape[1] - taps + 1 :]
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-    reverse: bool,
-) -> None:
+def _state(args: CausalConv1d) -> tuple[int, ...]:
+    return sequence_count(args.x, args.cu_seqlens), args.weight.shape[1] - 1, args.x.shape[2]
+
+
+def _check(args: CausalConv1d) -> None:
+    x, weight = args.x, args.weight
     if x.ndim != 3:
         raise ValueError(f"x must have shape [B, T, D] (got {list(x.shape)}); time is axis 1 and channels are last")
     batch, length, channels = x.shape
@@ -101,25 +71,25 @@ def _check(
             f"weight must have shape [D, W] with D = {channels} and 1 ≤ W ≤ {MAX_WIDTH} (got {list(weight.shape)}); "
             "squeeze the middle axis of a Conv1d weight"
         )
-    check_shape("bias", bias, (channels,), "one bias per channel")
-    check_packing(cu_seqlens, batch, length)
-    tail = (sequence_count(x, cu_seqlens), weight.shape[1] - 1, channels)
-    check_shape("initial_state", initial_state, tail, "[sequences, W - 1, D], the inputs before the first step")
+    check_shape("bias", args.bias, (channels,), "one bias per channel")
+    check_packing(args.cu_seqlens, batch, length)
+    meaning = "[sequences, W - 1, D], the inputs before the first step"
+    check_shape("initial_state", args.initial_state, _state(args), meaning)
 
 
-def _fake(x: Tensor, weight: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, Tensor]:
-    tail = (sequence_count(x, cu_seqlens), weight.shape[1] - 1, x.shape[2])
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(tail, dtype=x.dtype, device=x.device)
+def _fake(args: CausalConv1d) -> tuple[Tensor, Tensor]:
+    y = torch.empty(args.x.shape, dtype=args.x.dtype, device=args.x.device)
+    return y, y.new_empty(_state(args))
 
 
-def _multiply_adds(x: Sequence[int], weight: Sequence[int], **_: object) -> int:
-    return x[0] * x[1] * x[2] * weight[1]
+def _multiply_adds(args: Any) -> int:
+    count: int = math.prod(args.x) * args.weight[1]
+    return count
 
 
 FAMILY = Family(
     name="causal_conv1d",
     arguments=CausalConv1d,
-    by_name=True,
     outputs=("y", "final_state"),
     saved={},
     integers=("cu_seqlens",),
@@ -170,7 +140,7 @@ def causal_conv1d(
     """
     if activation not in (None, "silu"):
         raise ValueError(f"activation must be 'silu' or None (got {activation!r}); apply another one to the output")
-    y, state = torch.ops.sinuous.causal_conv1d(
+    y, state = operators.causal_conv1d(
         x, weight, bias, initial_state, cu_seqlens, activation == "silu", reverse, backend or ""
     )
     return (y, state) if return_state else y

@@ -15,18 +15,16 @@ through it and through the final state, reversal, and packed sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sinuous.core.ops.checks import (
-    check_packing,
-    check_shape,
-    sequence_count,
-)
+from sinuous.core.ops.checks import check_packing, check_shape, sequence_count
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.operators import operators
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.arguments import Longhorn
@@ -36,91 +34,68 @@ CHUNK_SIZE = 64
 """Time steps between two states that the forward pass keeps for the backward pass."""
 
 
-def recurrent(
-    x: Tensor,
-    dt: Tensor,
-    k: Tensor,
-    q: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-    chunk_size: int = CHUNK_SIZE,
-) -> tuple[Tensor, Tensor, Tensor]:
+def recurrent(args: Longhorn, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor, Tensor]:
     """Run the definition step by step; autograd differentiates it to any order."""
-    dtype = working_dtype(x.dtype)
-    u, k, q = x.to(dtype), k.to(dtype), q.to(dtype)
-    beta = torch.sigmoid(dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype))
+    dtype = working_dtype(args.x.dtype)
+    x, dt, k, q = args.x.to(dtype), args.dt.to(dtype), args.k.to(dtype), args.q.to(dtype)
+    beta = torch.sigmoid(dt if args.dt_bias is None else dt + args.dt_bias.to(dtype))
     epsilon = beta / (1 + beta * k.square().sum(-1, keepdim=True))
-    shape = (sequence_count(x, cu_seqlens), x.shape[2], k.shape[2])
-    initial = u.new_zeros(shape) if initial_state is None else initial_state.to(dtype)
+    initial = x.new_zeros(_state(args)) if args.initial_state is None else args.initial_state.to(dtype)
 
-    def step(state: State, u_t: Tensor, epsilon_t: Tensor, k_t: Tensor, q_t: Tensor) -> tuple[Tensor, State]:
+    def step(state: State, x_t: Tensor, epsilon_t: Tensor, k_t: Tensor, q_t: Tensor) -> tuple[Tensor, State]:
         decay = 1 - epsilon_t[..., None] * k_t.square()[:, None]
-        after = decay * state[0] + (epsilon_t * u_t)[..., None] * k_t[:, None]
+        after = decay * state[0] + (epsilon_t * x_t)[..., None] * k_t[:, None]
         return (after @ q_t[..., None]).squeeze(-1), (after,)
 
     y, (final,), (states,) = run_steps(
-        step, (u, epsilon, k, q), (initial,), u[:, :0], cu_seqlens, reverse, chunk_size
-    )  # fmt: skip
-    y = y if D is None else y + D.to(dtype) * u
-    y = y if z is None else y * F.silu(z.to(dtype))
-    return y.to(x.dtype), final, states
+        step, (x, epsilon, k, q), (initial,), x[:, :0], args.cu_seqlens, args.reverse, chunk_size
+    )
+    y = y if args.D is None else y + args.D.to(dtype) * x
+    y = y if args.z is None else y * F.silu(args.z.to(dtype))
+    return y.to(args.x.dtype), final, states
 
 
-def _check(
-    x: Tensor,
-    dt: Tensor,
-    k: Tensor,
-    q: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-) -> None:
+def _state(args: Longhorn) -> tuple[int, ...]:
+    return sequence_count(args.x, args.cu_seqlens), args.x.shape[2], args.k.shape[2]
+
+
+def _check(args: Longhorn) -> None:
+    x, k = args.x, args.k
     if x.ndim != 3:
         raise ValueError(f"x must have shape [B, T, D] (got {list(x.shape)}); time is axis 1 and channels are last")
     batch, length, width = x.shape
-    check_shape("dt", dt, (batch, length, width), "one gate per channel, like x")
+    check_shape("dt", args.dt, (batch, length, width), "one gate per channel, like x")
     if k.ndim != 3 or k.shape[:2] != x.shape[:2]:
         raise ValueError(
             f"k must have shape [{batch}, {length}, N], one key for all channels of a step (got {list(k.shape)})"
         )
-    state = k.shape[2]
-    check_shape("q", q, (batch, length, state), "queries are shaped like keys, [B, T, N]")
-    check_shape("D", D, (width,), "one skip weight per channel")
-    check_shape("z", z, (batch, length, width), "one gate per channel, like x")
-    check_shape("dt_bias", dt_bias, (width,), "one bias per channel")
-    check_packing(cu_seqlens, batch, length)
-    check_shape("initial_state", initial_state, (sequence_count(x, cu_seqlens), width, state), "[sequences, D, N]")
+    check_shape("q", args.q, tuple(k.shape), "queries are shaped like keys, [B, T, N]")
+    check_shape("D", args.D, (width,), "one skip weight per channel")
+    check_shape("z", args.z, (batch, length, width), "one gate per channel, like x")
+    check_shape("dt_bias", args.dt_bias, (width,), "one bias per channel")
+    check_packing(args.cu_seqlens, batch, length)
+    check_shape("initial_state", args.initial_state, _state(args), "[sequences, D, N]")
 
 
-def _fake(x: Tensor, k: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, Tensor]:
-    state = (sequence_count(x, cu_seqlens), x.shape[2], k.shape[2])
-    return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty(state, dtype=working_dtype(x.dtype), device=x.device),
-    )
+def _fake(args: Longhorn) -> tuple[Tensor, Tensor]:
+    y = torch.empty(args.x.shape, dtype=args.x.dtype, device=args.x.device)
+    return y, y.new_empty(_state(args), dtype=working_dtype(y.dtype))
 
 
-def _chunk_states_shape(x: Tensor, k: Tensor, chunk_size: int, **_: object) -> tuple[int, ...]:
-    return x.shape[0], (x.shape[1] + chunk_size - 1) // chunk_size, x.shape[2], k.shape[2]
+def _chunk_states(args: Longhorn, chunk_size: int) -> tuple[int, ...]:
+    return args.x.shape[0], -(-args.x.shape[1] // chunk_size), args.x.shape[2], args.k.shape[2]
 
 
-def _multiply_adds(x: Sequence[int], k: Sequence[int], **_: object) -> int:
-    return 4 * x[0] * x[1] * x[2] * k[2]
+def _multiply_adds(args: Any) -> int:
+    count: int = 4 * math.prod(args.x) * args.k[2]
+    return count
 
 
 FAMILY = Family(
     name="longhorn",
     arguments=Longhorn,
-    by_name=True,
     outputs=("y", "final_state"),
-    saved={"chunk_states": _chunk_states_shape},
+    saved={"chunk_states": _chunk_states},
     integers=("cu_seqlens",),
     forms=("triton", "cpu", "torch", "recurrent"),
     fake=_fake,
@@ -174,7 +149,5 @@ def longhorn(
 
     Source: Longhorn (arXiv 2407.14207), section 3.
     """
-    y, state, _ = torch.ops.sinuous.longhorn(
-        x, dt, k, q, D, z, dt_bias, initial_state, cu_seqlens, reverse, backend or ""
-    )
+    y, state, _ = operators.longhorn(x, dt, k, q, D, z, dt_bias, initial_state, cu_seqlens, reverse, backend or "")
     return (y, state) if return_state else y

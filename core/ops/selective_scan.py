@@ -12,18 +12,16 @@ and packed sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sinuous.core.ops.checks import (
-    check_packing,
-    check_shape,
-    sequence_count,
-)
+from sinuous.core.ops.checks import check_packing, check_shape, sequence_count
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.operators import operators
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.arguments import SelectiveScan
@@ -33,29 +31,14 @@ CHUNK_SIZE = 64
 """Time steps between two states that the forward pass keeps for the backward pass."""
 
 
-def recurrent(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dt_softplus: bool,
-    reverse: bool,
-    chunk_size: int = CHUNK_SIZE,
-) -> tuple[Tensor, Tensor, Tensor]:
+def recurrent(args: SelectiveScan, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor, Tensor]:
     """Run the definition step by step; autograd differentiates it to any order."""
-    dtype = working_dtype(u.dtype)
-    A, x = A.to(dtype), u.to(dtype)
-    B, C = (t if t.ndim == 4 else t.unsqueeze(2) for t in (B.to(dtype), C.to(dtype)))
-    delta = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
-    delta = F.softplus(delta) if dt_softplus else delta
-    shape = (sequence_count(u, cu_seqlens), *A.shape)
-    initial = x.new_zeros(shape) if initial_state is None else initial_state.to(dtype)
+    dtype = working_dtype(args.u.dtype)
+    A, x = args.A.to(dtype), args.u.to(dtype)
+    B, C = (t if t.ndim == 4 else t.unsqueeze(2) for t in (args.B.to(dtype), args.C.to(dtype)))
+    delta = args.dt.to(dtype) if args.dt_bias is None else args.dt.to(dtype) + args.dt_bias.to(dtype)
+    delta = F.softplus(delta) if args.dt_softplus else delta
+    initial = x.new_zeros(_state(args)) if args.initial_state is None else args.initial_state.to(dtype)
 
     def step(state: State, x_t: Tensor, delta_t: Tensor, B_t: Tensor, C_t: Tensor) -> tuple[Tensor, State]:
         B_t, C_t = _per_channel(B_t, A.shape[0]), _per_channel(C_t, A.shape[0])
@@ -63,11 +46,11 @@ def recurrent(
         return (h * C_t).sum(-1), (h,)
 
     y, (final,), (states,) = run_steps(
-        step, (x, delta, B, C), (initial,), x[:, :0], cu_seqlens, reverse, chunk_size
-    )  # fmt: skip
-    y = y if D is None else y + D.to(dtype) * x
-    y = y if z is None else y * F.silu(z.to(dtype))
-    return y.to(u.dtype), final, states
+        step, (x, delta, B, C), (initial,), x[:, :0], args.cu_seqlens, args.reverse, chunk_size
+    )
+    y = y if args.D is None else y + args.D.to(dtype) * x
+    y = y if args.z is None else y * F.silu(args.z.to(dtype))
+    return y.to(args.u.dtype), final, states
 
 
 def _per_channel(t: Tensor, width: int) -> Tensor:
@@ -75,24 +58,16 @@ def _per_channel(t: Tensor, width: int) -> Tensor:
     return t if t.shape[1] == 1 else t.repeat_interleave(width // t.shape[1], 1)
 
 
-def _check(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dt_softplus: bool,
-    reverse: bool,
-) -> None:
+def _state(args: SelectiveScan) -> tuple[int, ...]:
+    return sequence_count(args.u, args.cu_seqlens), *args.A.shape
+
+
+def _check(args: SelectiveScan) -> None:
+    u, A, B, C = args.u, args.A, args.B, args.C
     if u.ndim != 3:
         raise ValueError(f"u must have shape [B, T, D] (got {list(u.shape)}); time is axis 1 and channels are last")
     batch, length, width = u.shape
-    check_shape("dt", dt, (batch, length, width), "one step size per channel, like u")
+    check_shape("dt", args.dt, (batch, length, width), "one step size per channel, like u")
     if A.ndim != 2 or A.shape[0] != width:
         raise ValueError(f"A must have shape [D, N] with D = {width} (got {list(A.shape)})")
     state = A.shape[1]
@@ -108,40 +83,36 @@ def _check(
             check_shape(name, t, (batch, length, state), "[B, T, N] or [B, T, G, N]")
     if B.ndim != C.ndim or B.shape != C.shape:
         raise ValueError(f"B and C must have the same shape (got {list(B.shape)} and {list(C.shape)})")
-    check_shape("D", D, (width,), "one skip weight per channel")
-    check_shape("z", z, (batch, length, width), "one gate per channel, like u")
-    check_shape("dt_bias", dt_bias, (width,), "one bias per channel")
-    check_packing(cu_seqlens, batch, length)
-    check_shape("initial_state", initial_state, (sequence_count(u, cu_seqlens), width, state), "[sequences, D, N]")
+    check_shape("D", args.D, (width,), "one skip weight per channel")
+    check_shape("z", args.z, (batch, length, width), "one gate per channel, like u")
+    check_shape("dt_bias", args.dt_bias, (width,), "one bias per channel")
+    check_packing(args.cu_seqlens, batch, length)
+    check_shape("initial_state", args.initial_state, _state(args), "[sequences, D, N]")
     # On a GPU the look would wait for the device.
     if A.device.type == "cpu" and A.numel() and (highest := A.max().item()) > 0:
         raise ValueError(f"A must be ≤ 0 (got max {highest:.3g}); pass -exp(A_log)")
 
 
-def _fake(u: Tensor, A: Tensor, cu_seqlens: Tensor | None, **_: object) -> tuple[Tensor, Tensor]:
-    state = (sequence_count(u, cu_seqlens), *A.shape)
-    return (
-        torch.empty(u.shape, dtype=u.dtype, device=u.device),
-        torch.empty(state, dtype=working_dtype(u.dtype), device=u.device),
-    )
+def _fake(args: SelectiveScan) -> tuple[Tensor, Tensor]:
+    y = torch.empty(args.u.shape, dtype=args.u.dtype, device=args.u.device)
+    return y, y.new_empty(_state(args), dtype=working_dtype(y.dtype))
 
 
-def _chunk_states_shape(u: Tensor, A: Tensor, chunk_size: int, **_: object) -> tuple[int, ...]:
-    return u.shape[0], (u.shape[1] + chunk_size - 1) // chunk_size, A.shape[0], A.shape[1]
+def _chunk_states(args: SelectiveScan, chunk_size: int) -> tuple[int, ...]:
+    return args.u.shape[0], -(-args.u.shape[1] // chunk_size), *args.A.shape
 
 
-def _multiply_adds(u: Sequence[int], A: Sequence[int], **_: object) -> int:
+def _multiply_adds(args: Any) -> int:
     """9 B T D N and, for the skip, B T D: as VMamba and its successors count the scan."""
-    channels = u[0] * u[1] * u[2]
-    return 9 * channels * A[1] + channels
+    count: int = math.prod(args.u) * (9 * args.A[1] + 1)
+    return count
 
 
 FAMILY = Family(
     name="selective_scan",
     arguments=SelectiveScan,
-    by_name=True,
     outputs=("y", "final_state"),
-    saved={"chunk_states": _chunk_states_shape},
+    saved={"chunk_states": _chunk_states},
     integers=("cu_seqlens",),
     forms=("triton", "cpu", "torch", "recurrent"),
     fake=_fake,
@@ -197,7 +168,7 @@ def selective_scan(
 
     Source: Mamba (arXiv 2312.00752), section 3.2 and algorithm 2.
     """
-    y, state, _ = torch.ops.sinuous.selective_scan(
+    y, state, _ = operators.selective_scan(
         u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens, dt_softplus, reverse, backend or ""
     )
     return (y, state) if return_state else y

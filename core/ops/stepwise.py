@@ -57,7 +57,7 @@ def run_steps(
         return y.flip(1), tuple(flip_sequences(t, cu_seqlens) for t in final), states
     if _AS_ONE_SCAN.get():
         return _scan_steps(step, inputs, initial, length)
-    count = 1 if cu_seqlens is None else initial[0].shape[0]
+    count = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     finals = {n: tuple(rows(t, n, cu_seqlens) for t in initial) for n in range(count)}
     chunk_states = [tuple(t.new_empty(nothing.shape[0], 0, *t.shape[1:]) for t in initial)]
     steps = zip(*([None] * length if t is None else t.unbind(1) for t in inputs), strict=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from sinuous.kernels.arguments import ChannelStates, Longhorn, SelectiveScan
 from sinuous.kernels.cpu.call import SequenceCall, fields
 from sinuous.kernels.precision import working_dtype
 
@@ -18,75 +17,36 @@ _FIELDS = fields(
 )
 
 
-class ChannelStatesGradients(NamedTuple):
-    """Gradients in the kernel's precision; None for an argument that is None. B and C are `[B, T, G, N]`."""
-
-    u: Tensor
-    dt: Tensor
-    A: Tensor | None
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    dt_bias: Tensor | None
-    norm: Tensor | None
-    initial_state: Tensor | None
-
-
 class ChannelStatesCall(SequenceCall):
-    """The arguments that forward and backward share, and the two calls.
+    """The arguments that forward and backward share, and the two calls."""
 
-    Args:
-        family: name of the source.
-        A: `[D, N]`, if the family has it.
-        norm: |B|² `[B, T]`, if the family's step sizes depend on it.
-        dt_softplus: for a family that has a choice.
-    """
-
-    def __init__(
-        self,
-        family: str,
-        u: Tensor,
-        dt: Tensor,
-        A: Tensor | None,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        dt_bias: Tensor | None,
-        norm: Tensor | None,
-        initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        dt_softplus: bool,
-        reverse: bool,
-        chunk_size: int,
-    ) -> None:
-        super().__init__(family, _FIELDS, working_dtype(u.dtype), u.shape, cu_seqlens, reverse)
-        self.u, self.A, self.D, self.z, self.dt_bias, self.norm = u, A, D, z, dt_bias, norm
-        self.initial_state = initial_state
-        self.channels, self.state_size = u.shape[2], B.shape[-1]
-        self.groups = B.shape[2] if B.ndim == 4 else 1
+    def __init__(self, arguments: SelectiveScan | Longhorn, chunk_size: int) -> None:
+        self.args = args = ChannelStates.of(arguments)
+        family = "longhorn" if args.A is None else "selective_scan"
+        super().__init__(family, _FIELDS, working_dtype(args.u.dtype), args.u.shape, args.cu_seqlens, args.reverse)
+        self.channels, self.state_size = args.u.shape[2], args.B.shape[-1]
+        self.groups = args.B.shape[2] if args.B.ndim == 4 else 1
         self.blocks = self._blocks()
         self.chunks = self.cut(chunk_size)
-        self.over_time("u", u)
-        self.over_time("dt", dt)
-        if z is not None:
-            self.over_time("z", z)
-        if norm is not None:
-            self.over_time("norm", norm)
-        for name, t in (("B", B), ("C", C)):
+        self.over_time("u", args.u)
+        self.over_time("dt", args.dt)
+        if args.z is not None:
+            self.over_time("z", args.z)
+        for name, t in (("B", args.B), ("C", args.C)):
             by_group = self.over_time(name, t if t.ndim == 4 else t.unsqueeze(2))
             self.arguments[name + "_group"] = by_group.stride(2)
-        self.array("A", A)
-        self.array("D", D)
-        self.array("bias", dt_bias)
-        self.states("initial", initial_state)
+        if args.A is None:
+            self.over_time("norm", args.B.to(self.dtype).square().sum(-1))
+        self.array("A", args.A)
+        self.array("D", args.D)
+        self.array("bias", args.dt_bias)
+        self.states("initial", args.initial_state)
         self.arguments.update(
             channels=self.channels,
             states=self.state_size,
             groups=self.groups,
             blocks=self.blocks,
-            softplus=dt_softplus,
+            softplus=args.dt_softplus,
         )
 
     def _blocks(self) -> int:
@@ -105,34 +65,35 @@ class ChannelStatesCall(SequenceCall):
         final = self.output("final", self.sequences, self.channels, self.state_size)
         chunk_states = self.output("chunk_states", self.batch, self.chunks, self.channels, self.state_size)
         self.run(self.library.forward)
-        return y.to(self.u.dtype), self.in_order(final), chunk_states
+        return y.to(self.args.u.dtype), self.in_order(final), chunk_states
 
-    def backward(self, grads: tuple[Tensor | None, Tensor | None], chunk_states: Tensor) -> ChannelStatesGradients:
-        dy, dfinal = grads
-        self.over_time("dy", torch.zeros_like(self.u) if dy is None else dy)
+    def backward(self, grads: tuple[Tensor | None, Tensor | None], chunk_states: Tensor) -> list[Tensor | None]:
+        """Gradients of u, dt, A, B, C, D, z, dt_bias and initial_state."""
+        args, (dy, dfinal) = self.args, grads
+        self.over_time("dy", torch.zeros_like(args.u) if dy is None else dy)
         self.states("dfinal", dfinal)
         self.array("chunk_states", chunk_states)
         du, ddt = (self.output_over_time(name, self.channels) for name in ("du", "ddt"))
-        dz = None if self.z is None else self.output_over_time("dz", self.channels)
+        dz = None if args.z is None else self.output_over_time("dz", self.channels)
         parts = (self.blocks, self.batch, self.steps)
         dB, dC = (self.output(name, *parts, self.groups, self.state_size) for name in ("dB", "dC"))
-        dnorm = None if self.norm is None else self.output("dnorm", *parts)
-        dA = None if self.A is None else self.output("dA", self.sequences, self.channels, self.state_size)
+        dnorm = self.output("dnorm", *parts) if args.A is None else None
+        dA = None if args.A is None else self.output("dA", self.sequences, self.channels, self.state_size)
         dD, dbias = (self.output(name, self.sequences, self.channels) for name in ("dD", "dbias"))
         dinitial = self.output("dinitial", self.sequences, self.channels, self.state_size)
         self.run(self.library.backward)
-        return ChannelStatesGradients(
+        dB, dC = (self._over_blocks(t).view(args.B.shape) for t in (dB, dC))
+        return [
             du,
             ddt,
             None if dA is None else dA.sum(0),
-            self._over_blocks(dB),
-            self._over_blocks(dC),
-            None if self.D is None else dD.sum(0),
+            dB if dnorm is None else dB + 2 * args.B.to(self.dtype) * self._over_blocks(dnorm)[..., None],
+            dC,
+            None if args.D is None else dD.sum(0),
             dz,
-            None if self.dt_bias is None else dbias.sum(0),
-            None if dnorm is None else self._over_blocks(dnorm),
-            None if self.initial_state is None else self.in_order(dinitial),
-        )
+            None if args.dt_bias is None else dbias.sum(0),
+            None if args.initial_state is None else self.in_order(dinitial),
+        ]
 
     def _over_blocks(self, t: Tensor) -> Tensor:
         t = t[0] if self.blocks == 1 else t.sum(0)

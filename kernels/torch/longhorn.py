@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sinuous.kernels.arguments import Longhorn
 from sinuous.kernels.torch import channel_states
 from sinuous.kernels.torch.channel_states import ChannelStatesSegment
 
@@ -30,43 +31,13 @@ class _ImplicitStep:
         return depsilon * beta * (1 - beta) / shrink.square(), dk
 
 
-def forward(
-    x: Tensor,
-    dt: Tensor,
-    k: Tensor,
-    q: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    reverse: bool,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(args: Longhorn, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)`; see sinuous.core.ops.longhorn."""
-    return channel_states.forward(
-        _ImplicitStep(), x, dt, k, q, D, z, dt_bias, initial_state, cu_seqlens, reverse, chunk_size
-    )
+    return channel_states.forward(_ImplicitStep(), args, chunk_size)
 
 
 def backward(
-    grads: tuple[Tensor | None, Tensor | None],
-    x: Tensor,
-    dt: Tensor,
-    k: Tensor,
-    q: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_states: Tensor,
-    reverse: bool,
-    chunk_size: int,
+    args: Longhorn, grads: tuple[Tensor | None, Tensor | None], chunk_states: Tensor, chunk_size: int
 ) -> list[Tensor | None]:
     """Gradients of x, dt, k, q, D, z, dt_bias and initial_state."""
-    rule = _ImplicitStep()
-    gradients = channel_states.backward(
-        rule, grads, x, dt, k, q, D, z, dt_bias, initial_state, cu_seqlens, chunk_states, reverse, chunk_size
-    )
-    return list(gradients)
+    return channel_states.backward(_ImplicitStep(), args, grads, chunk_states, chunk_size)

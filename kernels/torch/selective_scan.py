@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sinuous.kernels.arguments import SelectiveScan
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import channel_states
 from sinuous.kernels.torch.channel_states import ChannelStatesSegment, grouped
@@ -14,11 +15,11 @@ from sinuous.kernels.torch.channel_states import ChannelStatesSegment, grouped
 class _ZeroOrderHold:
     """Δ = softplus(raw) or raw itself, a = exp(Δ A); adds up the gradient of A."""
 
-    def __init__(self, u: Tensor, A: Tensor, B: Tensor, dt_softplus: bool) -> None:
-        shape = (*grouped(B, A.shape[0]), A.shape[1])
-        self.A = A.to(working_dtype(u.dtype)).reshape(shape).mT.contiguous()
+    def __init__(self, args: SelectiveScan) -> None:
+        shape = (*grouped(args.B, args.A.shape[0]), args.A.shape[1])
+        self.A = args.A.to(working_dtype(args.u.dtype)).reshape(shape).mT.contiguous()
         self.dA = torch.zeros_like(self.A)
-        self.dt_softplus = dt_softplus
+        self.dt_softplus = args.dt_softplus
 
     def step_sizes(self, raw: Tensor, B: Tensor) -> Tensor:
         return F.softplus(raw) if self.dt_softplus else raw
@@ -34,46 +35,15 @@ class _ZeroOrderHold:
         return (ddelta * torch.sigmoid(segment.raw) if self.dt_softplus else ddelta), None
 
 
-def forward(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dt_softplus: bool,
-    reverse: bool,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(args: SelectiveScan, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """`(y, final_state, chunk_states)`; see sinuous.core.ops.selective_scan."""
-    rule = _ZeroOrderHold(u, A, B, dt_softplus)
-    return channel_states.forward(rule, u, dt, B, C, D, z, dt_bias, initial_state, cu_seqlens, reverse, chunk_size)
+    return channel_states.forward(_ZeroOrderHold(args), args, chunk_size)
 
 
 def backward(
-    grads: tuple[Tensor | None, Tensor | None],
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_states: Tensor,
-    dt_softplus: bool,
-    reverse: bool,
-    chunk_size: int,
+    args: SelectiveScan, grads: tuple[Tensor | None, Tensor | None], chunk_states: Tensor, chunk_size: int
 ) -> list[Tensor | None]:
     """Gradients of u, dt, A, B, C, D, z, dt_bias and initial_state."""
-    rule = _ZeroOrderHold(u, A, B, dt_softplus)
-    du, ddt, *rest = channel_states.backward(
-        rule, grads, u, dt, B, C, D, z, dt_bias, initial_state, cu_seqlens, chunk_states, reverse, chunk_size
-    )
+    rule = _ZeroOrderHold(args)
+    du, ddt, *rest = channel_states.backward(rule, args, grads, chunk_states, chunk_size)
     return [du, ddt, rule.dA.mT.flatten(0, 1), *rest]

@@ -10,11 +10,14 @@ The equation is in `sinuous.core.ops.causal_conv1d`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sinuous.kernels.arguments import CausalConv1d
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.triton.packing import accumulator, bounds_of, on_device, packed_steps, row_of
 
@@ -203,83 +206,69 @@ def initial_state_gradients(
     tl.store(dinitial + state_row[:, None] * width + d[None, :], total, mask=there)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def _contiguous(args: CausalConv1d) -> CausalConv1d:
+    return args._make(t.contiguous() if isinstance(t, Tensor) else t for t in args)
+
+
+def _launch(args: CausalConv1d) -> tuple[dict[str, Any], int, int]:
+    """Options of every launch, and how many sequences and blocks of channels there are."""
+    x, bounds = args.x, args.cu_seqlens
+    options = {"W": args.weight.shape[1], "BD": CHANNELS, "PACKED": bounds is not None, "REVERSE": args.reverse}
+    sequences = x.shape[0] if bounds is None else bounds.shape[0] - 1
+    return options | {"ACC": accumulator(x.dtype), **OPTIONS}, sequences, triton.cdiv(x.shape[2], CHANNELS)
+
+
+def forward(args: CausalConv1d) -> tuple[Tensor, Tensor]:
     """`(y, final_state)` as `sinuous.core.ops.causal_conv1d` defines them."""
-    batch, length, width = x.shape
-    taps = weight.shape[1]
-    count = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    x, weight = x.contiguous(), weight.contiguous()
-    bias, initial, bounds = (None if t is None else t.contiguous() for t in (bias, initial_state, cu_seqlens))
-    y = torch.empty_like(x)
-    final = torch.empty(count, taps - 1, width, dtype=x.dtype, device=x.device)
-    block = {"W": taps, "BD": CHANNELS, "ACC": accumulator(x.dtype)} | OPTIONS
-    form = {"STATEFUL": initial is not None, "PACKED": bounds is not None, "REVERSE": reverse}
-    channel_blocks = triton.cdiv(width, CHANNELS)
+    args = _contiguous(args)
+    x, weight, bias, initial, bounds = args.x, args.weight, args.bias, args.initial_state, args.cu_seqlens
+    (batch, length, width), taps = x.shape, weight.shape[1]
+    options, sequences, channel_blocks = _launch(args)
+    options["STATEFUL"] = initial is not None
+    y, final = torch.empty_like(x), x.new_empty(sequences, taps - 1, width)
     with on_device(x):
         if y.numel():
-            sequence, before, _ = (None,) * 3 if bounds is None else packed_steps(bounds, length, reverse)
+            sequence, before, _ = (None,) * 3 if bounds is None else packed_steps(bounds, length, args.reverse)
             convolve[(batch * triton.cdiv(length, STEPS) * channel_blocks,)](
                 x, weight, bias, initial, sequence, before, y, length, width,
-                BT=STEPS, SILU=silu, BIASED=bias is not None, **block, **form,
+                BT=STEPS, SILU=args.silu, BIASED=bias is not None, **options,
             )  # fmt: skip
         if final.numel():
-            tails[(count * channel_blocks,)](
-                x, initial, bounds, final, length, width, BW=triton.next_power_of_2(taps - 1), **block, **form
+            tails[(sequences * channel_blocks,)](
+                x, initial, bounds, final, length, width, BW=triton.next_power_of_2(taps - 1), **options
             )
     return y, final
 
 
-def backward(
-    grads: tuple[Tensor | None, Tensor | None],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-    reverse: bool,
-) -> list[Tensor | None]:
+def backward(args: CausalConv1d, grads: tuple[Tensor | None, Tensor | None]) -> list[Tensor | None]:
     """Gradients of x, weight, bias and initial_state, given those of y and of the final state."""
-    batch, length, width = x.shape
-    taps = weight.shape[1]
-    count = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    x, weight = x.contiguous(), weight.contiguous()
-    bias, initial, bounds = (None if t is None else t.contiguous() for t in (bias, initial_state, cu_seqlens))
+    args = _contiguous(args)
+    x, weight, bias, initial, bounds = args.x, args.weight, args.bias, args.initial_state, args.cu_seqlens
+    (batch, length, width), taps = x.shape, weight.shape[1]
+    options, sequences, channel_blocks = _launch(args)
     grad_y = torch.zeros_like(x) if grads[0] is None else grads[0].contiguous()
-    grad_final = x.new_zeros(count, taps - 1, width) if grads[1] is None else grads[1].contiguous()
-    wide = working_dtype(x.dtype)
+    grad_final = x.new_zeros(sequences, taps - 1, width) if grads[1] is None else grads[1].contiguous()
     tiles = batch * triton.cdiv(length, STEPS)
 
     def empty(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=wide, device=x.device)
+        return torch.empty(sizes, dtype=working_dtype(x.dtype), device=x.device)
 
     dx, dinitial = torch.empty_like(x), None if initial is None else torch.empty_like(initial)
-    grad_pre = empty(*x.shape) if silu else grad_y
+    grad_pre = empty(*x.shape) if args.silu else grad_y
     dweight, dbias = empty(tiles, taps, width), None if bias is None else empty(tiles, width)
-    block = {"W": taps, "BD": CHANNELS, "ACC": accumulator(x.dtype)} | OPTIONS
-    form = {"PACKED": bounds is not None, "REVERSE": reverse}
-    channel_blocks = triton.cdiv(width, CHANNELS)
     with on_device(x):
         if dx.numel():
-            sequence, before, after = (None,) * 3 if bounds is None else packed_steps(bounds, length, reverse)
+            sequence, before, after = (None,) * 3 if bounds is None else packed_steps(bounds, length, args.reverse)
             filter_gradients[(tiles * channel_blocks,)](
                 x, weight, bias, initial, sequence, before, grad_y, grad_pre, dweight, dbias, length, width,
-                BT=STEPS, SILU=silu, BIASED=bias is not None, STATEFUL=initial is not None, **block, **form,
+                BT=STEPS, SILU=args.silu, BIASED=bias is not None, STATEFUL=initial is not None, **options,
             )  # fmt: skip
             input_gradients[(tiles * channel_blocks,)](
-                weight, sequence, after, grad_pre, grad_final, dx, length, width, BT=STEPS, **block, **form
+                weight, sequence, after, grad_pre, grad_final, dx, length, width, BT=STEPS, **options
             )
         if dinitial is not None and dinitial.numel():
-            initial_state_gradients[(count * channel_blocks,)](
+            initial_state_gradients[(sequences * channel_blocks,)](
                 weight, bounds, grad_pre, grad_final, dinitial, length, width,
-                BW=triton.next_power_of_2(taps - 1), **block, **form,
+                BW=triton.next_power_of_2(taps - 1), **options,
             )  # fmt: skip
     return [dx, dweight.sum(0).T, None if dbias is None else dbias.sum(0), dinitial]

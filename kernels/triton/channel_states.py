@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sinuous.kernels.arguments import ChannelStates, Longhorn, SelectiveScan
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.triton.packing import accumulator, on_device, packed_steps, row_of
 
@@ -291,10 +292,13 @@ class Boundaries(NamedTuple):
     """The sequence that starts (or stops) at each step in processing order, or -1; and for each chunk, whether one
     does."""
 
-    starts: Tensor
-    stops: Tensor
-    chunk_starts: Tensor
-    chunk_stops: Tensor
+    starts: Tensor | None
+    stops: Tensor | None
+    chunk_starts: Tensor | None
+    chunk_stops: Tensor | None
+
+
+NOWHERE = Boundaries(None, None, None, None)
 
 
 def boundaries(cu_seqlens: Tensor, length: int, chunk_size: int, reverse: bool) -> Boundaries:
@@ -310,63 +314,71 @@ def boundaries(cu_seqlens: Tensor, length: int, chunk_size: int, reverse: bool) 
     return Boundaries(starts, stops, any_in_chunk(starts), any_in_chunk(stops))
 
 
-def forward(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor | None,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dt_softplus: bool,
-    reverse: bool,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`(y, final_state, chunk_states)`; without A the step is Longhorn's."""
-    batch, length, width = u.shape
-    state = B.shape[-1]
-    dtype = working_dtype(u.dtype)
-    chunks = triton.cdiv(length, chunk_size)
-    count = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if initial_state is None:
-        initial = torch.zeros(count, width, state, dtype=dtype, device=u.device)
-    else:
-        initial = initial_state.to(dtype).contiguous()
+def initial_states(args: ChannelStates) -> Tensor:
+    """States before the first step, `[sequences, D, N]`, contiguous; zeros where none are given."""
+    dtype = working_dtype(args.u.dtype)
+    if args.initial_state is not None:
+        return args.initial_state.to(dtype).contiguous()
+    sequences = args.u.shape[0] if args.cu_seqlens is None else args.cu_seqlens.shape[0] - 1
+    return args.u.new_zeros(sequences, args.u.shape[2], args.B.shape[-1], dtype=dtype)
+
+
+class ChannelStatesCall:
+    """What the launches of forward and backward share, for inputs that have a step.
+
+    Attributes:
+        inputs: the contiguous arguments u, dt, A, B, C, D, z, dt_bias and, for Longhorn, |B|².
+        marks: boundaries of packed sequences.
+        groups: how many groups of channels read a B and C of their own.
+        blocks: the shares of channels among programs.
+        block, fixed, steps: options of launches; all take `fixed`, and those that walk single steps take `steps`.
+    """
+
+    def __init__(self, args: ChannelStates, chunk_size: int, per_warp: int) -> None:
+        (_, length, width), state = args.u.shape, args.B.shape[-1]
+        norm = args.B.to(working_dtype(args.u.dtype)).square().sum(-1) if args.A is None else None
+        inputs = (args.u, args.dt, args.A, args.B, args.C, args.D, args.z, args.dt_bias, norm)
+        self.inputs = [None if t is None else t.contiguous() for t in inputs]
+        bounds = args.cu_seqlens
+        self.marks = NOWHERE if bounds is None else boundaries(bounds, length, chunk_size, args.reverse)
+        self.groups = args.B.shape[2] if args.B.ndim == 4 else 1
+        self.blocks = blocks(width, self.groups, state, per_warp)
+        channels, padded, *_ = self.blocks
+        self.block = {"N": state, "BD": channels, "BN": padded, "CHUNK": chunk_size, **self.blocks.options}
+        self.fixed = {"IMPLICIT": args.A is None, "PACKED": bounds is not None, "ACC": accumulator(args.u.dtype)}
+        self.steps = {"GROUPS": self.groups, "SOFTPLUS": args.dt_softplus}
+        self.steps |= {"BIASED": args.dt_bias is not None, "REVERSE": args.reverse}
+
+
+def forward(arguments: SelectiveScan | Longhorn, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`(y, final_state, chunk_states)`."""
+    args = ChannelStates.of(arguments)
+    (batch, length, width), chunks = args.u.shape, triton.cdiv(args.u.shape[1], chunk_size)
+    initial = initial_states(args)
     # Sequences without a step end where they begin.
     final = initial.clone()
-    y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
-    chunk_states = torch.empty(batch, chunks, width, state, dtype=dtype, device=u.device)
-    if u.numel() == 0:
+    y = torch.empty(args.u.shape, dtype=args.u.dtype, device=args.u.device)
+    chunk_states = initial.new_empty(batch, chunks, *initial.shape[1:])
+    if y.numel() == 0:
         return y, final, chunk_states
-    groups = B.shape[2] if B.ndim == 4 else 1
-    u, dt, B, C = (t.contiguous() for t in (u, dt, B, C))
-    A, D, z, dt_bias = (None if t is None else t.contiguous() for t in (A, D, z, dt_bias))
-    norm = B.to(dtype).square().sum(-1) if A is None else None
-    marks = None if cu_seqlens is None else boundaries(cu_seqlens, length, chunk_size, reverse)
-    shape = blocks(width, groups, state, 512)
-    block = {"N": state, "BD": shape.channels, "BN": shape.state, "CHUNK": chunk_size, **shape.options}
-    fixed = {"IMPLICIT": A is None, "PACKED": marks is not None, "ACC": accumulator(u.dtype)}
-    steps = {"GROUPS": groups, "SOFTPLUS": dt_softplus, "BIASED": dt_bias is not None, "REVERSE": reverse}
-    starts, stops, cut = (None, None, None) if marks is None else (marks.starts, marks.stops, marks.chunk_starts)
-    serial = chunks == 1 or batch * shape.total >= SERIAL_PROGRAMS
-    with on_device(u):
+    call = ChannelStatesCall(args, chunk_size, 512)
+    (u, dt, A, B, *_, dt_bias, norm), (starts, stops, cut, _) = call.inputs, call.marks
+    total = call.blocks.total
+    serial = chunks == 1 or batch * total >= SERIAL_PROGRAMS
+    with on_device(y):
         if not serial:
-            shape_across = chunk_states.shape if A is None else chunk_states.shape[:3]
-            across = torch.empty(shape_across, dtype=dtype, device=u.device)
+            across = initial.new_empty(chunk_states.shape if A is None else chunk_states.shape[:3])
             # Products of decays are as large as the state: twice the warps, and it stays in registers.
-            warps = blocks(width, groups, state, 512 if A is not None else 256).options
-            chunk_ends[(batch * chunks * shape.total,)](
+            warps = blocks(width, call.groups, initial.shape[-1], 512 if A is not None else 256).options
+            chunk_ends[(batch * chunks * total,)](
                 u, dt, A, B, dt_bias, norm, initial, starts, chunk_states, across, length, width,
-                **{**block, **warps}, **fixed, **steps,
+                **{**call.block, **warps}, **call.fixed, **call.steps,
             )  # fmt: skip
-            carry_chunks[(batch * triton.cdiv(width, shape.channels),)](
-                chunk_states, across, A, initial, starts, cut, length, width, ADJOINT=False, **block, **fixed
+            carry_chunks[(batch * triton.cdiv(width, call.blocks.channels),)](
+                chunk_states, across, A, initial, starts, cut, length, width, ADJOINT=False, **call.block, **call.fixed
             )
-        outputs[(batch * shape.total * (1 if serial else chunks),)](
-            u, dt, A, B, C, D, z, dt_bias, norm, initial, starts, stops, chunk_states, y, final, length, width,
-            SKIP=D is not None, GATED=z is not None, SERIAL=serial, **block, **fixed, **steps,
+        outputs[(batch * total * (1 if serial else chunks),)](
+            *call.inputs, initial, starts, stops, chunk_states, y, final, length, width,
+            SKIP=args.D is not None, GATED=args.z is not None, SERIAL=serial, **call.block, **call.fixed, **call.steps,
         )  # fmt: skip
     return y, final, chunk_states

@@ -22,20 +22,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sinuous.kernels.arguments import ChannelStates, Longhorn, SelectiveScan
 from sinuous.kernels.triton.channel_states import (
+    ChannelStatesCall,
     block_of_channels,
-    blocks,
-    boundaries,
     carry_chunks,
     decays_of,
     implicit_step,
+    initial_states,
     nothing_passed,
     pass_step,
     rates_of,
     step_size,
     store_passed,
 )
-from sinuous.kernels.triton.packing import accumulator, on_device, row_of
+from sinuous.kernels.triton.packing import on_device, row_of
 
 LN_2 = tl.constexpr(0.6931471805599453)
 SUB = 16
@@ -229,85 +230,57 @@ def gradients(
 
 
 def backward(
+    arguments: SelectiveScan | Longhorn,
     grads: tuple[Tensor | None, Tensor | None],
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor | None,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dt_softplus: bool,
-    reverse: bool,
     chunk_states: Tensor,
     chunk_size: int,
 ) -> list[Tensor | None]:
-    """Gradients of u, dt, A, B, C, D, z, dt_bias and initial_state, given those of y and of the final state; without A
-    the step is Longhorn's."""
-    batch, length, width = u.shape
-    state = B.shape[-1]
-    dtype, device = chunk_states.dtype, u.device
-    chunks = triton.cdiv(length, chunk_size)
-    count = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    carries = initial_state is not None
+    """Gradients of u, dt, A, B, C, D, z, dt_bias and initial_state, given those of y and of the final state."""
+    args = ChannelStates.of(arguments)
     grad_y, grad_final = grads
-    if grad_final is None:
-        grad_final = torch.zeros(count, width, state, dtype=dtype, device=device)
-    grad_final = grad_final.to(dtype).contiguous()
+    # The states of unpacked chunks are all kept; only a sequence that starts within one needs its initial state.
+    initial = initial_states(args)
+    grad_final = torch.zeros_like(initial) if grad_final is None else grad_final.to(initial.dtype).contiguous()
     # Sequences without a step end where they begin.
     dinitial = grad_final.clone()
-    if u.numel() == 0:
-        inputs = (u, dt, A, B, C, D, z, dt_bias)
-        return [*(None if t is None else torch.zeros_like(t) for t in inputs), dinitial if carries else None]
-    grad_y = torch.zeros_like(u) if grad_y is None else grad_y
-    groups, b_shape = (B.shape[2] if B.ndim == 4 else 1), B.shape
-    u, dt, B, C, grad_y = (t.contiguous() for t in (u, dt, B, C, grad_y))
-    A, D, z, dt_bias = (None if t is None else t.contiguous() for t in (A, D, z, dt_bias))
-    norm = B.to(dtype).square().sum(-1) if A is None else None
-    # The states of unpacked chunks are all kept; only a sequence that starts within one needs its initial state.
-    initial = torch.zeros_like(dinitial) if initial_state is None else initial_state.to(dtype).contiguous()
-    marks = None if cu_seqlens is None else boundaries(cu_seqlens, length, chunk_size, reverse)
-    starts, stops, cut = (None, None, None) if marks is None else (marks.starts, marks.stops, marks.chunk_stops)
-
-    shape = blocks(width, groups, state, 256)
-    block = {"N": state, "BD": shape.channels, "BN": shape.state, "CHUNK": chunk_size, **shape.options}
-    fixed = {"IMPLICIT": A is None, "PACKED": marks is not None, "ACC": accumulator(u.dtype)}
-    steps = {"GROUPS": groups, "SOFTPLUS": dt_softplus, "BIASED": dt_bias is not None, "REVERSE": reverse}
-    steps["GATED"] = z is not None
+    if args.u.numel() == 0:
+        inputs = (args.u, args.dt, args.A, args.B, args.C, args.D, args.z, args.dt_bias)
+        zeros = [None if t is None else torch.zeros_like(t) for t in inputs]
+        return [*zeros, None if args.initial_state is None else dinitial]
+    (batch, chunks, width, state), length = chunk_states.shape, args.u.shape[1]
+    call = ChannelStatesCall(args, chunk_size, 256)
+    (u, dt, A, B, C, D, z, dt_bias, norm), (starts, stops, _, cut) = call.inputs, call.marks
+    grad_y = (torch.zeros_like(args.u) if grad_y is None else grad_y).contiguous()
+    shape, steps = call.blocks, call.steps | {"GATED": z is not None}
     slots = max(1, min(batch * chunks, triton.cdiv(PROGRAMS, shape.total)))
 
     def empty(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=dtype, device=device)
+        return torch.empty(sizes, dtype=initial.dtype, device=initial.device)
 
     scratch = empty(slots * shape.total, SUB + chunk_size // SUB, shape.channels * shape.state)
     carried = empty(batch, chunks, width, state)
     across = torch.empty_like(carried) if A is None else empty(batch, chunks, width)
-    du, ddt, dz = torch.empty_like(u), torch.empty_like(dt), None if z is None else torch.empty_like(z)
+    du, ddt, dz = (None if t is None else torch.empty_like(t) for t in (u, dt, z))
     dA = None if A is None else empty(slots, width, state)
     dB, dC = empty(shape.total, batch, length, state), empty(shape.total, batch, length, state)
-    dD = None if D is None else empty(slots, width)
-    dbias = None if dt_bias is None else empty(slots, width)
-    with on_device(u):
+    dD, dbias = (None if t is None else empty(slots, width) for t in (D, dt_bias))
+    with on_device(initial):
         adjoint_ends[(batch * chunks * shape.total,)](
             dt, A, B, C, z, dt_bias, norm, grad_y, grad_final, stops, carried, across, length, width,
-            **block, **fixed, **steps,
+            **call.block, **call.fixed, **steps,
         )  # fmt: skip
         carry_chunks[(batch * triton.cdiv(width, shape.channels),)](
-            carried, across, A, grad_final, starts, cut, length, width, ADJOINT=True, **block, **fixed
+            carried, across, A, grad_final, starts, cut, length, width, ADJOINT=True, **call.block, **call.fixed
         )
         gradients[(slots * shape.total,)](
-            u, dt, A, B, C, D, z, dt_bias, norm, initial, grad_y, grad_final, starts, stops, chunk_states, carried,
+            *call.inputs, initial, grad_y, grad_final, starts, stops, chunk_states, carried,
             scratch, du, ddt, dA, dB, dC, dD, dz, dbias, dinitial, batch, length, width, slots,
-            SUB=SUB, SKIP=D is not None, **block, **fixed, **steps,
+            SUB=SUB, SKIP=D is not None, **call.block, **call.fixed, **steps,
         )  # fmt: skip
 
     def over_channels(partial: Tensor) -> Tensor:
-        return partial.view(groups, -1, batch, length, state).sum(1).permute(1, 2, 0, 3).reshape(b_shape)
+        return partial.view(call.groups, -1, batch, length, state).sum(1).permute(1, 2, 0, 3).reshape(args.B.shape)
 
     dA, dD, dbias = (None if t is None else t.sum(0) for t in (dA, dD, dbias))
-    return [
-        du, ddt, dA, over_channels(dB), over_channels(dC), dD, dz, dbias, dinitial if carries else None
-    ]  # fmt: skip
+    parts = [du, ddt, dA, over_channels(dB), over_channels(dC), dD, dz, dbias]
+    return [*parts, None if args.initial_state is None else dinitial]

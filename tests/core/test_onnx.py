@@ -135,8 +135,8 @@ def test_the_convolution_that_tracers_see_is_the_definition(reverse: bool, with_
     x, weight, bias = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 7, 3), (3, taps), (3,)))
     state = torch.randn(2, taps - 1, 3, dtype=torch.float64) if with_state else None
     assert family.traced is not None
-    actual = family.traced(x, weight, bias, state, None, True, reverse)
-    torch.testing.assert_close(actual, family.recurrent(x, weight, bias, state, None, True, reverse))
+    args = family.arguments(x, weight, bias, state, silu=True, reverse=reverse)
+    torch.testing.assert_close(family.traced(args), family.recurrent(args))
 
 
 def test_packed_sequences_have_no_visible_definition() -> None:
