@@ -48,6 +48,8 @@ from sinuous.core.mixers.bidirectional import Bidirectional
 from sinuous.core.mixers.contract import Mixer
 from sinuous.core.mixers.mamba import Mamba
 from sinuous.core.mixers.vim_pair import VimPair
+from sinuous.core.ops.family import FAMILIES
+from sinuous.core.ops.operators import operators
 
 
 def attention_rows(
@@ -74,8 +76,8 @@ def attention_rows(
     """
     with HeldCoefficients(), torch.enable_grad():
         source = u.detach().requires_grad_()
-        y, _, _ = torch.ops.sinuous.selective_scan(
-            source, dt, A, B, C, None, None, dt_bias, None, None, dt_softplus, reverse, ""
+        y, _, _ = operators.selective_scan(
+            source, dt, A, B, C, dt_bias=dt_bias, dt_softplus=dt_softplus, reverse=reverse
         )
     (rows,) = torch.autograd.grad(y, source, weights)
     return rows
@@ -92,28 +94,25 @@ class HeldCoefficients(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         held: Any = {
-            torch.ops.sinuous.selective_scan: self._scan,
-            torch.ops.sinuous.causal_conv1d: self._conv,
+            operators.selective_scan: self._scan,
+            operators.causal_conv1d: self._conv,
             F.rms_norm: self._rms_norm,
             F.silu: lambda x, **_: F.silu(x.detach()),
         }.get(func)
         return func(*args, **(kwargs or {})) if held is None else held(*args, **(kwargs or {}))
 
     @staticmethod
-    def _scan(u: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        *coefficients, D, z, dt_bias, initial_state, cu_seqlens, softplus, reverse, backend = rest
-        dt, A, B, C = (t.detach() for t in coefficients)
-        gate = None if z is None else z.detach()
-        found: tuple[Tensor, ...] = torch.ops.sinuous.selective_scan(
-            u, dt, A, B, C, D, gate, dt_bias, initial_state, cu_seqlens, softplus, reverse, backend
-        )
-        return found
+    def _scan(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        call, backend = FAMILIES["selective_scan"].bind(*args, **kwargs)
+        coefficients = {name: getattr(call, name) for name in ("dt", "A", "B", "C", "z")}
+        held = {name: None if t is None else t.detach() for name, t in coefficients.items()}
+        return operators.selective_scan(*call._replace(**held), backend)
 
     @staticmethod
-    def _conv(*args: Any) -> tuple[Tensor, Tensor]:
-        *inputs, silu, reverse, backend = args
-        y, state = torch.ops.sinuous.causal_conv1d(*inputs, False, reverse, backend)
-        return (y * torch.sigmoid(y.detach()) if silu else y), state
+    def _conv(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        call, backend = FAMILIES["causal_conv1d"].bind(*args, **kwargs)
+        y, state = operators.causal_conv1d(*call._replace(silu=False), backend)
+        return (y * torch.sigmoid(y.detach()) if call.silu else y), state
 
     @staticmethod
     def _rms_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None = None, eps: float | None = None) -> Tensor:

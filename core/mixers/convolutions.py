@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sinuous.core.ops.causal_conv1d import MAX_WIDTH
+from sinuous.core.ops.operators import operators
 
 MAX_CENTRED_TAPS = 2 * MAX_WIDTH - 1
 
@@ -65,15 +66,13 @@ def convolve_together(
     for bias in biases:
         if bias is not None:
             present.append(bias)
-    y, state = torch.ops.sinuous.causal_conv1d(
+    y, state = operators.causal_conv1d(
         torch.cat([q, k, v], -1),
         torch.cat(weights).squeeze(1),
         torch.cat(present) if len(present) > 0 else None,
-        state,
-        cu_seqlens,
-        silu,
-        False,
-        "",
+        initial_state=state,
+        cu_seqlens=cu_seqlens,
+        silu=silu,
     )
     q, k, v = y.split([q.shape[-1], k.shape[-1], v.shape[-1]], -1)
     return q, k, v, state
@@ -103,8 +102,7 @@ def centred_conv1d(x: Tensor, taps: Tensor, bias: Tensor | None, cu_seqlens: Ten
         cu_seqlens: boundaries of packed sequences.
     """
     centre = taps.shape[1] // 2
-    past, _ = torch.ops.sinuous.causal_conv1d(x, taps[:, : centre + 1], bias, None, cu_seqlens, False, False, "")
+    past, _ = operators.causal_conv1d(x, taps[:, : centre + 1], bias, cu_seqlens=cu_seqlens)
     ahead = F.pad(taps[:, centre + 1 :].flip(1), [0, 1])
-    rest, _ = torch.ops.sinuous.causal_conv1d(x, ahead, None, None, cu_seqlens, False, True, "")
-    y: Tensor = past + rest
-    return y
+    rest, _ = operators.causal_conv1d(x, ahead, cu_seqlens=cu_seqlens, reverse=True)
+    return past + rest

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sinuous.core.checks import check_sizes
 from sinuous.core.mixers.contract import register_mixer
 from sinuous.core.mixers.mamba import ChannelStateMixer, depthwise
-from sinuous.core.ops import causal_conv1d, longhorn  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 
 
 @register_mixer("longhorn")
@@ -78,12 +78,13 @@ class Longhorn(ChannelStateMixer):
         self, x: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        x, conv_state = torch.ops.sinuous.causal_conv1d(
-            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state, cu_seqlens, True, False, ""
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        x, conv_state = operators.causal_conv1d(
+            x, weight, bias, initial_state=conv_state, cu_seqlens=cu_seqlens, silu=True
         )
         dt, k, q = self.x_proj(x).split([self.dt_head.in_features, self.d_state, self.d_state], dim=-1)
         dt = F.linear(dt, self.dt_head.weight)
-        y, ssm_state, _ = torch.ops.sinuous.longhorn(
-            x, dt, k, q, self.D, z, self.dt_head.bias, ssm_state, cu_seqlens, False, ""
+        y, ssm_state, _ = operators.longhorn(
+            x, dt, k, q, D=self.D, z=z, dt_bias=self.dt_head.bias, initial_state=ssm_state, cu_seqlens=cu_seqlens
         )
         return self.out_proj(y), conv_state, ssm_state

@@ -22,7 +22,7 @@ from sinuous.core.checks import check_sizes
 from sinuous.core.mixers.contract import Mixer, register_mixer, register_state
 from sinuous.core.mixers.decay_init import init_A_log_s4d_real, init_dt
 from sinuous.core.mixers.states import zero_states
-from sinuous.core.ops import causal_conv1d, selective_scan  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 
 
 @register_state
@@ -60,9 +60,10 @@ def s6(
     rank, state = dt_weight.shape[1], A_log.shape[1]
     dt, B, C = projected.split([rank, state, state], dim=-1)
     A = -torch.exp(norms.at_least_fp32(A_log))
-    y, final, _ = torch.ops.sinuous.selective_scan(
-        x, F.linear(dt, dt_weight), A, B, C, D, z, dt_bias, initial_state, cu_seqlens, True, reverse, ""
-    )
+    y, final, _ = operators.selective_scan(
+        x, F.linear(dt, dt_weight), A, B, C, D=D, z=z, dt_bias=dt_bias,
+        initial_state=initial_state, cu_seqlens=cu_seqlens, reverse=reverse,
+    )  # fmt: skip
     return y, final
 
 
@@ -175,8 +176,9 @@ class Mamba(ChannelStateMixer):
         self, x: Tensor, conv_state: Tensor | None, ssm_state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        x, conv_state = torch.ops.sinuous.causal_conv1d(
-            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, conv_state, cu_seqlens, True, False, ""
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        x, conv_state = operators.causal_conv1d(
+            x, weight, bias, initial_state=conv_state, cu_seqlens=cu_seqlens, silu=True
         )
         y, ssm_state = s6(
             x,

@@ -20,7 +20,6 @@ from sinuous.core.mixers.contract import Mixer, register_state
 from sinuous.core.mixers.convolutions import convolve_together, short_convolutions
 from sinuous.core.mixers.heads import per_head
 from sinuous.core.mixers.states import zero_states
-from sinuous.core.ops import causal_conv1d  # noqa: F401  (registers torch.ops.sinuous)
 
 
 @register_state

@@ -31,7 +31,7 @@ from sinuous.core.checks import check_choice, check_sizes
 from sinuous.core.mixers.contract import Mixer, register_mixer
 from sinuous.core.mixers.convolutions import centred_conv1d, check_centred
 from sinuous.core.mixers.decay_init import init_A_log_s4d_real, init_dt_bias
-from sinuous.core.ops import selective_scan  # noqa: F401  (registers torch.ops.sinuous)
+from sinuous.core.ops.operators import operators
 from sinuous.core.scan_routes import CROSS, sum_to_cells, to_cells, to_sequence, to_sequences
 
 ROUTES = len(CROSS)
@@ -164,10 +164,10 @@ class SS2D(Mixer):
         dt, B, C = projected.split([self.rank, self.d_state, self.d_state], -1)
         dt = self._raised(dt, self._of_end(self.dt_projs_weight, end))
         A_logs = self._of_end(self.A_logs.unflatten(0, [-1, self.d_inner]), end).flatten(0, 1)
-        y, _, _ = torch.ops.sinuous.selective_scan(
+        y, _, _ = operators.selective_scan(
             x.flatten(2).to(dt.dtype), dt, -torch.exp(norms.at_least_fp32(A_logs)), B, C,
-            self._of_end(self.Ds.unflatten(0, [-1, self.d_inner]), end).flatten(), None,
-            self._of_end(self.dt_projs_bias, end).flatten(), None, cu_seqlens, True, end == 1, "",
+            D=self._of_end(self.Ds.unflatten(0, [-1, self.d_inner]), end).flatten(),
+            dt_bias=self._of_end(self.dt_projs_bias, end).flatten(), cu_seqlens=cu_seqlens, reverse=end == 1,
         )  # fmt: skip
         both: Tensor = y.unflatten(-1, [2, self.d_inner])
         return both

@@ -23,6 +23,7 @@ from sinuous.core.checks import check_choice, check_sizes
 from sinuous.core.mixers.contract import Mixer, register_mixer
 from sinuous.core.mixers.decay_init import init_A_log_s4d_real, init_dt
 from sinuous.core.mixers.mamba import depthwise, s6
+from sinuous.core.ops.operators import operators
 
 
 @register_mixer("vim_pair")
@@ -109,11 +110,11 @@ class VimPair(Mixer):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, grid: list[int] | None = None) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        x_f, _ = torch.ops.sinuous.causal_conv1d(
-            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, None, cu_seqlens, True, False, ""
+        x_f, _ = operators.causal_conv1d(
+            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, cu_seqlens=cu_seqlens, silu=True
         )
-        x_b, _ = torch.ops.sinuous.causal_conv1d(
-            x, self.conv1d_b.weight.squeeze(1), self.conv1d_b.bias, None, cu_seqlens, True, True, ""
+        x_b, _ = operators.causal_conv1d(
+            x, self.conv1d_b.weight.squeeze(1), self.conv1d_b.bias, cu_seqlens=cu_seqlens, silu=True, reverse=True
         )
         dt, dt_b = self.dt_proj, self.dt_proj_b
         y_f, _ = s6(x_f, z, self.x_proj(x_f), dt.weight, dt.bias, self.A_log, self.D, None, cu_seqlens, False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -11,20 +10,19 @@ from torch import Tensor
 
 from sinuous.kernels.arguments import CausalConv1d
 from sinuous.kernels.precision import working_dtype
-from sinuous.kernels.torch.packing import flip_time, rows
+from sinuous.kernels.torch.packing import flip_time, rows, sequences
 
 
 def _sequences(args: CausalConv1d) -> Iterator[tuple[slice, Tensor]]:
     """The place in time of each sequence; and its inputs in processing order, after the W-1 that precede them."""
     x, dtype = args.x, working_dtype(args.x.dtype)
-    edges = [0, x.shape[1]] if args.cu_seqlens is None else args.cu_seqlens.tolist()
-    for n, (begin, end) in enumerate(itertools.pairwise(edges)):
-        inputs = _in_order(x[:, begin:end].to(dtype), args.reverse)
+    for n, steps in enumerate(sequences(x.shape[1], args.cu_seqlens)):
+        inputs = _in_order(x[:, steps].to(dtype), args.reverse)
         if args.initial_state is None:
             past = inputs.new_zeros(x.shape[0], args.weight.shape[1] - 1, x.shape[2])
         else:
             past = rows(args.initial_state, n, args.cu_seqlens).to(dtype)
-        yield slice(begin, end), torch.cat([past, inputs], 1)
+        yield steps, torch.cat([past, inputs], 1)
 
 
 def _in_order(t: Tensor, reverse: bool) -> Tensor:

@@ -207,7 +207,7 @@ def initial_state_gradients(
 
 
 def _contiguous(args: CausalConv1d) -> CausalConv1d:
-    return args._make(t.contiguous() if isinstance(t, Tensor) else t for t in args)
+    return CausalConv1d._make(t.contiguous() if isinstance(t, Tensor) else t for t in args)
 
 
 def _launch(args: CausalConv1d) -> tuple[dict[str, Any], int, int]:
