@@ -31,6 +31,7 @@ from sinuous.core.mixers.decay_init import init_dt_bias
 from sinuous.core.mixers.delay import one_step_late
 from sinuous.core.mixers.heads import heads_of
 from sinuous.core.ops.operators import operators
+from sinuous.kernels.torch.packing import sequence_count
 
 
 @register_mixer("hydra")
@@ -131,7 +132,7 @@ class Hydra(Mixer):
         log_decay = -dt * torch.exp(norms.at_least_fp32(self.A_log))
         initial: Tensor | None = None
         if self.init_states is not None:
-            count = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            count = sequence_count(u, cu_seqlens)
             initial = self.init_states.transpose(1, 2).expand([count, -1, -1, -1])
         v = (u * dt.unsqueeze(-1)).to(u.dtype)
         y, _, _ = operators.ssd(

@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sinuous.core.ops.checks import check_packing, check_shape, sequence_count
+from sinuous.core.ops.checks import check_packing, check_shape
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.operators import operators
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.arguments import CausalConv1d
 from sinuous.kernels.precision import working_dtype
-from sinuous.kernels.torch.packing import flip_time
+from sinuous.kernels.torch.packing import flip_time, sequence_count
 
 MAX_WIDTH = 8
 

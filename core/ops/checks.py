@@ -51,11 +51,6 @@ def check_packing(cu_seqlens: Tensor | None, batch: int, length: int) -> None:
         raise ValueError(f"cu_seqlens must rise from 0 to the packed length {length} (got {bounds})")
 
 
-def sequence_count(x: Tensor, cu_seqlens: Tensor | None) -> int:
-    """Number of states that an op carries: the batch size, or the number of packed sequences."""
-    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
 def check_log_decay(log_decay: Tensor | None) -> None:
     """Refuse logarithms of decays above 0; -inf passes. On a GPU values are not looked at, which would wait for it."""
     if log_decay is None or log_decay.device.type != "cpu" or log_decay.numel() == 0:

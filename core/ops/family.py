@@ -12,7 +12,7 @@ import math
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,7 +79,6 @@ class Family:
     check_dtype: Callable[[str, Tensor], None] = check_floating
     time_axes: int = 1
     traced: Callable[..., tuple[Tensor, ...]] | None = None
-    by_name: bool | None = None
 
     @functools.cached_property
     def types(self) -> dict[str, str]:
@@ -137,34 +136,8 @@ def recurrent_backward(family: Family, args: Any, grads: Optionals) -> list[Tens
     return [zeros.get(n, grads_of.get(n)) for n in family.differentiable]
 
 
-def _in_records(family: Family) -> Family:
-    """A family that is still written with lists of arguments."""
-    if family.by_name is None:
-        return family
-    check, fake, recurrent, adds, traced = (
-        family.check,
-        family.fake,
-        family.recurrent,
-        family.multiply_adds,
-        family.traced,
-    )
-    return replace(
-        family,
-        check=lambda a: check(**a._asdict()),
-        fake=lambda a: fake(**a._asdict()),
-        recurrent=lambda a, **options: recurrent(**a._asdict(), **options),
-        traced=None if traced is None else lambda a, **options: traced(**a._asdict(), **options),
-        multiply_adds=adds if adds.__qualname__.startswith("matrix_state") else lambda a: adds(**a._asdict()),
-        saved={
-            n: functools.partial(lambda shape, a, **options: shape(**a._asdict(), **options), f)
-            for n, f in family.saved.items()
-        },
-    )
-
-
 def define(family: Family) -> None:
     """Register the family's forward and backward operators, their fakes and the autograd that joins them."""
-    family = _in_records(family)
     FAMILIES[family.name] = family
     record, names = family.arguments, list(family.types)
     tensor_arguments = [
@@ -217,10 +190,7 @@ def define(family: Family) -> None:
             name = "recurrent"  # which is cheaper than a chunk of one step, and keeps the same for the backward pass
         function = family.recurrent if name == "recurrent" else dispatch.kernel(family.name, name).forward
         with _full_precision(first.device):
-            if family.by_name and name != "recurrent":
-                outputs = function(**args._asdict(), **family.options)
-            else:
-                outputs = function(args, **family.options)
+            outputs = function(args, **family.options)
         return _empty_for_none((*outputs[:visible], *(t.flatten() for t in outputs[visible:])), first)
 
     def backward(*values: Any) -> tuple[Tensor, ...]:
@@ -234,10 +204,6 @@ def define(family: Family) -> None:
         with _full_precision(first.device):
             if name == "recurrent":
                 gradients = recurrent_backward(family, args, grads)
-            elif family.by_name:
-                gradients = dispatch.kernel(family.name, name).backward(
-                    grads, **args._asdict(), **saved, **family.options
-                )
             else:
                 gradients = dispatch.kernel(family.name, name).backward(args, grads, **saved, **family.options)
         pairs = zip(family.differentiable, gradients, strict=True)

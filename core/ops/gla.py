@@ -26,7 +26,6 @@ from sinuous.core.ops.checks import (
     check_log_decay,
     check_packing,
     check_shape,
-    sequence_count,
 )
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.flops import matrix_state
@@ -34,6 +33,7 @@ from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.arguments import GLA
 from sinuous.kernels.precision import working_dtype
+from sinuous.kernels.torch.packing import sequence_count
 
 CHUNK_SIZE = 64
 """Time steps between two states that the forward pass keeps for the backward pass."""

@@ -22,13 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sinuous.core.ops.checks import check_packing, check_shape, sequence_count
+from sinuous.core.ops.checks import check_packing, check_shape
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.operators import operators
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.arguments import Longhorn
 from sinuous.kernels.precision import working_dtype
+from sinuous.kernels.torch.packing import sequence_count
 
 CHUNK_SIZE = 64
 """Time steps between two states that the forward pass keeps for the backward pass."""

@@ -32,7 +32,6 @@ from sinuous.core.ops.checks import (
     check_floating,
     check_packing,
     check_shape,
-    sequence_count,
 )
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.operators import operators
@@ -41,6 +40,7 @@ from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.arguments import LTIConv
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.discretization import conj, discretize, dot, times
+from sinuous.kernels.torch.packing import sequence_count
 
 DISCRETIZATIONS = ("zoh", "bilinear")
 

@@ -35,7 +35,6 @@ from sinuous.core.ops.checks import (
     check_attention,
     check_packing,
     check_shape,
-    sequence_count,
 )
 from sinuous.core.ops.differentiation import may_be_differentiated
 from sinuous.core.ops.family import Family, define
@@ -46,6 +45,7 @@ from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.arguments import MLSTM
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.chunked import LARGEST_ROUNDING, LOWEST
+from sinuous.kernels.torch.packing import sequence_count
 
 CHUNK_SIZE = 64
 """Time steps between two states that the forward pass keeps for the backward pass."""

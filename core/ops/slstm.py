@@ -41,7 +41,6 @@ from sinuous.core.checks import check_choice
 from sinuous.core.ops.checks import (
     check_packing,
     check_shape,
-    sequence_count,
 )
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.operators import operators
@@ -50,6 +49,7 @@ from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.arguments import SLSTM
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch.chunked import LOWEST
+from sinuous.kernels.torch.packing import sequence_count
 
 CHUNK_SIZE = 32
 """Time steps between two states that the forward pass keeps for the backward pass."""

@@ -21,7 +21,7 @@ from sinuous.kernels.arguments import AdditiveDecay
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import chunked
 from sinuous.kernels.torch.chunked import LOWEST, Recurrence, State, Tensors
-from sinuous.kernels.torch.packing import rows, sequences
+from sinuous.kernels.torch.packing import rows, sequence_count, sequences
 
 SMALLEST_SUM = 1e-290
 """Bound below which a sum of exponentials, taken relative to the largest of a segment, has lost digits."""
@@ -138,7 +138,7 @@ def _recurrence(scale: float) -> Recurrence:
 def initial_states(args: AdditiveDecay) -> State:
     """S `[sequences, H, K, V]` and z `[sequences, H, K]` before the first step; S is 0 where z is -inf."""
     q, v, S, z = args.q, args.v, args.initial_S, args.initial_z
-    count = q.shape[0] if args.cu_seqlens is None else args.cu_seqlens.shape[0] - 1
+    count = sequence_count(q, args.cu_seqlens)
     dtype, shape = working_dtype(q.dtype), (count, v.shape[2], q.shape[3])
     z = torch.full(shape, -torch.inf, dtype=dtype, device=q.device) if z is None else z.to(dtype)
     if S is None:

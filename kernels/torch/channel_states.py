@@ -21,6 +21,7 @@ from sinuous.kernels.arguments import ChannelStates, Longhorn, SelectiveScan
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import chunked
 from sinuous.kernels.torch.chunked import Recurrence, State, Tensors
+from sinuous.kernels.torch.packing import sequence_count
 
 _STEPS = 32
 """Most steps of a segment in the forward pass: their states fit a core's cache better than those of a whole here."""
@@ -147,8 +148,7 @@ class ChannelStatesCall:
         self.inputs = [*wide[:2], *narrow, wide[2]]
         in_groups = (None if t is None else t.to(self.dtype).reshape(groups, channels) for t in (args.D, args.dt_bias))
         self.parameters = list(in_groups)
-        sequences = batch if args.cu_seqlens is None else args.cu_seqlens.shape[0] - 1
-        zeros = args.u.new_zeros(sequences, width, states, dtype=self.dtype)
+        zeros = args.u.new_zeros(sequence_count(args.u, args.cu_seqlens), width, states, dtype=self.dtype)
         self.initial = (self.state(zeros if args.initial_state is None else args.initial_state),)
 
     def state(self, h: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sinuous.kernels.precision import working_dtype
-from sinuous.kernels.torch.packing import Segment, flip_sequences, mirror, rows, segments
+from sinuous.kernels.torch.packing import Segment, flip_sequences, mirror, rows, segments, sequence_count
 
 State = tuple[Tensor, ...]
 Tensors = Sequence[Tensor | None]
@@ -52,7 +52,7 @@ def initial_matrix(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlen
     dtype = working_dtype(q.dtype)
     if initial_state is not None:
         return (initial_state.to(dtype).contiguous(),)
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = sequence_count(q, cu_seqlens)
     return (torch.zeros(sequences, v.shape[-2], q.shape[-1], v.shape[-1], dtype=dtype, device=q.device),)
 
 

@@ -17,6 +17,7 @@ from sinuous.kernels.arguments import LinearScan
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import chunked
 from sinuous.kernels.torch.chunked import Recurrence, State, Tensors
+from sinuous.kernels.torch.packing import sequence_count
 
 
 def _plus_carried(x: Tensor, a: Tensor, h: Tensor, reset: Tensor | None, out: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ def _arguments(args: LinearScan) -> tuple[list[Tensor | None], list[Tensor | Non
     """Inputs `[B, T, 1, …]`, parameters and initial states `[sequences, 1, D]` as the loop over chunks takes them."""
     x, a = args.x, args.a
     dtype = working_dtype(x.dtype)
-    sequences = x.shape[0] if args.cu_seqlens is None else args.cu_seqlens.shape[0] - 1
+    sequences = sequence_count(x, args.cu_seqlens)
     initial = x.new_zeros(sequences, x.shape[2]) if args.initial_state is None else args.initial_state
     resets = None if args.reset is None else args.reset[..., None, None]
     constant = a.ndim == 1

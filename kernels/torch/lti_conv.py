@@ -12,7 +12,7 @@ from sinuous.kernels.arguments import LTIConv
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import lti_blocks, lti_fourier
 from sinuous.kernels.torch.lti_operators import PARAMETERS
-from sinuous.kernels.torch.packing import flip_sequences, flip_time, mirror, rows, segments
+from sinuous.kernels.torch.packing import flip_sequences, flip_time, mirror, rows, segments, sequence_count
 
 MANY_BLOCKS = 16
 """Greatest number of blocks that go one after the other without much loss where each waits for launches."""
@@ -81,7 +81,7 @@ def _or_zeros(states: Tensor | None, args: LTIConv, dtype: torch.dtype) -> Tenso
     """States `[sequences, D, M, 2]`."""
     if states is not None:
         return states
-    count = args.u.shape[0] if args.cu_seqlens is None else args.cu_seqlens.shape[0] - 1
+    count = sequence_count(args.u, args.cu_seqlens)
     return torch.zeros(count, args.u.shape[2], args.A.shape[-2], 2, dtype=dtype, device=args.u.device)
 
 

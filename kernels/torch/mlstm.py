@@ -28,7 +28,7 @@ from sinuous.kernels.torch.chunked import (
     run_sums,
     weighted_decays,
 )
-from sinuous.kernels.torch.packing import SequenceRows
+from sinuous.kernels.torch.packing import SequenceRows, sequence_count
 
 MOST_PADDING = 4
 """Most places that the rows of packed sequences may have for each step."""
@@ -200,7 +200,7 @@ def _recurrence(options: MLSTMOptions) -> Recurrence:
 
 def states_or_zeros(args: MLSTM, states: Tensors) -> State:
     """C `[sequences, H, K, V]`, n `[sequences, H, K]` and m `[sequences, H]`, contiguous; zeros for None."""
-    sequences = args.q.shape[0] if args.cu_seqlens is None else args.cu_seqlens.shape[0] - 1
+    sequences = sequence_count(args.q, args.cu_seqlens)
     dtype, heads, keys, values = working_dtype(args.q.dtype), args.v.shape[2], args.q.shape[3], args.v.shape[3]
     shapes = (sequences, heads, keys, values), (sequences, heads, keys), (sequences, heads)
     return tuple(

@@ -21,6 +21,11 @@ class Segment(NamedTuple):
     last: int | None
 
 
+def sequence_count(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Number of states that an op carries: the batch size, or the number of packed sequences."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
 def sequences(length: int, cu_seqlens: Tensor | None) -> list[slice]:
     """Steps of each sequence; an ordinary batch is one."""
     bounds = [0, length] if cu_seqlens is None else cu_seqlens.tolist()

@@ -19,6 +19,7 @@ from sinuous.kernels.arguments import SLSTM
 from sinuous.kernels.precision import working_dtype
 from sinuous.kernels.torch import chunked
 from sinuous.kernels.torch.chunked import LOWEST, Recurrence, State, Tensors
+from sinuous.kernels.torch.packing import sequence_count
 
 
 class _Cell(NamedTuple):
@@ -208,7 +209,7 @@ def _recurrence(cell: str) -> Recurrence:
 def _arguments(args: SLSTM) -> tuple[Tensor, list[Tensor | None], State]:
     """Gates with heads before gates, as are the parameters, and the initial states."""
     dtype = working_dtype(args.gates.dtype)
-    sequences = args.gates.shape[0] if args.cu_seqlens is None else args.cu_seqlens.shape[0] - 1
+    sequences = sequence_count(args.gates, args.cu_seqlens)
     zeros = args.gates.new_zeros(sequences, *args.gates.shape[3:], dtype=dtype)
     initial = tuple(zeros if t is None else t.to(dtype) for t in args.initial_state)
     by_head = [t.to(dtype).transpose(0, 1) for t in (args.R, args.bias)]

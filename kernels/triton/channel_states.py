@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sinuous.kernels.arguments import ChannelStates, Longhorn, SelectiveScan
 from sinuous.kernels.precision import working_dtype
+from sinuous.kernels.torch.packing import sequence_count
 from sinuous.kernels.triton.packing import accumulator, on_device, packed_steps, row_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -319,7 +320,7 @@ def initial_states(args: ChannelStates) -> Tensor:
     dtype = working_dtype(args.u.dtype)
     if args.initial_state is not None:
         return args.initial_state.to(dtype).contiguous()
-    sequences = args.u.shape[0] if args.cu_seqlens is None else args.cu_seqlens.shape[0] - 1
+    sequences = sequence_count(args.u, args.cu_seqlens)
     return args.u.new_zeros(sequences, args.u.shape[2], args.B.shape[-1], dtype=dtype)
 
 

@@ -43,7 +43,7 @@ def tiles(kernel: object, dtype: torch.dtype, keys: int, values: int) -> dict[st
     return {**blocks, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
-class Prepared(NamedTuple):
+class GLAPrepared(NamedTuple):
     """The results of `prepare`; of keys alone there are no weights and queries."""
 
     weights: Tensor | None
@@ -79,7 +79,7 @@ class GLACall:
         call = self.call
         return call.over(kernel, tiles(kernel, call.input_dtype, call.keys, call.values), **self.sizes)
 
-    def prepare(self, q: Tensor | None, k: Tensor) -> Prepared:
+    def prepare(self, q: Tensor | None, k: Tensor) -> GLAPrepared:
         call = self.call
         scaled_keys = torch.empty_like(k, dtype=self.factor)
         totals = torch.empty(call.segments, call.heads, call.keys, dtype=call.dtype, device=k.device)
@@ -93,7 +93,7 @@ class GLACall:
                 q, k, self.sums, self.bonus, call.table, weights, scaled_queries, scaled_keys, totals,
                 call.length, call.sequences, self.levels, QUERIES=q is not None, **sizes,
             )  # fmt: skip
-        return Prepared(weights, scaled_queries, scaled_keys, totals)
+        return GLAPrepared(weights, scaled_queries, scaled_keys, totals)
 
     def carry(
         self, left: Tensor, right: Tensor, totals: Tensor, edge: Tensor, *, adjoint: bool
@@ -150,7 +150,7 @@ class GLACall:
         final, chunk_states = self.carry(prepared.keys, v, prepared.totals, initial, adjoint=False)
         return self.read(prepared.weights, prepared.queries, v, chunk_states, initial, keys=False), final, chunk_states
 
-    def adjoint(self, prepared: Prepared, dy: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def adjoint(self, prepared: GLAPrepared, dy: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of the states before each sequence and after each chunk, and of the values."""
         assert prepared.queries is not None
         dinitial, after = self.carry(prepared.queries, dy, prepared.totals, dfinal, adjoint=True)

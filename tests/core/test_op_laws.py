@@ -230,33 +230,13 @@ class _Allocations(TorchDispatchMode):
         return result
 
 
-class _Received(TorchDispatchMode):
-    """Keeps the positional arguments that an op gets from its public function."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.op, self.values = getattr(torch.ops.sinuous, name).default, ()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.values = args if func is self.op else self.values
-        return func(*args, **(kwargs or {}))
-
-
-def received(laws: Laws, arguments: dict[str, Any], form: str) -> tuple[Any, ...]:
-    """The positional arguments that the registered op gets for the public function's `arguments`."""
-    with _Received(laws.family.name) as mode:
-        run(laws, form, arguments)
-    return mode.values
-
-
 @pytest.mark.parametrize("name", LAWS)
 def test_torch_form_allocates_linearly(name: str) -> None:
     laws = law(name, "torch", "linear")
     family, module = laws.family, dispatch.kernel(name, "torch")
 
     def allocations(length: int) -> tuple[_Allocations, int]:
-        values = received(laws, cast(draw(laws, "full", 1, length), torch.float32), "torch")
-        args, _ = family.bind(*values)
+        args = laws.record(cast(draw(laws, "full", 1, length), torch.float32))
         largest = max(v.numel() for v in args if isinstance(v, Tensor))
         with _Allocations() as mode:
             outputs = module.forward(args, **family.options)
@@ -303,8 +283,8 @@ def test_opcheck(name: str, form: str, packed: bool) -> None:
     arguments = draw(laws, "full", 1 if packed else 2, 9, sequences=2)
     if packed:
         arguments["cu_seqlens"] = torch.tensor([0, 4, 9])
-    values = [v.requires_grad_() if inexact(v) else v for v in received(laws, arguments, form)]
-    torch.library.opcheck(getattr(torch.ops.sinuous, name).default, tuple(values))
+    values = [v.requires_grad_() if inexact(v) else v for v in laws.record(arguments)]
+    torch.library.opcheck(getattr(torch.ops.sinuous, name).default, (*values, form))
 
 
 class _Module(torch.nn.Module):

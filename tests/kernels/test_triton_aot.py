@@ -14,9 +14,7 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {tools!r})
 import torch, aot_cases, aot_compile
-ops = "scan longhorn convolution linear_scan ssd mlstm gla delta_rule dplr additive_decay slstm lti_conv".split()
-of = [getattr(aot_cases, op + "_launches") for op in ops]
-for launch in [launch for launches in of for launch in launches(torch.bfloat16)]:
+for launch in aot_cases.one_of_each(torch.bfloat16):
     found = aot_compile.cost(launch, aot_compile.TARGETS["sm_90"][0])
     name = launch.kernel.__module__.rpartition(".")[2] + "." + launch.kernel.__name__
     print(name, found.registers, found.spilled, found.shared)

@@ -91,9 +91,9 @@ class Laws:
         return tree_map(convert, value)
 
     def record(self, arguments: Arguments) -> Any:
-        """The record that the registered op gets for `arguments` of the public function."""
+        """The record that the registered op gets for `arguments` of the public function, its state asked for."""
         with _Received(self.family) as mode:
-            self.call(**arguments)
+            self.call(**arguments, return_state=True)
         return mode.arguments
 
 
