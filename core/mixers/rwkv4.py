@@ -55,6 +55,8 @@ def decaying_max(k: Tensor, w: Tensor, before: Tensor, cu_seqlens: Tensor | None
         before: m before the first step, `[B, E]`; not read with packed sequences, which start from none.
         cu_seqlens: boundaries of packed sequences.
     """
+    if cu_seqlens is None and k.shape[1] == 1:  # ONNX has no running maximum
+        return torch.maximum(before.double().unsqueeze(1) - w.double(), k.double()).to(k.dtype)
     past = positions.steps(k, None, cu_seqlens)[0].unsqueeze(-1)
     if cu_seqlens is None:
         drift = (past + 1) * w.double()  # in fp32 it would swallow k over long sequences
