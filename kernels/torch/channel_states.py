@@ -65,8 +65,8 @@ def grouped(B: Tensor, width: int) -> tuple[int, int]:
 
 
 def _time_first(t: Tensor) -> Tensor:
-    """`[B,G,c,·]` as `[c,B,G,·]`."""
-    return t.permute(2, 0, 1, 3)
+    """`[B,G,c,·]` as `[c,B,G,·]`, and as it lies in memory: the tensors with N numbers per channel follow it."""
+    return t.permute(2, 0, 1, 3).contiguous()
 
 
 def _time_third(t: Tensor) -> Tensor:
