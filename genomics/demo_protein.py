@@ -24,8 +24,9 @@ from sinuous.genomics.spans import check_spans
 
 MODEL = "prot_xlstm_nano.cress"
 OUT = Path("sinuous_protein.png")
-SHORTEST, LONGEST = 90, 150
-"""Residues of the bundled protein that is taken, if no file is given."""
+SHORTEST, LONGEST = 90, 160
+"""Residues of the bundled protein that is taken, if no file is given: the first that is as long as its relative. The
+weights have not seen it, a gene of the test split of the whole chromosome."""
 SPANS = ((20, 26), (60, 70))
 DRAWN = 1200
 """Residues whose mutations are computed and drawn, at most: each takes a reading of the whole protein."""
@@ -119,5 +120,5 @@ def show(name: str, before: str, after: str, spans: Sequence[tuple[int, int]]) -
 def sample() -> list[Record]:
     """A bundled protein of *A. thaliana*, and its nearest relative in *A. arenosa*."""
     own, relatives = (list(read_sequences(SAMPLES / f"{species}.faa.gz")) for species in ("athaliana", "aarenosa"))
-    place = next(i for i, record in enumerate(own) if SHORTEST <= len(record.sequence) <= LONGEST)
-    return [own[place], relatives[place]]
+    pairs = zip(own, relatives, strict=True)
+    return next([a, b] for a, b in pairs if SHORTEST <= len(a.sequence) == len(b.sequence) <= LONGEST)

@@ -246,8 +246,8 @@ def define(family: Family) -> None:
 
     def no_second_derivative(*_: Any) -> Any:
         raise RuntimeError(
-            f"{family.name} has no second derivative; compute it from the definition (`from "
-            f"sinuous.core.ops.{family.name} import recurrent`), which autograd differentiates to any order"
+            f"{family.name} has no second derivative; compute it from the definition, which autograd differentiates to "
+            f"any order: sinuous.core.ops.{family.name}.recurrent of a sinuous.kernels.arguments.{record.__name__}"
         )
 
     torch.library.impl(forward_name, "CompositeExplicitAutograd", forward)
