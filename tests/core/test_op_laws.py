@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ from sinuous.core.ops import dispatch
 from sinuous.core.ops.checks import check_device
 from sinuous.core.ops.family import FAMILIES
 from sinuous.core.ops.laws import LAWS, Laws
+from sinuous.core.ops.operators import Operators, operators
 
 CPU = torch.device("cpu")
 FORMS = [(name, form) for name, laws in LAWS.items() for form in laws.family.forms if form != "triton"]
@@ -339,3 +341,24 @@ def test_refusal(name: str, message: str) -> None:
 def test_refusal_of_mixed_devices() -> None:
     with pytest.raises(ValueError, match=r"D is on meta and u on cpu; move it with \.to\('cpu'\)"):
         check_device("D", torch.zeros(1, device="meta"), "u", torch.zeros(1))
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_an_operator_takes_keywords_and_lets_defaults_be_left_out(name: str) -> None:
+    args = LAWS[name].record(draw(LAWS[name], "plain", 2, 3))
+    args[0].requires_grad_()
+    operator, defaults = getattr(operators, name), args._field_defaults
+    required = [getattr(args, field) for field in args._fields if field not in defaults]
+    named = {field: getattr(args, field) for field, default in defaults.items() if getattr(args, field) is not default}
+    whole, short = operator(*args, ""), operator(*required, **named)
+    assert all(torch.equal(a, b) for a, b in zip(short, whole, strict=True))
+    gradients = [torch.autograd.grad(y[0].real.sum(), args[0])[0] for y in (short, whole)]
+    assert torch.equal(*gradients)
+
+
+def test_operators_are_typed_with_their_numbers_of_outputs() -> None:
+    hints = {name: typing.get_args(hint)[1] for name, hint in typing.get_type_hints(Operators).items()}
+    assert set(hints) == {*LAWS, "take_orders", "sum_orders"}
+    for name, outputs in hints.items():
+        returns = getattr(torch.ops.sinuous, name).default._schema.returns
+        assert len(typing.get_args(outputs) or (outputs,)) == len(returns), name
