@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sinuous.core.ops.checks import (
@@ -26,12 +25,12 @@ from sinuous.core.ops.checks import (
     check_shape,
 )
 from sinuous.core.ops.family import Family, define
+from sinuous.core.ops.matrix_state import chunk_states_shape, fake, state_shape
 from sinuous.core.ops.operators import operators
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.arguments import DeltaRule
 from sinuous.kernels.precision import working_dtype
-from sinuous.kernels.torch.packing import sequence_count
 
 CHUNK_SIZE = 64
 """Time steps between two states that the forward pass keeps for the backward pass."""
@@ -45,7 +44,7 @@ def recurrent(args: DeltaRule, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Te
     if k.ndim == 4:
         k, v, beta = k[:, :, None], v[:, :, None], beta[:, :, None]
     decay = None if args.log_decay is None else args.log_decay.to(dtype).exp()
-    initial = q.new_zeros(_state(args)) if args.initial_state is None else args.initial_state.to(dtype)
+    initial = q.new_zeros(state_shape(args)) if args.initial_state is None else args.initial_state.to(dtype)
 
     def step(
         state: State, q_t: Tensor, k_t: Tensor, v_t: Tensor, beta_t: Tensor, a_t: Tensor | None
@@ -60,10 +59,6 @@ def recurrent(args: DeltaRule, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Te
         step, (q, k, v, beta, decay), (initial,), v[:, :0].sum(2), args.cu_seqlens, args.reverse, chunk_size
     )
     return y.to(args.v.dtype), final, states
-
-
-def _state(args: DeltaRule) -> tuple[int, ...]:
-    return sequence_count(args.q, args.cu_seqlens), *args.q.shape[2:], args.v.shape[-1]
 
 
 def _check(args: DeltaRule) -> None:
@@ -91,17 +86,7 @@ def _check(args: DeltaRule) -> None:
                 f"beta must lie in [0, 2] (got {lowest:.3g} to {highest:.3g}); pass sigmoid(x) or 2 * sigmoid(x)"
             )
     check_packing(args.cu_seqlens, batch, length)
-    check_shape("initial_state", args.initial_state, _state(args), "[sequences, H, K, V]")
-
-
-def _fake(args: DeltaRule) -> tuple[Tensor, Tensor]:
-    y = torch.empty((*args.q.shape[:3], args.v.shape[-1]), dtype=args.v.dtype, device=args.v.device)
-    return y, y.new_empty(_state(args), dtype=working_dtype(args.q.dtype))
-
-
-def _chunk_states(args: DeltaRule, chunk_size: int) -> tuple[int, ...]:
-    batch, length, heads, keys = args.q.shape
-    return batch, -(-length // chunk_size), heads, keys, args.v.shape[-1]
+    check_shape("initial_state", args.initial_state, state_shape(args), "[sequences, H, K, V]")
 
 
 def _multiply_adds(args: Any) -> int:
@@ -113,10 +98,10 @@ FAMILY = Family(
     name="delta_rule",
     arguments=DeltaRule,
     outputs=("y", "final_state"),
-    saved={"chunk_states": _chunk_states},
+    saved={"chunk_states": chunk_states_shape},
     integers=("cu_seqlens",),
     forms=("triton", "torch", "recurrent"),
-    fake=_fake,
+    fake=fake,
     check=_check,
     recurrent=recurrent,
     options={"chunk_size": CHUNK_SIZE},

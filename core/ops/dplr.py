@@ -23,7 +23,6 @@ kernels: decays without a bound, exact resets by g = -inf.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sinuous.core.ops.checks import (
@@ -34,12 +33,12 @@ from sinuous.core.ops.checks import (
 )
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.flops import matrix_state
+from sinuous.core.ops.matrix_state import chunk_states_shape, fake, state_shape
 from sinuous.core.ops.operators import operators
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.arguments import DPLR
 from sinuous.kernels.precision import working_dtype
-from sinuous.kernels.torch.packing import sequence_count
 
 CHUNK_SIZE = 64
 """Time steps between two states that the forward pass keeps for the backward pass."""
@@ -51,7 +50,7 @@ def recurrent(args: DPLR, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor,
     scale = args.q.shape[-1] ** -0.5 if args.scale is None else args.scale
     q, k, v, a, b = (t.to(dtype) for t in (args.q, args.k, args.v, args.a, args.b))
     decay = args.log_decay.to(dtype).exp()
-    initial = q.new_zeros(_state(args)) if args.initial_state is None else args.initial_state.to(dtype)
+    initial = q.new_zeros(state_shape(args)) if args.initial_state is None else args.initial_state.to(dtype)
 
     def step(
         state: State, q_t: Tensor, k_t: Tensor, v_t: Tensor, decay_t: Tensor, a_t: Tensor, b_t: Tensor
@@ -66,10 +65,6 @@ def recurrent(args: DPLR, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor,
     return y.to(args.v.dtype), final, states
 
 
-def _state(args: DPLR) -> tuple[int, ...]:
-    return sequence_count(args.q, args.cu_seqlens), *args.q.shape[2:], args.v.shape[3]
-
-
 def _check(args: DPLR) -> None:
     check_attention(args.q, args.k, args.v)
     keys = tuple(args.q.shape)
@@ -78,27 +73,17 @@ def _check(args: DPLR) -> None:
     check_shape("a", args.a, keys, "the vector that reads the state, shaped like keys, [B, T, H, K]")
     check_shape("b", args.b, keys, "the vector that it is written at, shaped like keys, [B, T, H, K]")
     check_packing(args.cu_seqlens, keys[0], keys[1])
-    check_shape("initial_state", args.initial_state, _state(args), "[sequences, H, K, V]")
-
-
-def _fake(args: DPLR) -> tuple[Tensor, Tensor]:
-    y = torch.empty(args.v.shape, dtype=args.v.dtype, device=args.v.device)
-    return y, y.new_empty(_state(args), dtype=working_dtype(args.q.dtype))
-
-
-def _chunk_states(args: DPLR, chunk_size: int) -> tuple[int, ...]:
-    batch, length, heads, keys = args.q.shape
-    return batch, -(-length // chunk_size), heads, keys, args.v.shape[3]
+    check_shape("initial_state", args.initial_state, state_shape(args), "[sequences, H, K, V]")
 
 
 FAMILY = Family(
     name="dplr",
     arguments=DPLR,
     outputs=("y", "final_state"),
-    saved={"chunk_states": _chunk_states},
+    saved={"chunk_states": chunk_states_shape},
     integers=("cu_seqlens",),
     forms=("triton", "torch", "recurrent"),
-    fake=_fake,
+    fake=fake,
     check=_check,
     recurrent=recurrent,
     options={"chunk_size": CHUNK_SIZE},

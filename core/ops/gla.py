@@ -17,7 +17,6 @@ exact resets by g = -inf.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sinuous.core.checks import check_choice
@@ -29,11 +28,12 @@ from sinuous.core.ops.checks import (
 )
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.flops import matrix_state
+from sinuous.core.ops.matrix_state import chunk_states_shape, fake, state_shape
+from sinuous.core.ops.operators import operators
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.arguments import GLA
 from sinuous.kernels.precision import working_dtype
-from sinuous.kernels.torch.packing import sequence_count
 
 CHUNK_SIZE = 64
 """Time steps between two states that the forward pass keeps for the backward pass."""
@@ -46,7 +46,7 @@ def recurrent(args: GLA, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor, 
     dtype = working_dtype(args.q.dtype)
     scale = args.q.shape[-1] ** -0.5 if args.scale is None else args.scale
     q, k, v, decay = args.q.to(dtype), args.k.to(dtype), args.v.to(dtype), args.log_decay.to(dtype).exp()
-    initial = q.new_zeros(_state(args)) if args.initial_state is None else args.initial_state.to(dtype)
+    initial = q.new_zeros(state_shape(args)) if args.initial_state is None else args.initial_state.to(dtype)
     u = None if args.bonus is None else args.bonus.to(dtype)
 
     def step(state: State, q_t: Tensor, k_t: Tensor, v_t: Tensor, a_t: Tensor) -> tuple[Tensor, State]:
@@ -59,10 +59,6 @@ def recurrent(args: GLA, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor, 
         step, (q, k, v, decay), (initial,), v[:, :0], args.cu_seqlens, args.reverse, chunk_size
     )
     return y.to(args.v.dtype), final, states
-
-
-def _state(args: GLA) -> tuple[int, ...]:
-    return sequence_count(args.q, args.cu_seqlens), args.v.shape[2], args.q.shape[3], args.v.shape[3]
 
 
 def _check(args: GLA) -> None:
@@ -78,27 +74,17 @@ def _check(args: GLA) -> None:
     if args.bonus is not None and args.on_values:
         raise ValueError("bonus goes with decay_of='keys' only; leave it out")
     check_packing(args.cu_seqlens, batch, length)
-    check_shape("initial_state", args.initial_state, _state(args), "[sequences, H, K, V]")
-
-
-def _fake(args: GLA) -> tuple[Tensor, Tensor]:
-    y = torch.empty(args.v.shape, dtype=args.v.dtype, device=args.v.device)
-    return y, y.new_empty(_state(args), dtype=working_dtype(args.q.dtype))
-
-
-def _chunk_states(args: GLA, chunk_size: int) -> tuple[int, ...]:
-    batch, length, heads, values = args.v.shape
-    return batch, -(-length // chunk_size), heads, args.q.shape[3], values
+    check_shape("initial_state", args.initial_state, state_shape(args), "[sequences, H, K, V]")
 
 
 FAMILY = Family(
     name="gla",
     arguments=GLA,
     outputs=("y", "final_state"),
-    saved={"chunk_states": _chunk_states},
+    saved={"chunk_states": chunk_states_shape},
     integers=("cu_seqlens",),
     forms=("triton", "torch", "recurrent"),
-    fake=_fake,
+    fake=fake,
     check=_check,
     recurrent=recurrent,
     options={"chunk_size": CHUNK_SIZE},
@@ -148,7 +134,7 @@ def gla(
     Source: GLA (arXiv 2312.06635), section 4.
     """
     check_choice("decay_of", decay_of, DECAY_OF)
-    y, state, _ = torch.ops.sinuous.gla(
+    y, state, _ = operators.gla(
         q, k, v, log_decay, bonus, initial_state, cu_seqlens, scale, decay_of == "values", reverse, backend or ""
     )
     return (y, state) if return_state else y

@@ -22,12 +22,12 @@ from sinuous.core.ops.checks import (
 )
 from sinuous.core.ops.family import Family, define
 from sinuous.core.ops.flops import matrix_state
+from sinuous.core.ops.matrix_state import chunk_states_shape, fake, state_shape
 from sinuous.core.ops.operators import operators
 from sinuous.core.ops.public import public
 from sinuous.core.ops.stepwise import State, run_steps
 from sinuous.kernels.arguments import SSD
 from sinuous.kernels.precision import working_dtype
-from sinuous.kernels.torch.packing import sequence_count
 
 CHUNK_SIZE = 64
 """Time steps between two states that the forward pass keeps for the backward pass."""
@@ -40,7 +40,7 @@ def recurrent(args: SSD, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor, 
     q, k = (t.to(dtype).repeat_interleave(heads // max(t.shape[2], 1), 2) for t in (args.q, args.k))
     v, log_decay = args.v.to(dtype), args.log_decay
     decay = None if log_decay is None else log_decay.to(dtype).exp().expand(v.shape[:3])
-    initial = q.new_zeros(_state(args)) if args.initial_state is None else args.initial_state.to(dtype)
+    initial = q.new_zeros(state_shape(args)) if args.initial_state is None else args.initial_state.to(dtype)
 
     def step(state: State, q_t: Tensor, k_t: Tensor, v_t: Tensor, a_t: Tensor | None) -> tuple[Tensor, State]:
         S = state[0] if a_t is None else a_t[..., None, None] * state[0]
@@ -53,10 +53,6 @@ def recurrent(args: SSD, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor, 
     return y.to(args.v.dtype), final, states
 
 
-def _state(args: SSD) -> tuple[int, ...]:
-    return sequence_count(args.q, args.cu_seqlens), args.v.shape[2], args.q.shape[3], args.v.shape[3]
-
-
 def _check(args: SSD) -> None:
     check_attention(args.q, args.k, args.v, grouped=True)
     batch, length, heads, _ = args.v.shape
@@ -65,27 +61,17 @@ def _check(args: SSD) -> None:
         check_shape("log_decay", args.log_decay, shape, "one per step and head, [B, T, H], or one per head, [H]")
         check_log_decay(args.log_decay)
     check_packing(args.cu_seqlens, batch, length)
-    check_shape("initial_state", args.initial_state, _state(args), "[sequences, H, K, V]")
-
-
-def _fake(args: SSD) -> tuple[Tensor, Tensor]:
-    y = args.v.new_empty(args.v.shape)
-    return y, y.new_empty(_state(args), dtype=working_dtype(args.q.dtype))
-
-
-def _chunk_states(args: SSD, chunk_size: int) -> tuple[int, ...]:
-    batch, length, heads, values = args.v.shape
-    return batch, -(-length // chunk_size), heads, args.q.shape[3], values
+    check_shape("initial_state", args.initial_state, state_shape(args), "[sequences, H, K, V]")
 
 
 FAMILY = Family(
     name="ssd",
     arguments=SSD,
     outputs=("y", "final_state"),
-    saved={"chunk_states": _chunk_states},
+    saved={"chunk_states": chunk_states_shape},
     integers=("cu_seqlens",),
     forms=("triton", "torch", "recurrent"),
-    fake=_fake,
+    fake=fake,
     check=_check,
     recurrent=recurrent,
     options={"chunk_size": CHUNK_SIZE},
