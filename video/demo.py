@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sinuous.core.checks import check_positive
 from sinuous.core.weights import all_weights
-from sinuous.video.evidence import MODEL, Evidence, read_evidence, reader_of, turning_points
+from sinuous.video.evidence import MODEL, Evidence, read_evidence, reader_of
 from sinuous.video.io import clip_info, read_frames, stream_frames
 from sinuous.video.scenes import scene_cuts
 
@@ -121,16 +121,16 @@ def run(options: argparse.Namespace) -> None:
 def _show_evidence(path: Path, evidence: Evidence, sample: bool, out: Path) -> None:
     from sinuous.video.drawing import draw_evidence
 
-    turns = turning_points(evidence)
-    shown = sorted({*turns, *(round(i * (len(evidence.times) - 1) / (SHOWN - 3)) for i in range(SHOWN - 2))})
+    decisive = evidence.decisive
+    shown = sorted({*decisive, *(round(i * (len(evidence.times) - 1) / (SHOWN - 3)) for i in range(SHOWN - 2))})
     hidden = json.loads(CLIP.with_suffix(".json").read_text(encoding="utf-8")) if sample else {}
     pixels, _ = read_frames(path, times=[evidence.times[i] for i in shown])
-    draw_evidence(evidence, turns, shown, pixels, out, hidden=hidden.get("frames", ()))
+    draw_evidence(evidence, shown, pixels, out, hidden=hidden.get("frames", ()))
     probability = float(evidence.probabilities[-1, evidence.answer])
     print(
         f"{evidence.name}: {evidence.answers[evidence.answer]} ({probability:.2f}), from {len(evidence.times)} frames"
     )
-    print("it changed its mind most at " + " and ".join(f"{evidence.times[i]:.2f} s" for i in turns))
+    print("the answer rests most on the frames at " + " and ".join(f"{evidence.times[i]:.2f} s" for i in decisive))
     if hidden:
         times = " and ".join(f"{evidence.times[i]:.2f} s" for i in hidden["frames"])
         print(f"hidden are: {hidden['answer']}, at {times}")

@@ -47,7 +47,6 @@ def draw_scenes(scenes: Scenes, starts: Sequence[float], frames: Tensor, path: s
 
 def draw_evidence(
     evidence: Evidence,
-    turns: Sequence[int],
     shown: Sequence[int],
     frames: Tensor,
     path: str | os.PathLike[str],
@@ -56,8 +55,7 @@ def draw_evidence(
     """Draw frames of a film above the probabilities of the answers after each, into an image file.
 
     Args:
-        evidence: of a film.
-        turns: frames that are marked, in the picture and along the time.
+        evidence: of a film; the frames that its answer rests on are marked, in the picture and along the time.
         shown: frames that are shown.
         frames: their pixels, uint8 `[S, 3, H, W]`.
         path: of the image.
@@ -71,7 +69,7 @@ def draw_evidence(
     for column, (number, frame) in enumerate(zip(shown, frames, strict=True)):
         panel: Any = figure.add_subplot(grid[0, column])
         panel.imshow(frame.permute(1, 2, 0).numpy(), interpolation="nearest")
-        marked = number in turns
+        marked = number in evidence.decisive
         panel.set_title(f"{evidence.times[number]:.1f} s", fontsize=8, color=_CUT if marked else _FAINT)
         panel.set(xticks=(), yticks=())
         for spine in panel.spines.values():
@@ -82,13 +80,13 @@ def draw_evidence(
         style = {"color": _LINE, "linewidth": 2} if rank == 0 else {"color": _FAINT, "linewidth": 0.8}
         told = evidence.answers[answer_index] if rank < 3 else None
         line.plot(evidence.times, evidence.probabilities[:, answer_index].tolist(), label=told, **style)
-    for turn in turns:
-        line.axvline(evidence.times[turn], color=_CUT, linewidth=1)
+    for number in evidence.decisive:
+        line.axvline(evidence.times[number], color=_CUT, linewidth=1)
     if hidden:
         places = [evidence.times[number] for number in hidden]
         line.plot(places, [1.04] * len(places), "v", color=_INK, markersize=6, clip_on=False, label="hidden here")
     line.set(xlim=(0, max(evidence.times[-1], 1e-9)), ylim=(0, 1.08), xlabel="seconds", ylabel="probability so far")
-    line.legend(loc="upper left", fontsize=8, frameon=False, reverse=True)
+    line.legend(loc="upper left", fontsize=8, edgecolor="none", framealpha=0.9, reverse=True)
     line.spines[["top", "right"]].set_visible(False)
     line.tick_params(colors=_INK, length=0, labelsize=8)
     figure.savefig(path, dpi=150)

@@ -208,11 +208,15 @@ class FrameReader(Classifier):
         Raises:
             NotImplementedError: if there is no block, or the head reads the mean.
         """
+        return self.prefill_features(self.encode(frames), state)
+
+    def prefill_features(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """As `prefill`, from the features `[B, N, D]` that `encode` made of the frames."""
         if self.layers is None or not self.can_carry:
             raise NotImplementedError(
                 "a reader without blocks, or of the mean over frames, has no state to carry; call forward"
             )
-        x, after = self.layers.prefill(self.encode(frames), state)
+        x, after = self.layers.prefill(x, state)
         return self.head(self.norm(x)), after
 
     def _check(self, clips: Tensor) -> None:

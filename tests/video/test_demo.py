@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 
 from sinuous.video.datasets import NeedleInVideo
 from sinuous.video.demo import CLIP
-from sinuous.video.evidence import Evidence, read_evidence, reader_of, turning_points
+from sinuous.video.evidence import MODEL, decisive_frames, read_evidence, reader_of
 from sinuous.video.io import read_frames
 from sinuous.vision.datasets import fashion_mnist
 
@@ -80,13 +80,30 @@ def test_answers_come_after_each_frame(model: str) -> None:
             torch.testing.assert_close(evidence.probabilities[stop - 1], logits[0].softmax(-1), rtol=0, atol=1e-5)
 
 
-def test_minds_change_where_probabilities_do() -> None:
-    p = torch.full((9, 4), 0.25)
-    p[3:] = torch.tensor([0.7, 0.1, 0.1, 0.1])
-    p[6:] = torch.tensor([0.1, 0.8, 0.05, 0.05])
-    assert turning_points(Evidence("film", [], p, [])) == [3, 6]
-    assert turning_points(Evidence("film", [], p[3:], []), 1) == [3]
-    assert turning_points(Evidence("film", [], p[3:5], [])) == [0, 1]
+def test_the_answer_rests_on_the_frames_without_which_it_is_least_probable(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = sinuous.create_model("test_frame_reader").eval()
+    torch.manual_seed(0)
+    x = torch.randn(1, 20, 16)
+
+    def final(features: torch.Tensor) -> torch.Tensor:
+        return reader.forward_head(reader.layers(features)).log_softmax(-1)
+
+    with torch.no_grad():
+        answer = int(final(x).argmax())
+        without = x.repeat(20, 1, 1)
+        without[range(20), range(20)] = x.mean(1)
+        expected = final(without)[:, answer].argsort()[:3].sort().values.tolist()
+    for steps in (1024, 7):  # parts that end between the frames
+        monkeypatch.setattr("sinuous.video.evidence.STEPS", steps)
+        assert decisive_frames(reader, x, 3) == expected
+    assert decisive_frames(reader, x[:, :1], 2) == [0]
+
+
+def test_the_shipped_reader_tells_what_the_clip_hides_and_where() -> None:
+    evidence = read_evidence(reader_of(MODEL), CLIP)
+    facts = json.loads(CLIP.with_suffix(".json").read_text())
+    assert evidence.answers[evidence.answer] == facts["answer"]
+    assert evidence.decisive == facts["frames"]
 
 
 def test_the_clip_is_read_and_drawn(
