@@ -18,6 +18,9 @@ from sinuous.audio.datasets.files import sound_files, source_folder
 from sinuous.core.data import check_split
 
 RATE, BLOCK = 8000, 32000
+PACKAGE = "moh"
+"""Folder of the tracks in the package."""
+
 PERIOD, VAL, TEST = 16, 7, 15
 
 
@@ -50,8 +53,9 @@ class HoldMusic(CodedAudio):
         stride: samples between training windows, their length unless given.
         codec: a codec's name, or a codec.
         source: `bundled` or `folder`; None takes the folder where `root` is given.
-        root: a folder with the tracks, such as that of the unpacked package; None takes the bundled pieces, the first
-            64 s of two tracks, whose blocks are of the same splits.
+        root: a folder with the tracks, such as that of the unpacked package; where folders below it are called `moh`, as
+            in the package, sounds elsewhere are left out. None takes the bundled pieces, the first 64 s of two tracks,
+            whose blocks are of the same splits.
         augment: move training windows at random.
 
     Raises:
@@ -76,6 +80,8 @@ class HoldMusic(CodedAudio):
         """All of each track, `[T]`."""
         if self._tracks is None:
             files = sound_files(source_folder(self.source, self.root, "hold_music"), "hold music")
+            # Packages of spoken prompts may lie unpacked beside it.
+            files = [file for file in files if PACKAGE in file.parts] or files
             self._tracks = [read_mono(file, RATE) for file in files]
         return self._tracks
 

@@ -102,6 +102,13 @@ def test_hold_music_from_a_folder_of_any_rate(tmp_path: Path) -> None:
         hold_music("val", length=BLOCK, root=tmp_path)
 
 
+def test_other_packages_beside_hold_music_are_left_out(tmp_path: Path) -> None:
+    for name, seconds in (("music/usr/share/asterisk/moh/a.wav", 64), ("sounds/usr/share/asterisk/sounds/hi.wav", 65)):
+        (tmp_path / name).parent.mkdir(parents=True)
+        write_audio(tmp_path / name, torch.zeros(1, 8000 * seconds), 8000)
+    assert [len(track) for track in HoldMusic(root=tmp_path).tracks()] == [8000 * 64]
+
+
 def test_where_hold_music_comes_from_is_said_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="source must be 'bundled' or 'folder'"):
         hold_music("val", length=10, source="download")
