@@ -55,12 +55,11 @@ def show(paths: list[Path], waves: list[Tensor], answers: list[Tensor], labels: 
     from rich.table import Table
 
     table = Table(title=f"heard at {rate:,} Hz", title_justify="left")
-    table.add_column("file", overflow="fold", min_width=24)
+    table.add_column("file", overflow="fold")
     table.add_column("seconds", justify="right")
-    for place in range(min(TOLD, len(labels))):
-        table.add_column("" if place else "is")
+    table.add_column("is")
     for path, wave, probabilities in zip(paths, waves, answers, strict=True):
         best = probabilities.topk(min(TOLD, len(labels)))
         told = [f"{labels[i]} {p:.2f}" for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
-        table.add_row(str(path), f"{wave.shape[1] / rate:.2f}", *told)
+        table.add_row(str(path), f"{wave.shape[1] / rate:.2f}", ", ".join(told))
     Console().print(table)

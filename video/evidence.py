@@ -103,7 +103,7 @@ def decisive_frames(model: FrameReader, features: Tensor, count: int = 2) -> lis
         effect of frame t = log p(answer | x) − log p(answer | x with x_t replaced by the mean of all frames)
 
     It is computed for the frames with the greatest |∂ log p(answer) / ∂x_t| |x_t − mean|; time grows linearly with the
-    film. On 30 test clips of 256 frames the two frames with the greatest effect hide an item in 95 of 100 cases.
+    film. On 30 test clips of 256 frames, 57 of the 60 frames that it returned hid an item.
 
     Args:
         model: a reader whose head reads the last frame.
