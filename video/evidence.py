@@ -132,7 +132,7 @@ def decisive_frames(model: FrameReader, features: Tensor, count: int = 2) -> lis
 
 @torch.no_grad()
 def _final(model: FrameReader, x: Tensor, left_out: Tensor, mean: Tensor) -> Tensor:
-    """Logarithms of the answers' probabilities `[M, K]` after the last frame, one of the M frames left out in each row."""
+    """Log-probabilities of the answers `[M, K]` after the last frame, one of the M frames left out in each row."""
     state, logits = None, x
     for start in range(0, x.shape[1], STEPS):
         part = x[:, start : start + STEPS].repeat(len(left_out), 1, 1)
