@@ -53,9 +53,9 @@ class HoldMusic(CodedAudio):
         stride: samples between training windows, their length unless given.
         codec: a codec's name, or a codec.
         source: `bundled` or `folder`; None takes the folder where `root` is given.
-        root: a folder with the tracks, such as that of the unpacked package; where it has a folder `moh`, as the package
-            does, sounds elsewhere are left out. None takes the bundled pieces, the first 64 s of two tracks, whose
-            blocks are of the same splits.
+        root: a folder with the tracks, such as that of the unpacked package; where it has a folder `moh`, as the
+            package does, sounds elsewhere are left out. None takes the bundled pieces, the first 64 s of two tracks,
+            whose blocks are of the same splits.
         augment: move training windows at random.
 
     Raises:
