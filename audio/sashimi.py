@@ -18,6 +18,7 @@ Source: Goel et al., "It's Raw! Audio Generation with State-Space Models" (arXiv
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from sinuous.audio.wave_codes import COMPONENTS, levels_of, logistic_logits, sta
 from sinuous.audio.wavenet import Readout
 from sinuous.core.checks import check_arguments, check_choice, check_sizes, described
 from sinuous.core.registry import register_model
+from sinuous.core.weights import shipped_cfgs
 
 __all__ = ["Sashimi", "SashimiBackbone", "SashimiState", "checkpoint_filter_fn"]
 
@@ -232,7 +234,12 @@ _PAPER = {
     "input_size": (16000,),
 }
 
-default_cfgs = generate_default_cfgs({f"{name}.untrained": _PAPER for name in ("sashimi_backbone", *SIZES)})
+default_cfgs = generate_default_cfgs(
+    {
+        **{f"{name}.untrained": _PAPER for name in ("sashimi_backbone", *SIZES) if name != "sashimi_nano"},
+        **shipped_cfgs(Path(__file__).parent / "weights", "sashimi_nano", _PAPER),
+    }
+)
 
 
 def _create(variant: str, **kwargs: Any) -> Sashimi:
