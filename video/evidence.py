@@ -15,6 +15,7 @@ from torch import Tensor
 from sinuous.core.checks import check_sizes
 from sinuous.core.demo_parts import model_with_weights
 from sinuous.core.registry import create_model
+from sinuous.core.stack import Stack
 from sinuous.video.backgrounds import to_gray
 from sinuous.video.datasets import NeedleInVideo
 from sinuous.video.frame_reader import FrameReader
@@ -116,7 +117,7 @@ def decisive_frames(model: FrameReader, features: Tensor, count: int = 2) -> lis
     with torch.enable_grad():
         leaf = x.clone().requires_grad_()
         model.set_grad_checkpointing(True, steps=STEPS)
-        final = model.forward_head(model.layers(leaf))[0].log_softmax(-1)
+        final = model.forward_head(cast("Stack", model.layers)(leaf))[0].log_softmax(-1)
         answer = int(final.argmax())
         (slope,) = torch.autograd.grad(final[answer], leaf)
         model.set_grad_checkpointing(False)
