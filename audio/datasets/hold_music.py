@@ -79,9 +79,10 @@ class HoldMusic(CodedAudio):
     def tracks(self) -> list[Tensor]:
         """All of each track, `[T]`."""
         if self._tracks is None:
-            files = sound_files(source_folder(self.source, self.root, "hold_music"), "hold music")
+            folder = source_folder(self.source, self.root, "hold_music")
+            files = sound_files(folder, "hold music")
             # Packages of spoken prompts may lie unpacked beside it.
-            files = [file for file in files if PACKAGE in file.parts] or files
+            files = [file for file in files if PACKAGE in file.relative_to(folder).parts] or files
             self._tracks = [read_mono(file, RATE) for file in files]
         return self._tracks
 

@@ -60,7 +60,8 @@ def test_shipped_weights_load_through_every_door_and_say_how_good_they_are(name:
     if timm.is_model(architecture):
         loaded.append(timm.create_model(name, pretrained=True))
     # AiM's file has its authors' names, and its tokenizer's weights beside them.
-    file = {k.removeprefix("mamba.backbone."): t for k, t in load_state_dict(weights.file).items() if k[:6] != "vqvae."}
+    file = {key.removeprefix("mamba.backbone."): stored for key, stored in load_state_dict(weights.file).items()}
+    file = {key: stored for key, stored in file.items() if not key.startswith("vqvae.")}
     assert file
     for key, stored in file.items():
         assert all(torch.equal(model.state_dict()[key], stored.float()) for model in loaded)

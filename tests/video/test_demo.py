@@ -81,8 +81,9 @@ def test_answers_come_after_each_frame(model: str) -> None:
 
 
 def test_the_answer_rests_on_the_frames_without_which_it_is_least_probable(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader = sinuous.create_model("test_frame_reader").eval()
     torch.manual_seed(0)
+    reader = sinuous.create_model("test_frame_reader").eval()
+    reader.set_grad_checkpointing(layers=2, steps=5)
     x = torch.randn(1, 20, 16)
 
     def final(features: torch.Tensor) -> torch.Tensor:
@@ -97,6 +98,8 @@ def test_the_answer_rests_on_the_frames_without_which_it_is_least_probable(monke
         monkeypatch.setattr("sinuous.video.evidence.STEPS", steps)
         assert decisive_frames(reader, x, 3) == expected
     assert decisive_frames(reader, x[:, :1], 2) == [0]
+    layers = reader.layers
+    assert (layers.grad_checkpointing, layers.checkpoint_layers, layers.checkpoint_steps) == (True, 2, 5)
 
 
 def test_the_shipped_reader_tells_what_the_clip_hides_and_where() -> None:
