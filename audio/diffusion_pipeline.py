@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from sinuous.audio import diffwave  # noqa: F401  (diffusers loads parts from modules that are imported alone)
-from sinuous.core.checks import check_choice, check_range, check_sizes, described
+from sinuous.core.checks import check_choice, check_positive, check_range, check_sizes, described
 from sinuous.core.modes import evaluating
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -33,14 +33,19 @@ class DiffWavePipeline(DiffusionPipeline):
         denoiser: a `DiffWaveSashimi`, a `DiffWaveWaveNet`, or any model that is called alike.
         scheduler: of diffusers, of diffusion or of a flow.
         sample_rate: samples a second of the waves, which the pipeline keeps and nothing reads.
+        scaling_factor: what the denoiser makes is divided by it; that of the training.
+
+    Raises:
+        ValueError: if `scaling_factor` is not above 0.
     """
 
     model_cpu_offload_seq = "denoiser"
 
-    def __init__(self, denoiser: Any, scheduler: Any, sample_rate: int = 16000) -> None:
+    def __init__(self, denoiser: Any, scheduler: Any, sample_rate: int = 16000, scaling_factor: float = 1.0) -> None:
         super().__init__()
+        check_positive(scaling_factor=scaling_factor)
         self.register_modules(denoiser=denoiser, scheduler=scheduler)
-        self.register_to_config(sample_rate=sample_rate)
+        self.register_to_config(sample_rate=sample_rate, scaling_factor=scaling_factor)
 
     @property
     def sample_rate(self) -> int:
@@ -77,7 +82,7 @@ class DiffWavePipeline(DiffusionPipeline):
                 `{"latents": …}`; what it returns replaces them.
 
         Returns:
-            `.audios` `[B, C, T]`, within ±1.
+            `.audios` `[B, C, T]`, over the pipeline's `scaling_factor` and within ±1.
 
         Raises:
             ValueError: if an argument is out of range or has another shape.
@@ -113,7 +118,7 @@ class DiffWavePipeline(DiffusionPipeline):
                 "the waves are not numbers: the denoiser or the scheduler diverged; try more steps, another scheduler, "
                 "or fp32"
             )
-        waves = waves.clamp(-1, 1).cpu()
+        waves = (waves / self.config.scaling_factor).clamp(-1, 1).cpu()
         audios = waves.numpy() if output_type == "np" else waves
         self.maybe_free_model_hooks()
         return AudioPipelineOutput(audios=cast("Any", audios)) if return_dict else (audios,)

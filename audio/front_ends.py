@@ -1,6 +1,6 @@
 """From samples to features of frames: learned filters, mel bands in decibels, or their cepstrum.
 
-    wave       convolutions with strides s_1, s_2, each behind a GELU; frames of about 2 ms
+    wave       convolutions with strides s_1, s_2, each with a layer norm and a GELU behind it; frames of about 2 ms
     log_mel    10 log10(M |STFT|²), M mel filters, windows of 25 ms every 10 ms
     mfcc       the discrete cosine transform of log_mel over its bands
 
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sinuous.core import norms
 from sinuous.core.checks import check_sizes
 from sinuous.core.extras import package
 
@@ -45,7 +46,10 @@ def silence_behind(x: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 class LearnedFilters(nn.Module):
-    """Strided convolutions of the samples.
+    """Strided convolutions of the samples, without biases; each output is normed over its filters, which takes the
+    loudness away: waves of speech are so far below full scale that nothing is learned from them as they are.
+
+    Source: Baevski et al., "wav2vec 2.0" (arXiv:2006.11477), section 2, the feature encoder.
 
     Args:
         sample_rate: samples a second.
@@ -64,20 +68,21 @@ class LearnedFilters(nn.Module):
         check_sizes(**{f"strides[{i}]": stride for i, stride in enumerate(strides)})
         widths = (1, *[embed_dim] * len(strides))
         self.convs = nn.ModuleList(
-            nn.Conv1d(inside, outside, 4 * stride, stride, **dd)
+            nn.Conv1d(inside, outside, 4 * stride, stride, bias=False, **dd)
             for inside, outside, stride in zip(widths[:-1], widths[1:], strides, strict=True)
         )
+        self.norms = nn.ModuleList(norms.LayerNorm(embed_dim, **dd) for _ in strides)
         self.strides, self.hop, self.num_features = strides, math.prod(strides), embed_dim
 
     def init_weights(self) -> None:
-        for conv in self.convs:
-            conv.reset_parameters()  # type: ignore[operator]
+        for layer in (*self.convs, *self.norms):
+            layer.reset_parameters()  # type: ignore[operator]
 
     def forward(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Frames `[B, F, num_features]` of waves `[B, 1, T]`; those behind `lengths` hold nothing of use."""
         x = silence_behind(wave, lengths).to(next(self.parameters()).dtype)
-        for conv, stride in zip(self.convs, self.strides, strict=True):
-            x = F.gelu(conv(_framed(x, 4 * stride, stride)))
+        for conv, norm, stride in zip(self.convs, self.norms, self.strides, strict=True):
+            x = F.gelu(norm(conv(_framed(x, 4 * stride, stride)).mT)).mT
             lengths = None if lengths is None else frames_of(lengths, stride)
             x = silence_behind(x, lengths)
         return x.mT

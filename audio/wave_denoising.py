@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sinuous.audio.front_ends import FLOOR, LogMel
 from sinuous.audio.io import write_audio
-from sinuous.core.checks import check_sizes
+from sinuous.core.checks import check_positive, check_sizes
 from sinuous.core.extras import package
 from sinuous.core.tasks.denoising import Denoising
 
@@ -38,7 +38,13 @@ class WaveDenoising(Denoising):
         clips: waves that a report draws.
         steps: of each, from noise to wave; all of the scheduler's if absent.
         seed: of clip i is that plus i.
+        scaling_factor: waves are multiplied by it before noise of unit variance is added, as latents are in diffusers.
+            A quiet recording as it is drowns in nearly every step, and a vocoder learns to do without its spectrogram;
+            1/rms gives it the noise's size. Schedulers then need `clip_sample=False`.
         **options: further arguments of `Denoising`.
+
+    Raises:
+        ValueError: if a number is out of range.
     """
 
     def __init__(
@@ -48,13 +54,20 @@ class WaveDenoising(Denoising):
         clips: int = 4,
         steps: int | None = None,
         seed: int = 0,
+        scaling_factor: float = 1.0,
         **options: Any,
     ) -> None:
         super().__init__(scheduler, **options)
+        check_positive(**{"task.scaling_factor": scaling_factor})
         check_sizes(
             **{"task.sample_rate": sample_rate, "task.clips": clips, "task.steps": 1 if steps is None else steps}
         )
         self.sample_rate, self.clips, self.steps, self.seed = sample_rate, clips, steps, seed
+        self.scaling_factor = scaling_factor
+
+    def parts(self, batch: Sequence[Any]) -> tuple[Tensor, Tensor | None, Mapping[str, Any]]:
+        samples, labels, conditions = super().parts(batch)
+        return self.scaling_factor * samples, labels, conditions
 
     def report(
         self, model: nn.Module, data: Any, seen: Sequence[Any], scores: Mapping[str, float], folder: Path, split: str
@@ -76,7 +89,7 @@ class WaveDenoising(Denoising):
 
         # Of another step than training's: the scheduler of the task keeps its own.
         scheduler = type(self.scheduler).from_config(self.scheduler.config)
-        pipeline = DiffWavePipeline(model, scheduler, self.sample_rate)
+        pipeline = DiffWavePipeline(model, scheduler, self.sample_rate, self.scaling_factor)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.save_pretrained(folder / "pipeline")
         waves: Tensor = pipeline(
@@ -122,7 +135,7 @@ class Vocoding(WaveDenoising):
 
     def parts(self, batch: Sequence[Any]) -> tuple[Tensor, Tensor | None, Mapping[str, Any]]:
         samples = batch[0]
-        return samples, None, {"mel": self.mel(samples).mT}
+        return self.scaling_factor * samples, None, {"mel": self.mel(samples).mT}
 
     def report(
         self, model: nn.Module, data: Any, seen: Sequence[Any], scores: Mapping[str, float], folder: Path, split: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,12 +64,31 @@ def test_a_vocoder_is_trained_scored_and_heard(tmp_path: Path) -> None:
     assert model.training
 
 
-def test_a_spectrogram_reaches_the_model() -> None:
-    task = Vocoding(diffusers.DDPMScheduler(50), 8000, mel_bands=20, hop=64, window=256)
+def test_a_spectrogram_reaches_the_model_as_it_is_and_the_wave_scaled() -> None:
+    task = Vocoding(diffusers.DDPMScheduler(50), 8000, mel_bands=20, hop=64, window=256, scaling_factor=8)
     samples, labels, conditions = task.parts((waves(), torch.zeros(4)))
+    assert torch.equal(samples, 8 * waves())
     assert labels is None
     assert conditions["mel"].shape == (4, 20, 64)
-    torch.testing.assert_close(conditions["mel"], LogMel(8000, 20, 64, 256)(samples).mT)
+    torch.testing.assert_close(conditions["mel"], LogMel(8000, 20, 64, 256)(waves()).mT)
+
+
+def test_waves_come_back_at_their_own_loudness(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = diffusers.DDIMScheduler(50, clip_sample=False)
+    quiet = 0.01 * waves()[:1]
+    scaled, _, _ = WaveDenoising(scheduler, 8000, scaling_factor=80).parts((quiet, torch.zeros(1)))
+    model: Any = sinuous.create_model("test_diffwave")
+
+    def noise_of(x: Tensor, steps: Tensor) -> Any:
+        """What is noise in x = sqrt(ā) wave + sqrt(1 - ā) noise, if the wave is the scaled one."""
+        level = scheduler.alphas_cumprod[steps].view(-1, 1, 1)
+        return SimpleNamespace(sample=(x - level.sqrt() * scaled) / (1 - level).sqrt())
+
+    monkeypatch.setattr(model, "forward", noise_of)
+    pipeline = DiffWavePipeline(model, scheduler, 8000, scaling_factor=80)
+    pipeline.set_progress_bar_config(disable=True)
+    made = pipeline(num_samples=4096, num_inference_steps=10, output_type="pt").audios
+    torch.testing.assert_close(made, quiet, rtol=0, atol=1e-5)
 
 
 def test_unconditional_runs_leave_waves_that_a_seed_decides(tmp_path: Path) -> None:
@@ -101,6 +121,20 @@ def test_distances_are_in_decibels_and_deaf_below_minus_80() -> None:
     noise = 0.1 * torch.randn(1, 1, 4096, generator=torch.Generator().manual_seed(0))
     assert float(log_mel_distance(front_end(noise * 10**0.5), front_end(noise))) == pytest.approx(10, abs=0.1)
     assert float(log_mel_distance(front_end(noise * 1e-5), front_end(noise * 1e-6))) == 0
+
+
+def test_a_pipeline_keeps_the_scale_of_the_training(tmp_path: Path) -> None:
+    task = WaveDenoising(diffusers.DDPMScheduler(50), 8000, clips=1, steps=1, scaling_factor=25)
+    task.report(sinuous.create_model("test_diffwave"), Tones(), [4], {"loss": 1.0}, tmp_path, "test")
+    assert DiffWavePipeline.from_pretrained(tmp_path / "pipeline").config.scaling_factor == 25
+
+
+@pytest.mark.parametrize("factor", [0, -1, float("nan")])
+def test_a_scale_that_is_not_positive_is_refused(factor: float) -> None:
+    with pytest.raises(ValueError, match=r"task\.scaling_factor must be more than 0 and finite"):
+        WaveDenoising(diffusers.DDPMScheduler(50), 8000, scaling_factor=factor)
+    with pytest.raises(ValueError, match="scaling_factor must be more than 0 and finite"):
+        DiffWavePipeline(sinuous.create_model("test_diffwave"), diffusers.DDPMScheduler(50), 8000, factor)
 
 
 @pytest.mark.parametrize("options", [{"sample_rate": 0}, {"clips": 0}, {"steps": 0}])
