@@ -278,7 +278,8 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set_fontsize(11)
         if index == 0:
-            axes.legend(frameon=False, fontsize=8, loc="upper left")
+            lines = axes.get_legend_handles_labels()
+            figure.legend(*lines, frameon=False, fontsize=8, loc="outside lower center", ncols=len(names))
     figure.suptitle(title, x=0.01, ha="left", fontsize=8, color="0.4")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
