@@ -55,7 +55,7 @@ def test_eval_gives_the_digits_of_the_training(
         (["model_name=test_vim", "pretrained=true", IMAGES], "no weights for 'test_vim'"),
         (["model_name=vim_nano", "pretrained=true", "split=train"], "split must be val or test"),
         (["model_name=vim_nano", "pretrained=yes_please"], "Value 'yes_please' is not a valid bool"),
-        (["model_name=vim_nano", "pretrained=true", "optimizer=adamw"], "this verb has no group optimizer"),
+        (["model_name=vim_nano", "pretrained=true", "logger=csv"], "this verb has no group logger"),
         (["model_name=vim_nano", "pretrained=true"], "there is no data to work with; give experiment=NAME"),
         (["model=language/bytes"], "give checkpoint_path=FILE or pretrained=true"),
     ],

@@ -63,7 +63,7 @@ def test_a_picture_is_the_one_of_its_seed(folder: Path, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "the weights lamamba_diff_nano.fashion_mnist do not come with this version"),
+        ("--model lamamba_diff_s", "the weights lamamba_diff_s do not come with this version"),
         ("--model {folder} --class Sneakers", "there is no class 'Sneakers'; did you mean 'Sneaker'?"),
         ("--model {folder} --class 2", "a class must be from 0 to 1 (got 2)"),
         ("--model {folder} --n 0", "--n must be"),
